@@ -1,0 +1,193 @@
+"""Transitions on the device: a fixed Dataset with its episodes, and the replay Buffer of imagined ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mbrl.core import Segment, Spec
+
+
+class Transitions(NamedTuple):
+    """A batch of transitions; the leading axes ([B], or [S, B] over seeds) are shared."""
+
+    obs: Tensor  # [..., O]
+    act: Tensor  # [..., A]
+    reward: Tensor  # [...]
+    next_obs: Tensor  # [..., O]
+    terminal: Tensor  # [...]  1 where no value follows, as a float
+
+    def pack(self) -> Tensor:
+        """[..., 2 O + A + 2]: one row a transition, so that sampling is one gather."""
+        flat = (self.obs, self.act, self.reward[..., None], self.next_obs, self.terminal[..., None].to(self.obs))
+        return torch.cat(flat, -1)
+
+    @staticmethod
+    def unpack(x: Tensor, spec: Spec) -> "Transitions":
+        """Views of packed rows [..., 2 O + A + 2]."""
+        obs, act, reward, after, terminal = x.split([spec.obs, spec.act, 1, spec.obs, 1], -1)
+        return Transitions(obs, act, reward[..., 0], after, terminal[..., 0])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A fixed set of episodes as flat tensors on one device. Row i is one step; episode e holds the rows
+    starts[e] .. starts[e + 1] - 1. Units are the source's own, but for actions, which are in [-1, 1].
+
+    A step may lack its successor (a D4RL file without `next_observations` does not say what follows the last step
+    of an episode): then `paired` is False and `next_obs` repeats `obs`. Nothing is ever paired across an episode's end.
+    """
+
+    obs: Tensor  # [N, O]
+    act: Tensor  # [N, A]
+    reward: Tensor  # [N]
+    next_obs: Tensor  # [N, O]
+    terminal: Tensor  # [N] bool: the task ended here
+    paired: Tensor  # [N] bool: next_obs is known
+    starts: Tensor  # [E + 1] int64; the last is N
+    act_low: Tensor  # [A]  the source's action bounds: raw = low + (act + 1) / 2 * (high - low)
+    act_high: Tensor  # [A]
+    dt: float = 1.0  # seconds where the source states it, else 1
+    name: str = ""
+    sha256: str = ""  # of the source's bytes
+    env: str = ""  # the gymnasium id in which a policy is evaluated, where known
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.obs.shape[0]
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.obs.shape[1], self.act.shape[1])
+
+    @property
+    def episodes(self) -> int:
+        return self.starts.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """[E] steps."""
+        return self.starts[1:] - self.starts[:-1]
+
+    @property
+    def returns(self) -> Tensor:
+        """[E] undiscounted sums of the rewards."""
+        total = torch.cat([self.reward.new_zeros(1, dtype=torch.float64), self.reward.double().cumsum(0)])
+        return (total[self.starts[1:]] - total[self.starts[:-1]]).to(self.reward)
+
+    @property
+    def episode(self) -> Tensor:
+        """[N]: the episode of each row."""
+        return torch.repeat_interleave(torch.arange(self.episodes, device=self.obs.device), self.lengths)
+
+    def to(self, *args: Any, **kw: Any) -> "Dataset":
+        """As `Tensor.to`: device, dtype; index and masks keep their types."""
+        floats = {k: getattr(self, k).to(*args, **kw) for k in ("obs", "act", "reward", "next_obs")}
+        device = floats["obs"].device
+        rest = ("terminal", "paired", "starts", "act_low", "act_high")
+        return replace(self, **floats, **{k: getattr(self, k).to(device) for k in rest})
+
+    def transitions(self, index: Tensor | None = None) -> Transitions:
+        """Rows for a value function: those that have a successor or end the task. index: which rows, all by default."""
+        if index is None:
+            index = (self.paired | self.terminal).nonzero()[:, 0]
+        get = lambda x: x[index]
+        fields = (self.obs, self.act, self.reward, self.next_obs, self.terminal.to(self.obs))
+        return Transitions(*map(get, fields))
+
+    def windows(self, length: int, index: Tensor | None = None) -> Segment:
+        """Windows [B, length + 1] that begin at the rows `index` [B] (all rows where `length` paired steps follow in
+        the same episode, by default). Steps past an episode's end are masked, with the last observation repeated."""
+        rows = torch.arange(len(self), device=self.obs.device)
+        end = self.starts[1:][self.episode]  # [N] one past the episode's last row
+        last_paired = torch.where(self.paired[end - 1], end, end - 1)
+        if index is None:
+            index = ((rows + length <= last_paired) & self.paired).nonzero()[:, 0]
+        at = index[:, None] + torch.arange(length, device=self.obs.device)  # [B, T]
+        mask = at < last_paired[index][:, None]
+        at = torch.where(mask, at, torch.maximum(last_paired[index] - 1, index)[:, None])
+        obs = torch.cat([self.obs[index][:, None], self.next_obs[at]], 1)
+        dt = torch.full_like(obs[:, 1:, :1], self.dt)
+        zero = torch.zeros(1, dtype=torch.int64, device=obs.device)
+        reward = torch.where(mask, self.reward[at], 0.0)
+        return Segment(obs, self.act[at], reward, self.terminal[at] & mask, mask, dt, zero)
+
+    def split(self, holdout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Paired rows in random order, cut in two: (train, held out)."""
+        index = self.paired.nonzero()[:, 0]
+        order = torch.randperm(len(index), generator=generator, device=generator.device).to(index.device)
+        index = index[order]
+        return index[holdout:], index[:holdout]
+
+
+def one_step(data: Transitions, dt: float = 1.0) -> Segment:
+    """Transitions [B] as windows of one step, without copying more than the observations."""
+    like = data.reward[:, None]
+    mask = torch.ones_like(like, dtype=torch.bool)
+    zero = torch.zeros(1, dtype=torch.int64, device=like.device)
+    obs = torch.stack([data.obs, data.next_obs], 1)
+    dts = torch.full_like(like, dt)[..., None]
+    return Segment(obs, data.act[:, None], like, data.terminal[:, None] > 0.5, mask, dts, zero)
+
+
+class Buffer:
+    """A ring of packed transitions for each of S seeds; the oldest rows give way. Seeds may hold different numbers."""
+
+    def __init__(self, seeds: int, capacity: int, spec: Spec, *, device: Any = None, dtype: Any = None) -> None:
+        if capacity < 1:
+            raise ValueError(f"Buffer: capacity is {capacity}, expected at least 1")
+        self.spec = spec
+        self.capacity = capacity
+        self.rows = torch.zeros(seeds, capacity, 2 * spec.obs + spec.act + 2, device=device, dtype=dtype)
+        self.size = [0] * seeds
+        self.head = [0] * seeds
+        self.ring = torch.zeros(2, seeds, 1, device=device, dtype=torch.float64)  # size and head, for sampling
+
+    def add(self, seed: int, data: Transitions) -> None:
+        """Append a batch [B]; of more than `capacity` rows the last are kept."""
+        new = data.pack()[-self.capacity :]
+        n, head = len(new), self.head[seed]
+        first = min(n, self.capacity - head)
+        self.rows[seed, head : head + first] = new[:first]
+        self.rows[seed, : n - first] = new[first:]
+        self._set(seed, min(self.size[seed] + n, self.capacity), (head + n) % self.capacity)
+
+    def keep(self, seed: int, n: int) -> None:
+        """Forget all but the last n rows of a seed."""
+        self._set(seed, min(self.size[seed], n), self.head[seed])
+
+    def _set(self, seed: int, size: int, head: int) -> None:
+        self.size[seed], self.head[seed] = size, head
+        self.ring[0, seed], self.ring[1, seed] = size, head
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """uniform [S, B] in [0, 1) -> packed rows [S, B, D], each drawn from what its seed holds. Capturable."""
+        size, head = self.ring
+        index = (head - 1 - (uniform.double() * size).floor()).long() % self.capacity  # counted back from the newest
+        seeds, batch = index.shape
+        if seeds == 1:
+            return self.rows[0].index_select(0, index[0])[None]
+        flat = (index + torch.arange(seeds, device=index.device)[:, None] * self.capacity).flatten()
+        return self.rows.flatten(0, 1).index_select(0, flat).reshape(seeds, batch, self.rows.shape[2])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is held: rows [S, most, D], oldest first, and how many each seed has [S]. Sampling goes on alike after
+        `load_state_dict`."""
+        out = self.rows.new_zeros(len(self.size), max(self.size), self.rows.shape[2])
+        for seed, (size, head) in enumerate(zip(self.size, self.head, strict=True)):
+            index = (torch.arange(size, device=out.device) + head - size) % self.capacity
+            out[seed, :size] = self.rows[seed, index]
+        return {"rows": out, "size": torch.tensor(self.size)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        rows = state["rows"]
+        want = (self.rows.shape[0], self.rows.shape[2])
+        if (rows.shape[0], rows.shape[2]) != want or rows.shape[1] > self.capacity:
+            raise ValueError(
+                f"Buffer: saved rows are {tuple(rows.shape)}, expected [{want[0]}, <= {self.capacity}, {want[1]}]"
+            )
+        self.rows[:, : rows.shape[1]] = rows
+        for seed, size in enumerate(state["size"].tolist()):
+            self._set(seed, size, size % self.capacity)

@@ -1,0 +1,89 @@
+"""The one file that knows of accelerators: choosing a device, seeding, capturing a function as a graph."""
+
+import os
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+def pick(name: str = "auto") -> torch.device:
+    """For "auto" the first accelerator, or else the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda[:N]'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, expected 'auto', 'cpu' or 'cuda[:N]'")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= here:
+        has = f"{here} of them" if here else "none"
+        raise ValueError(
+            f"device: got {name!r}, but this machine (or this build of torch) has {has}; pass --device cpu"
+        )
+    return device
+
+
+def available() -> bool:
+    """Whether an accelerator is at hand."""
+    return torch.cuda.is_available()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for a run's record."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def fresh_seed() -> int:
+    """A seed for a run that was given none; the run records it."""
+    return secrets.randbelow(2**31)
+
+
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own: nothing draws from the global one."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def graphed(fn: Callable, *example: Any, warmup: int = 3) -> Callable:
+    """fn with its device work captured once as a graph and replayed at each call.
+
+    fn takes and returns trees of tensors, writes state only in place and never synchronises. Inputs are copied into
+    the captured ones; outputs are the captured ones, overwritten by the next call. Where the example tensors are not
+    on an accelerator, or MBRL_GRAPHS=0, fn itself is returned. Capturing runs fn `warmup` + 1 times: a caller whose fn
+    changes state takes a copy before and restores it after.
+    """
+    leaves = [x for x in pytree.tree_leaves(example) if isinstance(x, torch.Tensor)]
+    if not leaves or leaves[0].device.type != "cuda" or os.environ.get("MBRL_GRAPHS") == "0":
+        return fn
+    static = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            fn(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fn(*static)
+    targets = [x for x in pytree.tree_leaves(static) if isinstance(x, torch.Tensor)]
+
+    def replay(*args: Any) -> Any:
+        given = [x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        for target, new in zip(targets, given, strict=True):
+            target.copy_(new)
+        graph.replay()
+        return out
+
+    return replay

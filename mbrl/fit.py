@@ -1,0 +1,315 @@
+"""Fitting any dynamics learner to a fixed dataset, through the hooks of the contract: holdout, early stopping and the
+best snapshot of each part. A learner that is trained in phases builds its own fit from these pieces."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mbrl.core import Dynamics, Segment
+from mbrl.data import Dataset
+
+KEPT = ("param", "mean", "square")
+SAMPLE = 2**18  # rows from which normalisers are set: the first of the training rows, which are in random order
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    batch: int = 256  # windows a part and step
+    lr: float = 1e-3
+    length: int = 1  # steps a window
+    holdout: float = 0.2  # of the windows, at most `holdout_max`; whole episodes where windows are longer than 1
+    holdout_max: int = 1000
+    patience: int = 5  # epochs without a gain after which a part stops
+    gain: float = 0.01  # the relative fall of the held-out error that counts as one
+    max_epochs: int | None = None
+    clip: float | None = None  # of each part's gradient norm
+    bootstrap: bool = True  # each part resamples the data with replacement, once; else it sees every row each epoch
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: matrix products under autocast
+
+
+@dataclass(frozen=True)
+class FitReport:
+    epochs: int
+    steps: int
+    seconds: float  # of this call: a resumed fit does not know what came before
+    train_loss: list[float]  # an epoch, over the parts that are finite
+    holdout: list[list[float]]  # [epoch][part]
+    best: list[float]  # [part]
+    diverged: int  # how often a part was found not finite at an epoch's end and restored
+
+
+def fit(
+    model: Dynamics,
+    data: Dataset,
+    config: FitConfig,
+    generator: torch.Generator,
+    progress: Callable[[int, int | None, dict[str, float]], None] | None = None,
+    *,
+    checkpoint: Callable[[dict[str, Tensor]], None] | None = None,
+    resume: Mapping[str, Tensor] | None = None,
+) -> FitReport:
+    """Trains the model in place and leaves each part at its best.
+
+    Parts are independent: each has its own stream of the data, its own best snapshot and its own end. A part whose
+    held-out error has not fallen by `gain` for `patience` epochs is done; the fit ends with the last. A part that is
+    not finite at an epoch's end is restored to its best snapshot, weights and moments, and the epoch counts against
+    its patience; one that never was finite has an infinite error.
+
+    progress: (epoch, max_epochs, figures) after each epoch. checkpoint: after each epoch, a dict of the live tensors,
+    to be saved before it returns; such a dict as `resume`, with the same data and config, gives the numbers of an
+    uninterrupted fit. Raises ValueError for data with too few windows."""
+    start = time.perf_counter()
+    if resume is not None:
+        generator.set_state(resume["generator.first"])
+    first = generator.get_state()
+    rows = Rows(data, config.length, next(model.parameters()))
+    train, held = rows.split(config, generator)
+    model.prepare(rows.segment(train[:SAMPLE]))
+    parts = Parts(model, config)
+    held_segment = rows.segment(held)
+    held_noise = noise_of(model, held_segment, generator)
+    own = streams(train, model.parts, config, generator)
+    per_epoch = len(train) // min(config.batch, len(train))
+    if resume is not None:
+        parts.load(resume)
+        generator.set_state(resume["generator"])
+    while bool((parts.wait < config.patience).any()) and parts.epoch != config.max_epochs:
+        total = torch.zeros(model.parts, dtype=rows.table.dtype, device=train.device)
+        for index in order(own, config.batch, generator):
+            segment = rows.segment(index)
+            total += parts.step(segment, noise_of(model, segment, generator))
+        errors = model.validate(held_segment, held_noise)
+        losses = (total / per_epoch)[total.isfinite()]
+        parts.record(losses.mean() if len(losses) else total.new_tensor(torch.nan), errors)
+        if progress is not None:
+            figures = {"train": float(parts.train_loss[-1]), "holdout": float(parts.best.mean())}
+            progress(parts.epoch, config.max_epochs, figures | {"active": float((parts.wait < config.patience).sum())})
+        if checkpoint is not None:
+            checkpoint(parts.state() | {"generator.first": first, "generator": generator.get_state()})
+    parts.finish()
+    model.finish(parts.best)
+    return FitReport(
+        epochs=parts.epoch,
+        steps=parts.epoch * per_epoch,
+        seconds=time.perf_counter() - start,
+        train_loss=parts.train_loss.tolist(),
+        holdout=parts.holdout.tolist(),
+        best=parts.best.tolist(),
+        diverged=parts.diverged,
+    )
+
+
+# ---------------------------------------------------------------- data
+
+
+class Rows:
+    """The paired steps of a dataset as one table, so that a batch of windows is one gather."""
+
+    def __init__(self, data: Dataset, length: int, like: Tensor) -> None:
+        if length < 1:
+            raise ValueError(f"fit: the window length is {length}, expected at least 1")
+        self.data, self.length, self.spec = data, length, data.spec
+        columns = (data.obs, data.next_obs, data.act, data.reward[:, None], data.terminal[:, None])
+        self.table = torch.cat([x.to(like) for x in columns], 1)  # [N, 2 O + A + 2]
+        self.dt = like.detach().new_tensor(data.dt)
+        self.system = torch.zeros(1, dtype=torch.int64, device=like.device)
+
+    def segment(self, index: Tensor) -> Segment:
+        """Windows that begin at the rows `index` [B]; all of their steps are in the data."""
+        n, t, o = len(index), self.length, self.spec.obs
+        if t > 1:
+            index = (index[:, None] + torch.arange(t, device=index.device)).flatten()
+        rows = self.table.index_select(0, index).unflatten(0, (n, t))
+        obs = rows[..., : 2 * o].reshape(n, 2, o) if t == 1 else torch.cat([rows[:, :1, :o], rows[..., o : 2 * o]], 1)
+        _, act, reward, terminal = rows.split([2 * o, self.spec.act, 1, 1], -1)
+        mask = torch.ones((), dtype=torch.bool, device=rows.device).expand(n, t)
+        return Segment(obs, act, reward[..., 0], terminal[..., 0] > 0.5, mask, self.dt.expand(n, t, 1), self.system)
+
+    def split(self, config: FitConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows at which a whole window begins, in random order: (train, held out)."""
+        device, t, data = self.table.device, self.length, self.data
+        if t == 1:
+            total = int(data.paired.sum())
+        else:
+            unpaired = torch.cat([data.paired.new_zeros(1, dtype=torch.int64), (~data.paired).long().cumsum(0)])
+            rows = torch.arange(len(data), device=unpaired.device)
+            ends = data.starts[1:][data.episode]
+            whole = (rows + t <= ends) & (unpaired[(rows + t).clamp(max=len(data))] == unpaired[rows])
+            total = int(whole.sum())
+        if total < 2:
+            raise ValueError(
+                f"fit: the data hold {total} windows of {t} steps within an episode, expected at least 2: "
+                "pass more data, or a smaller window length"
+            )
+        count = max(1, min(int(total * config.holdout), config.holdout_max))
+        if t == 1:
+            train, held = data.split(count, generator)
+            return train.to(device), held.to(device)
+        index = whole.nonzero()[:, 0]
+        order = torch.randperm(total, generator=generator, device=generator.device).to(index.device)
+        index = index[order]
+        episode = data.episode[index]
+        sizes = torch.bincount(episode, minlength=data.episodes)
+        shuffled = torch.randperm(data.episodes, generator=generator, device=generator.device).to(index.device)
+        taken = sizes[shuffled].cumsum(0) <= count  # whole episodes, as many as fit
+        apart = torch.zeros(data.episodes, dtype=torch.bool, device=index.device)
+        apart[shuffled[taken]] = True
+        out = apart[episode]
+        if (
+            not out.any() or out.all()
+        ):  # one long episode, say: hold out its last windows, which no other overlaps by much
+            out = index >= index.sort().values[total - count]
+        return index[~out].to(device), index[out].to(device)
+
+
+def streams(train: Tensor, parts: int, config: FitConfig, generator: torch.Generator) -> Tensor:
+    """[parts, N] int32: the rows of each part."""
+    train = train.int()
+    if not config.bootstrap or parts == 1:
+        return train.expand(parts, -1)
+    pick = torch.randint(len(train), (parts, len(train)), generator=generator, device=generator.device)
+    return train[pick.to(train.device)]
+
+
+def order(streams: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """[steps, parts * batch]: an epoch of shuffled rows, contiguous by part; the rest of less than a batch waits."""
+    parts, n = streams.shape
+    batch = min(batch, n)
+    steps = n // batch
+    out = []
+    for stream in streams:
+        perm = torch.randperm(n, generator=generator, device=generator.device)[: steps * batch]
+        out.append(stream[perm.to(stream.device)].reshape(steps, batch))
+    return torch.stack(out, 1).reshape(steps, parts * batch)
+
+
+def noise_of(model: Dynamics, segment: Segment, generator: torch.Generator) -> Tensor:
+    """[B, T, W]"""
+    b, t = segment.mask.shape
+    if not model.noisy_loss:
+        return segment.obs.new_zeros(()).expand(b, t, model.noise_dim)
+    return model.draw(b * t, 1, generator).reshape(b, t, model.noise_dim)
+
+
+# ---------------------------------------------------------------- parts
+
+
+class Parts:
+    """The parameters of a model by part, their optimiser, and what each part has reached."""
+
+    def __init__(self, model: Dynamics, config: FitConfig) -> None:
+        self.model, self.config, self.n = model, config, model.parts
+        names = {p: name for name, p in model.named_parameters()}
+        groups = [g | {"params": list(g["params"])} for g in model.groups()]
+        self.params: dict[str, nn.Parameter] = {names[p]: p for g in groups for p in g["params"]}
+        for name, p in self.params.items():
+            if self.n > 1 and p.shape[:1] != (self.n,):
+                raise ValueError(f"fit: parameter {name} is {list(p.shape)}, expected to lead with the {self.n} parts")
+        like = next(iter(self.params.values()))
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
+        self.moments = {
+            name: (torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for name, p in self.params.items()
+        }
+        for name, p in self.params.items():
+            mean, square, step = self.moments[name]
+            step = step.to(p.device)
+            self.moments[name] = (mean, square, step)
+            self.optimizer.state[p] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        self.snapshot = {name: tuple(x.detach().clone() for x in self._live(name)) for name in self.params}
+        self.best = torch.full((self.n,), torch.inf, dtype=torch.float64, device=like.device)
+        self.mark = self.best.clone()  # the error from which a gain is counted
+        self.wait = torch.zeros(self.n, dtype=torch.int64, device=like.device)
+        low = config.dtype == "bfloat16"
+        self.cast = torch.autocast(like.device.type, torch.bfloat16) if low else contextlib.nullcontext()
+        self.epoch, self.diverged = 0, 0
+        self.train_loss = torch.zeros(0, dtype=torch.float64)
+        self.holdout = torch.zeros(0, self.n, dtype=torch.float64)
+
+    def _live(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What a snapshot holds: the parameter and its moments."""
+        return (self.params[name], *self.moments[name][:2])
+
+    def _wide(self, mask: Tensor, p: Tensor) -> Tensor:
+        """mask [parts] to the shape of p."""
+        return mask.reshape(-1, *[1] * (p.ndim - 1)) if self.n > 1 else mask[0]
+
+    def step(self, segment: Segment, noise: Tensor) -> Tensor:
+        """One update of every part, on its own rows of the segment. Returns the losses [parts]."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.cast:
+            losses = self.model.losses(segment, noise)
+        losses.sum().backward()
+        if self.config.clip is not None:
+            self._clip(self.config.clip)
+        self.optimizer.step()
+        return losses.detach()
+
+    def _clip(self, limit: float) -> None:
+        """Each part's gradient to a norm of at most `limit`; one that is not finite is dropped, for that part only."""
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        norms = [g.reshape(self.n, -1).norm(dim=1) for g in grads]
+        norm = torch.stack(norms).norm(dim=0)
+        scale, ok = (limit / (norm + 1e-6)).clamp(max=1.0), norm.isfinite()
+        for g in grads:
+            g.copy_(torch.where(self._wide(ok, g), g * self._wide(scale, g), 0.0))
+
+    @torch.no_grad()
+    def record(self, loss: Tensor, errors: Tensor) -> None:
+        """At an epoch's end: the errors [parts] decide which snapshots are taken, who waits and who is restored."""
+        errors = errors.double()
+        active = self.wait < self.config.patience
+        finite = errors.isfinite()
+        for p in self.params.values():
+            finite = finite & p.reshape(self.n, -1).isfinite().all(1)
+        better = active & finite & (errors < self.best)
+        gained = active & finite & (self.mark.isinf() | (self.mark - errors > self.config.gain * self.mark.abs()))
+        self.best = torch.where(better, errors, self.best)
+        self.mark = torch.where(gained, errors, self.mark)
+        self.wait = torch.where(gained, 0, self.wait + 1)
+        self.diverged += int((active & ~finite).sum())
+        for name in self.params:
+            for x, best in zip(self._live(name), self.snapshot[name], strict=True):
+                best.copy_(torch.where(self._wide(better, x), x, best))
+                x.copy_(torch.where(self._wide(finite, x), x, best))
+        self.epoch += 1
+        self.train_loss = torch.cat([self.train_loss, loss.detach().double().cpu()[None]])
+        self.holdout = torch.cat([self.holdout, errors.cpu()[None]])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        for name, p in self.params.items():
+            p.copy_(self.snapshot[name][0])
+            p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the rest of the fit depends on, but the data, the config and the generator."""
+        out = {"best": self.best, "mark": self.mark, "wait": self.wait}
+        out |= {"epoch": torch.tensor(self.epoch), "diverged": torch.tensor(self.diverged)}
+        out |= {"train_loss": self.train_loss, "holdout": self.holdout}
+        for name, p in self.params.items():
+            out |= {f"param.{name}": p.detach()}
+            out |= {f"snapshot.{k}.{name}": x for k, x in zip(KEPT, self.snapshot[name], strict=True)}
+            out |= {f"{k}.{name}": x for k, x in zip(("mean", "square", "step"), self.moments[name], strict=True)}
+        return out
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where the state is of another model."""
+        own = self.state()
+        for name, x in own.items():
+            free = name in ("train_loss", "holdout")
+            if name not in state or (not free and state[name].shape != x.shape):
+                got = list(state[name].shape) if name in state else "nothing"
+                raise ValueError(
+                    f"fit: resume holds {got} for {name}, expected {list(x.shape)}: another model's state?"
+                )
+        for name, x in own.items():
+            if "." in name or name in ("best", "mark", "wait"):
+                x.copy_(state[name])
+        self.epoch, self.diverged = int(state["epoch"]), int(state["diverged"])
+        self.train_loss, self.holdout = state["train_loss"].cpu().clone(), state["holdout"].cpu().clone()

@@ -1,0 +1,114 @@
+"""Networks that come in stacks: n independent networks of one shape, evaluated by batched matrix products."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["silu", "relu"]
+Init = Callable[[Tensor, torch.Generator | None], object]  # fills one weight [in, out] in place
+
+
+def truncated(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """Normal of standard deviation 1 / (2 sqrt(in)), redrawn beyond two standard deviations."""
+    std = 0.5 / weight.shape[0] ** 0.5
+    nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+
+def uniform(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """Uniform within 1 / sqrt(in), as torch's own linear layers."""
+    bound = 1 / max(weight.shape[0], 1) ** 0.5
+    nn.init.uniform_(weight, -bound, bound, generator=generator)
+
+
+def orthogonal(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """Orthonormal columns or rows, scaled by sqrt(2)."""
+    nn.init.orthogonal_(weight, 2**0.5, generator=generator)
+
+
+class StackedMLP(nn.Module):
+    """n multilayer perceptrons of the same sizes, e.g. [in, 200, 200, out]; no activation after the last layer.
+
+    `weights[l]` is [n, in, out], `biases[l]` is [n, 1, out]. The weights are drawn by `init`, on the CPU, from the
+    generator (torch's global one where None); biases begin at zero."""
+
+    def __init__(
+        self,
+        n: int,
+        sizes: Sequence[int],
+        activation: Activation = "silu",
+        init: Init = truncated,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if n < 1 or len(sizes) < 2 or min(sizes[1:]) < 1 or sizes[0] < 0:
+            raise ValueError(f"StackedMLP: got n {n} and sizes {list(sizes)}, expected n >= 1 and two sizes or more")
+        if activation not in ("silu", "relu"):
+            raise ValueError(f"StackedMLP: activation is {activation!r}, expected 'silu' or 'relu'")
+        self.n, self.sizes = n, tuple(sizes)
+        self.activation: Activation = activation
+        device = "cpu" if generator is None else generator.device
+        weights = [torch.empty(n, i, o, device=device) for i, o in pairwise(sizes)]
+        for weight in weights:
+            for member in weight:
+                init(member, generator)
+        self.weights = nn.ParameterList(weights)
+        self.biases = nn.ParameterList([torch.zeros(n, 1, o, device=device) for o in sizes[1:]])
+
+    def layers(self, index: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(weight, bias, weight, bias ...), or those of the networks `index` [m] only, for `apply_layers`."""
+        flat = [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+        return tuple(flat if index is None else (p[index] for p in flat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n or 1, B, in] -> [n, B, out]; a leading 1 gives every network the same rows."""
+        return apply_layers(self.layers(), x, self.activation)
+
+
+def apply_layers(layers: Sequence[Tensor], x: Tensor, activation: Activation) -> Tensor:
+    """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1, out], ...) -> [n, B, out]."""
+    reuse = not torch.is_grad_enabled()  # then nobody needs what the activation was given
+    act = (lambda y: F.silu(y, inplace=reuse)) if activation == "silu" else (lambda y: F.relu(y, inplace=reuse))
+    last = len(layers) - 2
+    for i in range(0, last + 2, 2):
+        weight, bias = layers[i], layers[i + 1]
+        if x.shape[0] != weight.shape[0]:
+            x = x.expand(weight.shape[0], -1, -1)
+        x = torch.baddbmm(bias, x, weight)
+        if i < last:
+            x = act(x)
+    return x
+
+
+class Normalizer(nn.Module):
+    """Standardises the last axis by a mean and a standard deviation that `fit` sets; the identity until then.
+    They are buffers: saved with the model, not trained."""
+
+    mean: Tensor  # [D]
+    std: Tensor  # [D]
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """x [..., D]: a column that hardly moves (a standard deviation below 1e-6 of its size, or 1e-8) is only
+        centred. Computed in float64."""
+        x = x.detach().reshape(-1, x.shape[-1]).double()
+        if len(x) == 0:
+            raise ValueError("Normalizer: got no rows, expected at least one")
+        mean, std = x.mean(0), x.std(0, correction=0)
+        still = std <= (1e-6 * x.abs().amax(0)).clamp(min=1e-8)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(still, 1.0, std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean

@@ -1,0 +1,65 @@
+"""Devices and generators, as far as a machine without an accelerator can tell; see tests/gpu for the rest."""
+
+import pytest
+import torch
+
+from mbrl import device as devices
+
+
+def test_pick_names_what_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.pick() == torch.device("cpu")
+    assert devices.pick("cpu") == torch.device("cpu")
+    assert not devices.available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.pick() == torch.device("cuda")
+    assert devices.pick("cuda:1") == torch.device("cuda", 1)
+    assert devices.pick("cpu") == torch.device("cpu")
+    assert devices.available()
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta", "mps"])
+def test_a_device_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=f"device: got '{name}', expected 'auto', 'cpu' or 'cuda"):
+        devices.pick(name)
+
+
+def test_an_accelerator_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"got 'cuda', but this machine .* has none; pass --device cpu"):
+        devices.pick("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"got 'cuda:2', but this machine .* has 2 of them"):
+        devices.pick("cuda:2")
+
+
+def test_the_cpu_is_described_and_never_waited_for():
+    assert devices.describe(torch.device("cpu")) == f"cpu, {torch.get_num_threads()} threads"
+    assert devices.synchronize(torch.device("cpu")) is None
+
+
+def test_a_generator_is_its_own():
+    before = torch.get_rng_state()
+    a, b = devices.generator(3), devices.generator(3)
+    assert torch.equal(torch.rand(4, generator=a), torch.rand(4, generator=b))
+    assert not torch.equal(torch.rand(4, generator=a), torch.rand(4, generator=devices.generator(4)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fresh_seeds_are_fresh_whatever_was_seeded():
+    torch.manual_seed(0)
+    first = [devices.fresh_seed() for _ in range(4)]
+    torch.manual_seed(0)
+    second = [devices.fresh_seed() for _ in range(4)]
+    assert len({*first, *second}) == 8
+    assert all(0 <= seed < 2**31 for seed in (*first, *second))
+
+
+def test_nothing_is_captured_on_the_cpu():
+    calls = []
+    fn = lambda x: calls.append(1) or x + 1
+    assert devices.graphed(fn, torch.zeros(1)) is fn
+    assert devices.graphed(fn, 3, {"a": ()}) is fn
+    assert not calls, "nor is anything run"
