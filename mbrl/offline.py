@@ -1,0 +1,674 @@
+"""The one offline loop: starts from the data, imagined rollouts, penalise or truncate by uncertainty, a policy update.
+
+MOPO (Yu et al., NeurIPS 2020), MOReL (Kidambi et al., NeurIPS 2020), MOBILE (Sun et al., ICML 2023), MOREC (Luo et
+al., ICLR 2024), behaviour cloning and TD3+BC (Fujimoto & Gu, NeurIPS 2021) are settings of it, see `PRESETS`.
+Environments stay outside: termination, reward and evaluation come in as functions.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mbrl import device as devices
+from mbrl.baselines import BcConfig, Td3BcConfig
+from mbrl.core import Dynamics, Segment, Spec, StepInput, repeat, rows
+from mbrl.data import Buffer, Dataset, Transitions
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward
+from mbrl.fit import FitConfig, fit
+from mbrl.rollout import imagine
+from mbrl.sac import Sac, SacConfig
+from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal
+
+Terminal = Callable[[Tensor, Tensor, Tensor], Tensor]  # (obs [B, O], act [B, A], next obs [B, O]) -> [B] bool
+Reward = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same -> [B]
+Policy = Callable[[Tensor], Tensor]  # obs [n, O] -> act [n, A]
+Evaluate = Callable[[Policy], Any]  # -> undiscounted returns [episodes]
+
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """reward - coefficient * uncertainty."""
+
+    coefficient: float = 0.0
+    name: str = "aleatoric"
+    """One of the learner's uncertainties, or "bellman": the standard deviation over the learner's parts of the mean
+    target value of their next states (MOBILE)."""
+    samples: int = 10
+    """Next states a part, for "bellman"."""
+    scaled: bool = False
+    """The coefficient is in standard deviations of the data's reward for an uncertainty as large as its mean over the
+    data's transitions, so that one number serves data of any units. Not for "bellman", whose units are the reward's."""
+
+    def __post_init__(self) -> None:
+        if self.coefficient < 0 or self.samples < 1:
+            raise ValueError(f"Penalty: got {self.coefficient} and {self.samples} samples, expected >= 0 and >= 1")
+        if self.scaled and self.name == "bellman":
+            raise ValueError("Penalty: scaled goes with a learner's uncertainty, not with 'bellman'; leave one out")
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A rollout ends with the first transition whose uncertainty is above the threshold."""
+
+    name: str = "implausibility"
+    threshold: float = math.inf
+    relative: bool = False
+    """The threshold is in units of the largest uncertainty over the data's own transitions (MOReL)."""
+    then: Literal["terminal", "bootstrap", "drop"] = "terminal"
+    """The cut transition is stored as an end without a value after it, as one with a value, or not at all. Where the
+    data's mean reward is negative, "terminal" would pay for being cut: there the value after it is that of the mean
+    reward for ever."""
+    reward: float | None = None
+    """The reward of the cut transition; as predicted where None (MOReL gives a large negative one)."""
+
+
+@dataclass(frozen=True)
+class Morec:
+    """A dynamics reward, fitted against the learner, that chooses among its candidates."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+
+
+@dataclass(frozen=True)
+class Imagination:
+    """Rollouts of the policy in the learned model."""
+
+    horizon: int = 5
+    rollouts: int = 50_000
+    """Start states, drawn from the data, each time."""
+    budget: int | None = None
+    """No new chunk of starts once so many transitions have been kept: short rollouts make room for more of them."""
+    every: int = 1_000
+    """Updates from one batch of rollouts to the next."""
+    retain: int = 5
+    """How many such batches the buffer holds."""
+    block: int = 5
+    """Steps between two clearings of rows that have ended. It changes no number but the random stream."""
+    chunk: int = 10_000
+    """Rows a call of the model."""
+    penalty: Penalty = field(default_factory=Penalty)
+    truncation: Truncation | None = None
+    morec: Morec | None = None
+    floor: bool = False
+    """Values and their targets are kept >= 0, as MOBILE does; not where the data's mean reward is negative, since there
+    the bound would be false."""
+
+
+@dataclass(frozen=True)
+class OfflineConfig:
+    """A policy learner and what it learns from. Without imagination it sees the data alone."""
+
+    agent: SacConfig | BcConfig | Td3BcConfig = field(default_factory=SacConfig)
+    imagination: Imagination | None = field(default_factory=Imagination)
+    updates: int = 100_000
+    batch: int = 256
+    real_ratio: float = 0.05
+    """The share of a batch that comes from the data."""
+    evaluate_every: int = 5_000
+    log_every: int = 1_000
+
+
+MOPO = OfflineConfig(imagination=Imagination(penalty=Penalty(2.5)))
+MOREL = OfflineConfig(
+    imagination=Imagination(
+        truncation=Truncation("disagreement", 1.0, relative=True, reward=-10.0), horizon=100, rollouts=2_000
+    )
+)
+MOBILE = OfflineConfig(
+    agent=SacConfig(deterministic_backup=True),
+    imagination=Imagination(penalty=Penalty(1.0, "bellman"), floor=True, rollouts=10_000),
+)
+# r_D < 0.6 cuts: log(1 + e) - 0.6 is that bound on the implausibility.
+_CUT = Truncation("implausibility", math.log(1 + math.e) - 0.6)
+# Published: 2000 starts of up to 100 steps. Most are cut long before: the budget makes up for that, at a known cost.
+_LONG: dict[str, Any] = {"horizon": 100, "rollouts": 5_000, "budget": 20_000, "chunk": 500}
+MOREC_MOPO = OfflineConfig(
+    agent=SacConfig(actor_lr=3e-4),
+    imagination=Imagination(morec=Morec(), penalty=Penalty(0.5, scaled=True), truncation=_CUT, **_LONG),
+)
+MOREC_MOBILE = replace(
+    MOBILE,
+    imagination=Imagination(morec=Morec(), penalty=Penalty(0.5, "bellman"), floor=True, truncation=_CUT, **_LONG),
+)
+BC = OfflineConfig(agent=BcConfig(), imagination=None, real_ratio=1.0)
+TD3_BC = OfflineConfig(agent=Td3BcConfig(), imagination=None, real_ratio=1.0)
+PRESETS: dict[str, OfflineConfig] = {
+    "morec-mopo": MOREC_MOPO,
+    "morec-mobile": MOREC_MOBILE,
+    "mopo": MOPO,
+    "morel": MOREL,
+    "mobile": MOBILE,
+    "bc": BC,
+    "td3-bc": TD3_BC,
+}
+
+
+# ---------------------------------------------------------------- what a loop tells and keeps
+
+
+class Record(Protocol):
+    """Where a loop's numbers and its state go. `mbrl.run.Run` is one on disk; this one forgets."""
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step of a stage."""
+
+    def progress(self, stage: str, step: int, total: int | None, values: Mapping[str, float]) -> None:
+        """How far a stage is."""
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep tensors and plain facts under a name, all or nothing."""
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept under a name, if anything was."""
+
+
+class Forget:
+    """A record that keeps nothing."""
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None: ...
+    def progress(self, stage: str, step: int, total: int | None, values: Mapping[str, float]) -> None: ...
+    def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None: ...
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out. returns: per evaluation, (updates, returns [S, episodes])."""
+
+    agent: Any
+    models: Sequence[Dynamics]
+    returns: list[tuple[int, list[list[float]]]]
+    seconds: dict[str, float]
+
+    def last(self, n: int = 10) -> Tensor:
+        """[S]: each seed's mean return over the last n evaluations. Not the best: the last."""
+        return torch.tensor([r for _, r in self.returns[-n:]]).mean((0, 2))
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hexadecimal digits that name what was fitted: the same data, settings and seed, the same name."""
+
+    def plain(x: Any) -> Any:
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            return dataclasses.asdict(x) | {"_": type(x).__name__}
+        return x
+
+    text = json.dumps([plain(x) for x in parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- the stages before the policy
+
+
+def learn_model(data: Dataset, dynamics: Any, config: FitConfig, seed: int, record: Record) -> Dynamics:
+    """The fitted learner: from the record where it holds one, else fitted (and resumed where that was interrupted)."""
+    device = data.obs.device
+    name = f"model-{digest(data.sha256, len(data), dynamics, config, seed)}"
+    generator = devices.generator(seed, device)
+    model = dynamics.build(data.spec, generator).to(device)
+    if kept := record.load(name):
+        model.load_state_dict(kept[0])
+        return model.eval()
+    keep = lambda state: record.save(f"{name}.partial", state, {})
+    partial = record.load(f"{name}.partial")
+    told = lambda step, total, values: _tell(record, "model", step, total, values)
+    report = fit(model, data, config, generator, progress=told, checkpoint=keep, resume=partial[0] if partial else None)
+    record.save(name, model.state_dict(), dataclasses.asdict(report))
+    return model.eval()
+
+
+def learn_reward(
+    model: Dynamics, data: Dataset, dynamics: Any, fitting: FitConfig, config: RewardConfig, seed: int, record: Record
+) -> DynamicsReward:
+    """The dynamics reward fitted against the model, by the same rules as `learn_model`."""
+    device = data.obs.device
+    name = f"reward-{digest(data.sha256, len(data), dynamics, fitting, config, seed)}"
+    if kept := record.load(name):
+        reward = config.build(data.spec).to(device)
+        reward.load_state_dict(kept[0])
+        return reward.eval()
+    keep = lambda state: record.save(f"{name}.partial", state, {})
+    partial = record.load(f"{name}.partial")
+    told = lambda step, total, values: _tell(record, "reward", step, total, values)
+    reward = fit_reward(
+        model,
+        data,
+        config,
+        devices.generator(seed + 1, device),
+        progress=told,
+        checkpoint=keep,
+        resume=partial[0] if partial else None,
+    )
+    record.save(name, reward.state_dict(), {})
+    return reward.eval()
+
+
+def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Record) -> Terminal:
+    """A termination head, for a source whose termination nobody has written down."""
+    name = f"terminal-{digest(data.sha256, len(data), config, seed)}"
+    head = TerminalHead(data.spec.obs, data.spec.act, config).to(data.obs.device)
+    if kept := record.load(name):
+        head.load_state_dict(kept[0])
+        return head
+    head = fit_terminal(data, config, devices.generator(seed + 2, data.obs.device))
+    record.save(name, head.state_dict(), {})
+    return head
+
+
+def _tell(record: Record, stage: str, step: int, total: int | None, values: Mapping[str, float]) -> None:
+    record.progress(stage, step, total, values)
+    record.log(stage, step, values)
+
+
+# ---------------------------------------------------------------- imagined transitions
+
+
+def bellman_inconsistency(
+    agent: Sac, model: Dynamics, state: Any, act: Tensor, dt: Tensor, cond: Any, noise: Tensor, floor: bool
+) -> Tensor:
+    """[B]: the standard deviation, over the learner's parts, of the mean target value of their next states (MOBILE,
+    Sun et al. 2023). agent: of one seed. noise: [B, k * W] of k futures. A filter is looked through: the parts are the
+    inner learner's."""
+    while isinstance(model, Filtered):
+        model = model.inner
+    k = noise.shape[1] // model.noise_dim if model.noise_dim else 1
+    after = model.each(state, StepInput(act, noise, dt), cond, k).obs  # [P, B * k, O]
+    parts, n, _ = after.shape
+    flat = after.flatten(0, 1)[None]  # [1, P * B * k, O]
+    value = agent.q(flat, agent.act(flat), target=True)[0].amin(0)
+    if floor:
+        value = value.clamp(min=0)
+    return value.reshape(parts, n // k, k).mean(-1).std(0, correction=0)
+
+
+def truncate(
+    segment: Segment, doubt: Tensor, limit: float, config: Truncation, after: float = 0.0
+) -> tuple[Segment, Tensor, Tensor]:
+    """Ends every row with its first transition whose doubt [B, T] exceeds the limit. Returns the Segment with what
+    follows the cut masked (and the cut itself, where it is dropped), the rows that were cut [B], and the number of
+    transitions that were alive before [B]."""
+    cut = (doubt > limit) & segment.mask  # [B, T]
+    seen = cut.cumsum(1)
+    first = cut & (seen == 1)
+    mask = segment.mask & ((seen == 0) | first)
+    reward, terminal = segment.reward, segment.terminal
+    if config.reward is not None:
+        reward = torch.where(first, torch.full_like(reward, config.reward), reward)
+    if config.then == "terminal":
+        reward = torch.where(first & ~terminal, reward + after, reward)
+        terminal = terminal | first
+    elif config.then == "drop":
+        mask = mask & ~first
+    return segment._replace(mask=mask, reward=reward, terminal=terminal), cut.any(1), segment.mask.sum(1)
+
+
+@torch.no_grad()
+def rollouts(
+    agent: Sac,
+    model: Dynamics,
+    data: Dataset,
+    terminal: Terminal,
+    reward: Reward | None,
+    config: Imagination,
+    limit: float,
+    generator: torch.Generator,
+    unit: float = 1.0,
+    after: float = 0.0,
+) -> Iterator[tuple[Transitions, dict[str, float]]]:
+    """Batches of imagined transitions, a block of steps at a time, with what to log of them. agent: of one seed.
+    limit: of `truncation`, in the uncertainty's own units; unit: what the penalty's coefficient is multiplied by;
+    after: what the reward of a cut that is stored as an end stands for besides itself."""
+    device = data.obs.device
+    starts = data.paired.nonzero()[:, 0]
+    act_dim, horizon = data.spec.act, config.horizon
+    core = model
+    while isinstance(core, Filtered):
+        core = core.inner
+    drawn = starts[torch.randint(len(starts), (config.rollouts,), generator=generator, device=device)]
+    made = 0
+    for index in drawn.split(config.chunk):
+        if config.budget is not None and made >= config.budget:
+            return
+        n = len(index)
+        cond = model.condition(data.obs.new_zeros(1, model.spec.ctx))
+        state = model.init(data.obs[index], cond)
+        alive = torch.ones(n, dtype=torch.bool, device=device)
+        step = 0
+        while step < horizon and len(alive):
+            n, block = len(alive), min(config.block, horizon - step)
+            dt = torch.full((n, 1), data.dt, dtype=data.obs.dtype, device=device)
+            normal = lambda n=n: torch.randn(n, act_dim, generator=generator, dtype=data.obs.dtype, device=device)
+            noise = ((normal(), model.draw(n, 1, generator)) for _ in range(block))
+            policy = lambda obs, z: agent.act(obs[None], z[None])[0]
+            system = torch.zeros(1, dtype=torch.int64, device=device)
+            state, alive, segment, doubts = imagine(model, policy, terminal, state, alive, noise, dt, cond, system)
+            log: dict[str, float] = {}
+            if reward is not None:
+                flat = (segment.obs[:, :-1].flatten(0, 1), segment.act.flatten(0, 1), segment.obs[:, 1:].flatten(0, 1))
+                segment = segment._replace(reward=reward(*flat).reshape(n, block))
+            penalty = config.penalty
+            if penalty.coefficient and penalty.name == "bellman":
+                obs, act = segment.obs[:, :-1].flatten(0, 1), segment.act.flatten(0, 1)
+                z = core.draw(n * block, penalty.samples, generator)
+                seen = core.init(obs, cond)  # a latent state is read anew from what was observed
+                doubts["bellman"] = bellman_inconsistency(
+                    agent, core, seen, act, repeat(dt, block), cond, z, config.floor
+                ).reshape(n, block)
+            if penalty.coefficient:
+                doubt = _named(doubts, penalty.name)
+                segment = segment._replace(reward=segment.reward - penalty.coefficient * unit * doubt)
+            cut, ended = torch.zeros_like(alive), float((segment.terminal & segment.mask).sum())
+            if config.truncation is not None:
+                doubt = _named(doubts, config.truncation.name)
+                segment, cut, _ = truncate(segment, doubt, limit, config.truncation, after)
+                alive = alive & ~cut
+            wrong = segment.mask & ~segment.reward.isfinite()  # an infinite doubt, penalised: as a prediction that is
+            segment = segment._replace(mask=segment.mask & (wrong.cumsum(1) == 0))  # not finite, the row ends before it
+            alive = alive & ~wrong.any(1)
+            keep = segment.mask.flatten()
+            flat = Transitions(
+                segment.obs[:, :-1].flatten(0, 1),
+                segment.act.flatten(0, 1),
+                segment.reward.flatten(),
+                segment.obs[:, 1:].flatten(0, 1),
+                segment.terminal.flatten().to(segment.obs),
+            )
+            kept = Transitions(*(x[keep] for x in flat))
+            made += len(kept.obs)
+            log = {
+                "starts": float(len(index) if step == 0 else 0),
+                "transitions": float(len(kept.obs)),
+                "cut": float(cut.sum()),
+                "ended": ended,
+                "reward_sum": float(kept.reward.double().sum()),
+            } | {f"{name}_sum": float(x.flatten()[keep].double().sum()) for name, x in doubts.items()}
+            yield kept, log
+            step += block
+            if model_is_free(cond):
+                left = alive.nonzero()[:, 0]
+                state, alive = rows(state, left), alive[left]
+
+
+def model_is_free(cond: Any) -> bool:
+    """Whether every leaf of a condition leads with 1 (or there is none), so that single rows may be dropped."""
+    return all(x.shape[0] == 1 for x in pytree.tree_leaves(cond))
+
+
+def _named(doubts: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in doubts:
+        raise ValueError(f"uncertainty {name!r} is not one that the model has: got {sorted(doubts)}")
+    return doubts[name]
+
+
+def uncertainty_limit(model: Dynamics, data: Dataset, config: Truncation, generator: torch.Generator) -> float:
+    """The threshold in the uncertainty's own units."""
+    if not config.relative:
+        return config.threshold
+    return config.threshold * float(doubts_on(model, data, config.name, generator).max())
+
+
+def penalty_unit(model: Dynamics, data: Dataset, config: Penalty, generator: torch.Generator) -> float:
+    """What a scaled coefficient is multiplied by: the reward's standard deviation over the mean uncertainty."""
+    if not config.scaled or not config.coefficient:
+        return 1.0
+    mean = doubts_on(model, data, config.name, generator).double().mean()
+    return float(data.reward.double().std(correction=0) / mean.clamp(min=1e-12))
+
+
+@torch.no_grad()
+def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Generator, most: int = 20_000) -> Tensor:
+    """The uncertainty of that name on the data's own transitions, at most so many of them; the finite ones."""
+    index = data.paired.nonzero()[:, 0]
+    if len(index) > most:
+        order = torch.randperm(len(index), generator=generator, device=index.device)
+        index = index[order[:most]]
+    cond, found = model.condition(data.obs.new_zeros(1, model.spec.ctx)), []
+    for part in index.split(5_000):
+        dt = torch.full((len(part), 1), data.dt, dtype=data.obs.dtype, device=data.obs.device)
+        inp = StepInput(data.act[part], model.draw(len(part), 1, generator), dt)
+        doubt = _named(model.step(model.init(data.obs[part], cond), inp, cond)[1].uncertainty, name)
+        found.append(doubt[doubt.isfinite()])
+    return torch.cat(found)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(
+    config: OfflineConfig,
+    data: Dataset,
+    *,
+    dynamics: Any = None,
+    fitting: FitConfig | None = None,
+    terminal: Terminal | None = None,
+    reward: Reward | None = None,
+    evaluate: Evaluate | None = None,
+    seeds: Sequence[int] = (0,),
+    models: Sequence[Dynamics] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    record: Record | None = None,
+) -> Result:
+    """Fit a model (and a dynamics reward) to the data, then learn a policy in it.
+
+    dynamics: a learner's config, the probabilistic ensemble by default. terminal: the task's termination, learned
+    from the data where None. reward: the task's reward, the learner's own head where None. evaluate: called with a
+    policy, returns [episodes] of the real environment. models: fitted learners, one a seed (or one for all), instead
+    of fitting any. start: an agent's state to start from. record: where numbers and state go; a record that holds an
+    interrupted run's state makes this call continue it, to the same numbers.
+
+    Raises ValueError where the settings and the data do not go together."""
+    record = record or Forget()
+    dynamics, fitting = dynamics or EnsembleConfig(), fitting or FitConfig()
+    _check(config, data, models, seeds)
+    device, spec, seconds = data.obs.device, data.spec, {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name] = seconds.get(name, 0.0) + now - clock
+        clock = now
+
+    imagination, limits, units = config.imagination, [], []
+    if imagination is not None and imagination.floor and data.reward.double().mean() < 0:
+        imagination = replace(imagination, floor=False)
+    made: list[Dynamics] = []
+    if imagination is not None:
+        for seed in seeds:
+            model = models[len(made) % len(models)] if models else learn_model(data, dynamics, fitting, seed, record)
+            lap("model")
+            if imagination.morec is not None and not models:
+                rule = imagination.morec
+                r = learn_reward(model, data, dynamics, fitting, rule.reward, seed, record)
+                model = rule.filter.build(model, r).to(device).eval()
+                lap("reward")
+            made.append(model)
+            cut = imagination.truncation
+            probe = devices.generator(seed + 3, device)
+            limits.append(math.inf if cut is None else uncertainty_limit(model, data, cut, probe))
+            units.append(penalty_unit(model, data, imagination.penalty, probe))
+        if terminal is None:
+            terminal = learn_terminal(data, TerminalConfig(), seeds[0], record)
+            lap("terminal")
+
+    gamma = getattr(config.agent, "gamma", 0.0)
+    after = min(0.0, gamma * data.reward.double().mean().item() / (1 - gamma)) if gamma < 1 else 0.0
+    generator = devices.generator(_mix(seeds), device)
+    settings = config.agent
+    if isinstance(settings, SacConfig):
+        floor = 0.0 if imagination is not None and imagination.floor else settings.target_min
+        settings = replace(settings, total=config.updates, target_min=floor)
+    agent = settings.build(spec, generator, seeds=len(seeds)).to(device)
+    if settings.normalize:
+        agent.set_normalizer(data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3)
+    if start is not None:
+        agent.load_state_dict(dict(start))
+        agent.updates.zero_()  # else the actor's learning rate begins where that of the other training ended, at 0
+    buffer = None
+    if imagination is not None:
+        most = imagination.rollouts
+        if imagination.budget is not None:  # the last chunk may begin just below it
+            most = min(most, imagination.budget // imagination.horizon + imagination.chunk)
+        capacity = imagination.retain * most * imagination.horizon
+        buffer = Buffer(len(seeds), capacity, spec, device=device, dtype=data.obs.dtype)
+    real = data.transitions().pack()
+    n_real = config.batch if buffer is None else int(config.batch * config.real_ratio)
+
+    def update(pick: Tensor, uniform: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """One update of every seed from row numbers [S, n], uniforms [S, m] and normals [2, S, B, A]."""
+        batch = real[pick]
+        if buffer is not None:
+            batch = torch.cat([batch, buffer.sample(uniform)], 1)
+        return agent.update(Transitions.unpack(batch, spec), noise)
+
+    first, history = 0, []
+    counts: list[list[int]] = [[] for _ in seeds]  # transitions of the last batches of rollouts, of each seed
+    if kept := record.load("policy.partial"):
+        tensors, facts = kept
+        agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
+        if buffer is not None:
+            buffer.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("buffer.")})
+        generator.set_state(tensors["generator"].cpu())
+        first, history, counts = facts["updates"], facts["returns"], facts["counts"]
+        for name, value in facts["seconds"].items():
+            seconds[name] = seconds.get(name, 0.0) + value
+
+    def checkpoint(done: int) -> None:
+        tensors = {f"agent.{k}": v for k, v in agent.state_dict().items()} | {"generator": generator.get_state()}
+        if buffer is not None:
+            tensors |= {f"buffer.{k}": v for k, v in buffer.state_dict().items()}
+        policy_time = {k: v for k, v in seconds.items() if k in ("rollout", "update", "evaluate")}
+        record.save(
+            "policy.partial", tensors, {"updates": done, "returns": history, "counts": counts, "seconds": policy_time}
+        )
+
+    sums: dict[str, Tensor] = {}
+    counted = 0
+    go = None
+    total = config.updates
+    lap("setup")
+    for i in range(first, total):
+        if imagination is not None and buffer is not None and i % imagination.every == 0:
+            assert terminal is not None
+            assert isinstance(agent, Sac)
+            logs: dict[str, float] = {}
+            for s, model in enumerate(made):
+                arguments = (terminal, reward, imagination, limits[s], generator, units[s], after)
+                counts[s] = [*counts[s][1 - imagination.retain :], 0] if imagination.retain > 1 else [0]
+                for batch, log in rollouts(agent.one(s), model, data, *arguments):
+                    buffer.add(s, batch)
+                    counts[s][-1] += len(batch.obs)
+                    logs = {k: logs.get(k, 0.0) + v for k, v in log.items()}
+                buffer.keep(s, sum(counts[s]))
+            if min(buffer.size) == 0:
+                raise ValueError("no imagined transition was kept: every rollout was cut, or not finite, at its start")
+            record.log("rollout", i, _means(logs))
+            lap("rollout")
+        pick = torch.randint(len(real), (len(seeds), n_real), generator=generator, device=device)
+        uniform = torch.rand(len(seeds), config.batch - n_real, generator=generator, device=device)
+        noise = torch.randn(
+            2, len(seeds), config.batch, spec.act, generator=generator, device=device, dtype=data.obs.dtype
+        )
+        if go is None:
+            go = _captured(update, agent, pick, uniform, noise)
+        for name, value in go(pick, uniform, noise).items():
+            sums[name] = sums[name] + value if name in sums else value.clone()
+        counted += 1
+        done = i + 1
+        if done % config.log_every == 0 or done == total:
+            means = {k: (v / counted).mean().item() for k, v in sums.items()}
+            sums, counted = {}, 0
+            lap("update")
+            record.log("policy", done, means)
+            record.progress("policy", done, total, means)
+        if done % config.evaluate_every == 0 or done == total:
+            lap("update")
+            if evaluate is not None:
+                returns = [_evaluate(evaluate, agent, s) for s in range(len(seeds))]
+                history.append((done, returns))
+                mean = torch.tensor(returns).mean().item()
+                record.log("evaluate", done, {"return": mean})
+                record.progress("policy", done, total, {"return": mean})
+            lap("evaluate")
+            checkpoint(done)
+            lap("checkpoint")
+    record.save(
+        "agent",
+        agent.state_dict(),
+        {"spec": [spec.obs, spec.act], "updates": total, "returns": history, "seconds": seconds},
+    )
+    return Result(agent, made, history, seconds)
+
+
+def policy_of(agent: Any, seed: int = 0) -> Policy:
+    """The deterministic policy of one seed: obs [n, O] -> act [n, A] in [-1, 1]."""
+
+    one = agent.one(seed)
+    like = next(agent.parameters())
+
+    @torch.no_grad()
+    def act(obs: Tensor) -> Tensor:
+        return one.act(obs.to(like)[None])[0].to(obs.device)
+
+    return act
+
+
+def _evaluate(evaluate: Evaluate, agent: Any, seed: int) -> list[float]:
+    return [float(x) for x in evaluate(policy_of(agent, seed))]
+
+
+def _captured(update: Callable, agent: nn.Module, *example: Tensor) -> Callable:
+    """`update` as a graph where the device has such; the agent is left as it was."""
+    if example[0].device.type == "cpu":
+        return update
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    go = devices.graphed(update, *example)
+    agent.load_state_dict(before)
+    return go
+
+
+def _means(logs: Mapping[str, float]) -> dict[str, float]:
+    n, starts = max(logs.get("transitions", 0.0), 1.0), max(logs.get("starts", 0.0), 1.0)
+    out = {k.removesuffix("_sum"): v / n for k, v in logs.items() if k.endswith("_sum")}
+    cut = {"transitions": logs.get("transitions", 0.0), "cut": logs.get("cut", 0.0) / starts}
+    return out | cut | {"ended": logs.get("ended", 0.0) / starts, "length": logs.get("transitions", 0.0) / starts}
+
+
+def _mix(seeds: Sequence[int]) -> int:
+    """One seed for a group of them: that of a single seed is the seed."""
+    return seeds[0] if len(seeds) == 1 else int(digest(list(seeds)), 16) % 2**31
+
+
+def _check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | None, seeds: Sequence[int]) -> None:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: got {list(seeds)}, expected at least one and no two alike")
+    if config.imagination is None and config.real_ratio < 1:
+        raise ValueError(f"real_ratio: got {config.real_ratio} without imagination, expected 1")
+    if config.imagination is not None and not isinstance(config.agent, SacConfig):
+        raise ValueError(f"agent: got {type(config.agent).__name__} with imagination, expected SacConfig")
+    if not 0 <= config.real_ratio <= 1:
+        raise ValueError(f"real_ratio: got {config.real_ratio}, expected a share in [0, 1]")
+    if config.updates < 1 or config.batch < 1:
+        raise ValueError(f"updates and batch: got {config.updates} and {config.batch}, expected at least 1 each")
+    if int(data.paired.sum()) < 2:
+        raise ValueError(f"{data.name or 'data'}: {int(data.paired.sum())} transitions with a successor, expected more")
+    if models and len(models) not in (1, len(seeds)):
+        raise ValueError(f"models: got {len(models)} for {len(seeds)} seeds, expected 1 or one a seed")
+    for model in models or ():
+        want = Spec(data.spec.obs, data.spec.act, model.spec.ctx, model.spec.systems)
+        if model.spec != want:
+            raise ValueError(f"models: one is for {model.spec}, the data are {want}")

@@ -1,0 +1,579 @@
+"""Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905) for S seeds at once.
+
+Every tensor leads with the seeds [S, ...]; seeds never see each other. A network's parameters are one flat row a
+network, so that an optimiser's step or a target's move is a few operations on one tensor, whatever the layers. The
+update's gradients are written out by hand: on a CPU an update of this size spends a third of its time in autograd's
+book-keeping and in gradients that nobody reads. `critic_loss` and `actor_loss` say the same in plain autograd form;
+layer normalisation takes that path, and a regulariser of the critic can be added to it.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mbrl.core import Spec
+from mbrl.data import Transitions
+
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # stable-baselines3's, so that policies can be exchanged
+Layers = list[tuple[Tensor, Tensor]]  # (weight [out, in], bias [out]) each
+Views = list[list[Tensor]]
+
+# ---------------------------------------------------------------- networks as flat rows
+
+
+@dataclass(frozen=True)
+class FlatMLP:
+    """A ReLU network whose parameters are one flat row [P]: per layer the weight [in, out], the bias [out] and, with
+    `layer_norm` and but for the last layer, a scale and a shift [out]. Sections begin at multiples of 64 bytes of
+    float32, for the sake of matrix products; what lies between is zero and stays zero. n rows are n networks."""
+
+    sizes: tuple[int, ...]
+    layer_norm: bool = False
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        out = []
+        for i, (a, b) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+            out += [(a, b), (1, b)]
+            if self.layer_norm and i + 2 < len(self.sizes):
+                out += [(1, b), (1, b)]
+        return out
+
+    @property
+    def width(self) -> int:
+        """P, the length of a row."""
+        return sum(-(-a * b // 16) * 16 for a, b in self.shapes)
+
+    def views(self, flat: Tensor) -> Views:
+        """flat [n, P] -> per layer [weight [n, in, out], bias [n, 1, out] (, scale, shift)], all of them views."""
+        out, at = [], 0
+        for a, b in self.shapes:
+            out.append(flat[:, at : at + a * b].unflatten(1, (a, b)))
+            at += -(-a * b // 16) * 16
+        step = 4 if self.layer_norm else 2
+        return [out[i : i + step] for i in range(0, len(out), step)]
+
+    def init(self, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
+        """One row [P]: weights and biases uniform within 1 / sqrt(in), as torch.nn.Linear's."""
+        flat = torch.zeros(1, self.width, dtype=dtype, device=generator.device)
+        for layer in self.views(flat):
+            bound = layer[0].shape[1] ** -0.5
+            for x in layer[:2]:
+                x.uniform_(-bound, bound, generator=generator)
+            for x in layer[2:3]:
+                x.fill_(1.0)
+        return flat[0]
+
+    def forward(self, layers: Views, x: Tensor, work: "Work | None" = None) -> list[Tensor]:
+        """layers as `views` gives them, x [n, B, in] -> each layer's input, then the output [n, B, out]. Differentiable
+        without work; with it, the tape's inner parts are work's own and live until it is used again."""
+        tape = [x]
+        for i, (w, b, *norm) in enumerate(layers):
+            last = i + 1 == len(layers)
+            if w.shape[2] == 1:  # a batch of products with a vector, at which bmm is eight times slower
+                x = torch.mul(x, w.mT, out=work and work.spare(x.shape[2], x.shape[1])).sum(2, keepdim=True) + b
+            else:
+                x = torch.baddbmm(b, x, w, out=None if work is None or last else work.hidden[i])
+            if norm:
+                x = F.layer_norm(x, x.shape[-1:]) * norm[0] + norm[1]
+            tape.append(x if last else x.relu_())
+            x = tape[-1]
+        return tape
+
+    def backward(
+        self,
+        layers: Views,
+        tape: list[Tensor],
+        dy: Tensor,
+        work: "Work",
+        grads: Views | None,
+        inputs: slice | None = None,
+    ) -> Tensor | None:
+        """From dy [n, B, out], the gradient with respect to the output: writes that of the parameters into the views
+        grads, if given, and returns that of the columns `inputs` of x, if given. The tape's inner parts are
+        overwritten. Not with layer_norm."""
+        for i in reversed(range(len(layers))):
+            w, x = layers[i][0], tape[i]
+            if grads is not None:
+                torch.sum(dy, 1, keepdim=True, out=grads[i][1])
+                if w.shape[2] == 1:
+                    torch.sum(
+                        torch.mul(x, dy, out=work.spare(x.shape[2], x.shape[1])), 1, keepdim=True, out=grads[i][0].mT
+                    )
+                else:
+                    torch.bmm(x.mT, dy, out=grads[i][0])
+            if i == 0:
+                return None if inputs is None else torch.bmm(dy, w[:, inputs].mT)
+            spare = work.spare(x.shape[2], x.shape[1])
+            dx = torch.mul(dy, w.mT, out=spare) if w.shape[2] == 1 else torch.bmm(dy, w.mT, out=spare)
+            dy = torch.ops.aten.threshold_backward(dx, x, 0, grad_input=x)
+        raise AssertionError("a network has at least one layer")
+
+    def linears(self, row: Tensor) -> Layers:
+        """row [P] -> per layer (weight [out, in], bias [out]) as torch.nn.Linear holds them: copies."""
+        return [(layer[0][0].mT.clone(), layer[1][0, 0].clone()) for layer in self.views(row[None])]
+
+    def load_linears(self, row: Tensor, layers: Layers) -> None:
+        """The inverse of `linears`, into row [P]."""
+        views = self.views(row[None])
+        want = [tuple(w[0].mT.shape) for w, *_ in views]
+        if (got := [tuple(w.shape) for w, _ in layers]) != want:
+            raise ValueError(f"network: got weights of shapes {got}, expected {want}; set `hidden` to match")
+        for (w, b, *_), (weight, bias) in zip(views, layers, strict=True):
+            w[0].copy_(weight.mT)
+            b[0, 0].copy_(bias)
+
+
+class Work:
+    """Memory for one network's pass over a batch, kept between updates: to allocate the activations anew costs a
+    quarter of an update in page faults, since a C library hands blocks of this size back to the system."""
+
+    def __init__(self, net: FlatMLP, n: int, batch: int, like: Tensor) -> None:
+        self.n = n
+        self.hidden = [like.new_empty(n, batch, width) for width in net.sizes[1:-1]]
+        self.flat = like.new_empty(n * batch * max(net.sizes[1:-1]))
+        self.spares: dict[tuple[int, int], Tensor] = {}
+
+    def spare(self, width: int, batch: int) -> Tensor:
+        """[n, batch, width] to write on, the same memory each time."""
+        key = (width, batch)
+        if key not in self.spares:
+            self.spares[key] = self.flat[: self.n * batch * width].view(self.n, batch, width)
+        return self.spares[key]
+
+
+class Cache(dict):
+    """What an agent need not make anew at each update. A copy of an agent begins with none of it."""
+
+    def __deepcopy__(self, memo: dict) -> "Cache":
+        return Cache()
+
+    def __reduce__(self) -> tuple:
+        return Cache, ()
+
+
+class Adam(nn.Module):
+    """Adam (Kingma & Ba 2015) of parameters [S, ...], each seed with a step count of its own. The caller writes the
+    gradient into `grad`. A seed whose gradient is not finite keeps its parameters, moments and count."""
+
+    m: Tensor  # [S, P], as are v, grad and work
+    v: Tensor
+    grad: Tensor
+    work: Tensor
+    steps: Tensor  # [S, 1], a float: how many each seed took
+
+    def __init__(self, like: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__()
+        self.betas, self.eps, seeds = betas, eps, like.shape[0]
+        for name in ("m", "v", "grad", "work"):
+            self.register_buffer(name, torch.zeros_like(like).view(seeds, -1), persistent=name in ("m", "v"))
+        self.register_buffer("steps", like.new_zeros(seeds, 1))
+
+    @torch.no_grad()
+    def step(self, param: Tensor, lr: float | Tensor, when: Tensor | None = None) -> Tensor:
+        """One step in place; returns which seeds took it, [S] of zeros and ones. when [S]: which seeds may. `grad` is
+        consumed."""
+        p, g, (beta1, beta2) = param.view_as(self.m), self.grad, self.betas
+        total = g.sum(1, keepdim=True)
+        fine = total.sub_(total) == 0  # a sum is finite only where every part is
+        if when is not None:
+            fine = fine & when[:, None]
+        ok = fine.to(g.dtype)
+        self.steps.add_(ok)
+        if len(ok) == 1 and ok.dtype == torch.float32:
+            # torch's own kernel, one pass over the memory; it can leave out all or nothing, and counts in float32
+            torch._fused_adam_(
+                [p], [g], [self.m], [self.v], [], [self.steps],
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,
+                found_inf=1 - ok,
+            )  # fmt: skip
+            return ok[:, 0]
+        g.nan_to_num_(0.0, 0.0, 0.0)  # since 0 * nan is nan
+        self.m.lerp_(g, (1 - beta1) * ok)
+        self.v.lerp_(g.square_(), (1 - beta2) * ok)
+        steps = self.steps.clamp(min=1)
+        debias1, debias2 = (-torch.expm1(steps * math.log(beta)) for beta in self.betas)
+        torch.sqrt(self.v, out=self.work).mul_(debias2.rsqrt()).add_(self.eps)
+        p.addcmul_(torch.div(self.m, self.work, out=self.work), ok / debias1 * -lr)
+        return ok[:, 0]
+
+
+# ---------------------------------------------------------------- what agents share
+
+
+class Agent(nn.Module):
+    """S seeds of a policy on [S, B, ...] tensors, with an optional normaliser of observations.
+
+    `obs_mean` and `obs_std` are identity until `set_normalizer` is called.
+    """
+
+    spec: Spec
+    seeds: int
+    obs_mean: Tensor
+    obs_std: Tensor
+    updates: Tensor  # []: how many updates were made
+
+    def __init__(self, spec: Spec, seeds: int, normalize: bool, like: Tensor) -> None:
+        super().__init__()
+        if spec.act < 1 or seeds < 1:
+            raise ValueError(
+                f"agent: got {spec.act} action dimensions and {seeds} seeds, expected at least one of each"
+            )
+        self.spec, self.seeds, self.normalize = spec, seeds, normalize
+        self.register_buffer("obs_mean", like.new_zeros(spec.obs))
+        self.register_buffer("obs_std", like.new_ones(spec.obs))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=like.device))
+        self._cache = Cache()
+
+    def set_normalizer(self, mean: Tensor, std: Tensor) -> None:
+        """Observations are read as (obs - mean) / std from here on; mean and std are [O], std > 0."""
+        if not self.normalize:
+            raise ValueError("set_normalizer: this agent was built with normalize=False; build it with normalize=True")
+        if not bool((std > 0).all()):
+            raise ValueError("set_normalizer: got a standard deviation that is not positive; add a small constant")
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std)
+
+    def one(self, seed: int) -> Self:
+        """A view of one seed as an agent of its own [1, ...], on the same storage: for acting and valuing, not updates.
+        Raises IndexError for a seed that is not there."""
+        if not -self.seeds <= seed < self.seeds:
+            raise IndexError(f"agent: seed number {seed} of {self.seeds}")
+        if self.seeds == 1:
+            return self
+        seed %= self.seeds
+        cut = lambda x: x[seed : seed + 1]
+        view = copy.copy(self)
+        view.seeds, view._cache = 1, Cache()
+        view._parameters = {
+            k: nn.Parameter(cut(p), requires_grad=False) for k, p in self._parameters.items() if p is not None
+        }
+        shared = ("obs_mean", "obs_std", "updates")
+        view._buffers = {k: b if k in shared or b is None else cut(b) for k, b in self._buffers.items()}
+        return view
+
+    def scale(self, obs: Tensor) -> Tensor:
+        """Observations as the networks read them."""
+        return (obs - self.obs_mean) / self.obs_std if self.normalize else obs
+
+    def _apply(self, fn, recurse: bool = True):
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+    def work(self, net: FlatMLP, n: int, batch: int) -> Work:
+        """The memory for passes of this shape."""
+        key = (net, n, batch)
+        if key not in self._cache:
+            self._cache[key] = Work(net, n, batch, self.obs_mean)
+        return self._cache[key]
+
+    def layers(self, net: FlatMLP, flat: Tensor) -> Views:
+        """`net.views` of the rows flat [..., P]. Those of the agent's own tensors are made once: an update would make
+        a hundred. The cache keeps alive the memory that its keys name, so no other tensor comes to live there."""
+        cache, key = self._cache, (net, flat.data_ptr(), flat.numel())
+        if flat.requires_grad or flat.data_ptr() not in self._own():
+            return net.views(flat.view(-1, net.width))
+        if key not in cache:
+            cache[key] = net.views(flat.view(-1, net.width))
+        return cache[key]
+
+    def _own(self) -> set[int]:
+        if "own" not in self._cache:
+            self._cache["own"] = {x.data_ptr() for x in (*self.parameters(), *self.buffers())}
+        return self._cache["own"]
+
+    def fold(self, layers: Layers, sign: int = 1) -> Layers:
+        """Layers that read normalised observations (first, before any actions) as layers that read raw ones: the
+        normaliser goes into the first layer. sign=-1: the inverse."""
+        (weight, bias), *rest = layers
+        weight, o = weight.clone(), self.spec.obs
+        if sign > 0:
+            weight[:, :o] /= self.obs_std
+            bias = bias - weight[:, :o] @ self.obs_mean
+        else:
+            bias = bias + weight[:, :o] @ self.obs_mean
+            weight[:, :o] *= self.obs_std
+        return [(weight, bias), *rest]
+
+
+def pairs(obs: Tensor, act: Tensor, n: int) -> Tensor:
+    """[S, B, O], [S, B, A] -> [S * n, B, O + A]: what n critics a seed read; no copy for one seed."""
+    x = torch.cat([obs, act], -1)
+    return x[:, None].expand(-1, n, -1, -1).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- actors with critics
+
+
+class Settings(Protocol):
+    """What the configurations of actor-critics have in common."""
+
+    @property
+    def hidden(self) -> tuple[int, ...]: ...
+    @property
+    def critics(self) -> int: ...
+    @property
+    def layer_norm(self) -> bool: ...
+    @property
+    def normalize(self) -> bool: ...
+
+
+class ActorCritic(Agent):
+    """A policy and N critics a seed, each critic with a target of its own, and the optimisers of both."""
+
+    target: Tensor  # [S, N, P]
+
+    def __init__(
+        self,
+        config: Settings,
+        out: int,
+        spec: Spec,
+        generator: torch.Generator,
+        seeds: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """out: the width of the actor's last layer."""
+        super().__init__(spec, seeds, config.normalize, torch.zeros(0, dtype=dtype, device=generator.device))
+        if min(config.hidden, default=0) < 1 or config.critics < 1:
+            raise ValueError(
+                f"agent: got hidden={config.hidden}, critics={config.critics}; expected at least one hidden layer, "
+                "positive widths and at least one critic"
+            )
+        self.actor_net = FlatMLP((spec.obs, *config.hidden, out))
+        self.critic_net = FlatMLP((spec.obs + spec.act, *config.hidden, 1), config.layer_norm)
+        actor, critics = [], []
+        for _ in range(seeds):
+            actor.append(self.actor_net.init(generator, dtype))
+            critics.append(torch.stack([self.critic_net.init(generator, dtype) for _ in range(config.critics)]))
+        self.actor = nn.Parameter(torch.stack(actor), requires_grad=False)  # [S, P]
+        self.critics = nn.Parameter(torch.stack(critics), requires_grad=False)  # [S, N, P]
+        self.register_buffer("target", self.critics.clone())
+        self.actor_adam, self.critic_adam = Adam(self.actor), Adam(self.critics)
+
+    def q(self, obs: Tensor, act: Tensor, target: bool = False) -> Tensor:
+        """obs [S, B, O], act [S, B, A] -> [S, N, B]: the N critics' values (by default N = 2)."""
+        return self.values(self.target if target else self.critics, self.scale(obs), act)
+
+    def values(self, critics: Tensor, obs: Tensor, act: Tensor, work: Work | None = None) -> Tensor:
+        """Critic rows [S, N, P], scaled obs, act -> [S, N, B]"""
+        n = critics.shape[1]
+        y = self.critic_net.forward(self.layers(self.critic_net, critics), pairs(obs, act, n), work)[-1]
+        return y[..., 0].unflatten(0, (-1, n))
+
+    def critic_loss(self, critics: Tensor, batch: Transitions, target: Tensor) -> Tensor:
+        """[S]: squared errors against target [S, B], mean over the batch, sum over the critics."""
+        return (self.values(critics, self.scale(batch.obs), batch.act) - target[:, None]).square().mean(2).sum(1)
+
+    # -------- gradients
+
+    def critic_grad(self, batch: Transitions, obs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the critics' gradient where their optimiser reads it. Returns the loss [S] and Q [S, N, B]."""
+        net, n = self.critic_net, self.critics.shape[1]
+        if net.layer_norm:
+            with torch.enable_grad():
+                critics = self.critics.detach().requires_grad_()
+                q = self.values(critics, obs, batch.act)
+                loss = (q - target[:, None]).square().mean(2).sum(1)
+                self.critic_adam.grad.copy_(torch.autograd.grad(loss.sum(), critics)[0].flatten(1))
+            return loss.detach(), q.detach()
+        layers, work = self.layers(net, self.critics), self.work(net, self.seeds * n, obs.shape[1])
+        tape = net.forward(layers, pairs(obs, batch.act, n), work)
+        q = tape[-1][..., 0].unflatten(0, (-1, n))
+        error = q - target[:, None]
+        dy = (error * (2 / error.shape[2])).flatten(0, 1)[..., None]
+        net.backward(layers, tape, dy, work, self.layers(net, self.critic_adam.grad))
+        return error.square().mean(2).sum(1), q
+
+    def act_grad(self, critics: Tensor, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
+        """The least of the critics [S, N, P] at the action [S, B], and its gradient with respect to it [S, B, A]."""
+        net, n = self.critic_net, critics.shape[1]
+        if net.layer_norm:
+            with torch.enable_grad():
+                act = act.detach().requires_grad_()
+                best = self.values(critics, obs, act).min(1).values
+                return best.detach(), torch.autograd.grad(best.sum(), act)[0]
+        layers, work = self.layers(net, critics), self.work(net, self.seeds * n, obs.shape[1])
+        tape = net.forward(layers, pairs(obs, act, n), work)
+        best, index = tape[-1][..., 0].unflatten(0, (-1, n)).min(1)
+        which = torch.arange(n, device=index.device)[:, None] == index[:, None]  # [S, N, B]
+        dy = which.to(best).flatten(0, 1)[..., None]
+        dx = net.backward(layers, tape, dy, work, None, slice(self.spec.obs, None))
+        assert dx is not None
+        return best, dx.unflatten(0, (-1, n)).sum(1)
+
+    # -------- exchange
+
+    def linears(self, seed: int) -> dict[str, list[Layers] | Layers]:
+        """One seed's networks on raw observations, as (weight [out, in], bias [out]) a layer: "actor" (the last layer
+        of SAC's gives A means, then A log standard deviations), "critics" and "target" (N each, on cat(obs, act))."""
+        if self.critic_net.layer_norm:
+            raise ValueError("linears: critics with layer normalisation are not plain linear layers")
+        critics = {
+            name: [self.fold(self.critic_net.linears(row)) for row in rows[seed]]
+            for name, rows in (("critics", self.critics), ("target", self.target))
+        }
+        return {"actor": self.fold(self.actor_net.linears(self.actor[seed])), **critics}
+
+    @torch.no_grad()
+    def load_linears(self, seed: int, actor: Layers, critics: Sequence[Layers], target: Sequence[Layers]) -> None:
+        """The inverse of `linears`. Raises ValueError where shapes disagree. The optimisers keep their state."""
+        for got in (critics, target):
+            if len(got) != self.critics.shape[1]:
+                raise ValueError(f"load_linears: got {len(got)} critics, expected {self.critics.shape[1]}")
+        self.actor_net.load_linears(self.actor[seed], self.fold(actor, -1))
+        for rows, given in ((self.critics, critics), (self.target, target)):
+            for row, layers in zip(rows[seed], given, strict=True):
+                self.critic_net.load_linears(row, self.fold(layers, -1))
+
+
+# ---------------------------------------------------------------- SAC
+
+
+@dataclass(frozen=True)
+class SacConfig:
+    """The settings that model-based offline RL uses.
+
+    `normalize` is off because the published numbers were made on raw observations, and because an exported policy
+    then is the trained one; where it is on, `linears` folds the normaliser into the first layers.
+    """
+
+    hidden: tuple[int, ...] = (256, 256)
+    critics: int = 2
+    actor_lr: float = 1e-4
+    critic_lr: float = 3e-4
+    alpha_lr: float = 1e-4  # 0 keeps the temperature at init_alpha
+    init_alpha: float = 1.0
+    target_entropy: float | None = None  # None: minus the number of actions
+    gamma: float = 0.99
+    tau: float = 0.005  # how far the targets move at each update
+    total: int = 0  # updates over which the actor's learning rate falls to 0 along a half cosine; 0: it stays
+    deterministic_backup: bool = False  # targets without the entropy's term (MOBILE)
+    target_min: float | None = None  # targets are at least this (MOBILE and MOREC: 0)
+    layer_norm: bool = False  # in the critics, before each ReLU
+    normalize: bool = False  # observations by `set_normalizer`
+
+    def build(self, spec: Spec, generator: torch.Generator, seeds: int = 1, dtype: torch.dtype | None = None) -> "Sac":
+        """Lives on the generator's device. Seeds are drawn one after the other: the first k of a build with more
+        seeds are those of a build with k seeds and the same generator."""
+        return Sac(self, spec, generator, seeds, dtype)
+
+
+class Sac(ActorCritic):
+    """The agent. `state_dict` holds everything that an update reads or writes, so a reloaded agent continues bit for
+    bit. Changes of state are in place, so that an update can be captured (`mbrl.device.graphed`)."""
+
+    def __init__(
+        self, config: SacConfig, spec: Spec, generator: torch.Generator, seeds: int, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(config, 2 * spec.act, spec, generator, seeds, dtype)
+        self.config = config
+        log_alpha = torch.full_like(self.actor[:, 0], config.init_alpha).log()
+        self.log_alpha = nn.Parameter(log_alpha, requires_grad=False)  # [S]
+        self.alpha_adam = Adam(self.log_alpha)
+        self.target_entropy = -float(spec.act) if config.target_entropy is None else config.target_entropy
+
+    # -------- what is asked of a policy
+
+    def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """obs [S, B, O], noise [S, B, A] standard normal -> actions [S, B, A] in [-1, 1]; without noise tanh(mean)."""
+        y = self.actor_net.forward(self.layers(self.actor_net, self.actor), self.scale(obs))[-1]
+        mean, log_std, _ = self.head(y)
+        return mean.tanh() if noise is None else torch.addcmul(mean, log_std.exp(), noise).tanh()
+
+    # -------- pieces, differentiable in the flat parameters that they are given
+
+    def head(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The actor's output [S, B, 2 A] -> mean, clamped log_std, log_std as it was."""
+        mean, raw = y.chunk(2, -1)
+        return mean, raw.clamp(LOG_STD_MIN, LOG_STD_MAX), raw
+
+    def sample(self, actor: Tensor, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actor rows [S, P], scaled obs, noise -> actions [S, B, A] and their log-densities [S, B]."""
+        mean, log_std, _ = self.head(self.actor_net.forward(self.layers(self.actor_net, actor), obs)[-1])
+        u = mean + log_std.exp() * noise
+        return u.tanh(), log_density(u, log_std, noise)
+
+    def actor_loss(self, actor: Tensor, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """[S]: alpha log pi - min Q, mean over the batch; and the mean of log pi [S]. obs as the data hold it."""
+        obs = self.scale(obs)
+        act, log_prob = self.sample(actor, obs, noise)
+        q = self.values(self.critics, obs, act).min(1).values
+        alpha = self.log_alpha.exp()[:, None]
+        return (alpha * log_prob - q).mean(1), log_prob.mean(1)
+
+    # -------- learning
+
+    @torch.no_grad()
+    def update(self, batch: Transitions, noise: Tensor) -> dict[str, Tensor]:
+        """One update of critics, actor, temperature and targets, in place. batch: [S, B, ...]; noise [2, S, B, A]:
+        for the actions at obs, and at next_obs. Returns what to log, [S] each, without waiting for the device;
+        "skipped" counts the optimiser's steps of this update (of 3) left out for a gradient that was not finite."""
+        config, b = self.config, batch.reward.shape[-1]
+        obs, after = self.scale(batch.obs), self.scale(batch.next_obs)
+        alpha = self.log_alpha.exp()[:, None]  # [S, 1]
+
+        # The actor serves both parts of the update as it is: one pass over obs and next_obs.
+        work = self.work(self.actor_net, self.seeds, 2 * b)
+        layers = self.layers(self.actor_net, self.actor)
+        tape = self.actor_net.forward(layers, torch.cat([obs, after], 1), work)
+        mean, log_std, raw = self.head(tape[-1])
+        std, eps = log_std.exp(), torch.cat([noise[0], noise[1]], 1)
+        u = torch.addcmul(mean, std, eps)
+        act, log_prob = u.tanh(), log_density(u, log_std, eps)  # [S, 2 B, A], [S, 2 B]
+
+        critic_work = self.work(self.critic_net, self.seeds * config.critics, b)
+        value = self.values(self.target, after, act[:, b:], critic_work).amin(1)
+        if not config.deterministic_backup:
+            value = value - alpha * log_prob[:, b:]
+        target = torch.addcmul(batch.reward, 1 - batch.terminal, value, value=config.gamma)
+        if config.target_min is not None:
+            target = target.clamp(min=config.target_min)
+        critic_loss, q = self.critic_grad(batch, obs, target)
+        ok = self.critic_adam.step(self.critics, config.critic_lr)
+        skipped = 1 - ok
+        self.target.lerp_(self.critics, (config.tau * ok)[:, None, None])
+
+        # Actor: d/du of alpha log pi is 2 alpha tanh(u); that of log_std itself is -alpha.
+        act, log_prob, std, eps = act[:, :b], log_prob[:, :b], std[:, :b], eps[:, :b]
+        best, dact = self.act_grad(self.critics, obs, act)  # [S, B], [S, B, A]
+        a = alpha[..., None]
+        du = (2 * a * act - dact * (1 - act * act)) / b
+        dlog_std = (du * std * eps - a / b) * ((raw[:, :b] >= LOG_STD_MIN) & (raw[:, :b] <= LOG_STD_MAX))
+        dy = torch.cat([du, dlog_std], -1)
+        grads = self.layers(self.actor_net, self.actor_adam.grad)
+        self.actor_net.backward(layers, [x[:, :b] for x in tape], dy, work, grads)
+        skipped = skipped + 1 - self.actor_adam.step(self.actor, self.actor_lr())
+
+        log_prob = log_prob.mean(1)
+        torch.neg(log_prob + self.target_entropy, out=self.alpha_adam.grad[:, 0])
+        skipped = skipped + 1 - self.alpha_adam.step(self.log_alpha, config.alpha_lr)
+        self.updates.add_(1)
+        return {
+            "critic_loss": critic_loss,
+            "actor_loss": alpha[:, 0] * log_prob - best.mean(1),
+            "alpha": alpha[:, 0],
+            "entropy": -log_prob,
+            "q": q.mean((1, 2)),
+            "skipped": skipped,
+        }
+
+    def actor_lr(self) -> float | Tensor:
+        """The actor's learning rate at this update."""
+        if not self.config.total:
+            return self.config.actor_lr
+        part = (self.updates.to(self.actor.dtype) / self.config.total).clamp(max=1)
+        return 0.5 * self.config.actor_lr * (1 + (math.pi * part).cos())
+
+
+def log_density(u: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
+    """[..., A] -> [...]: log-density of tanh(u) where u = mean + exp(log_std) * noise. log(1 - tanh(u)^2) is written
+    as 2 (log 2 - u - log(1 + exp(-2 u))), which is exact where tanh(u) rounds to 1."""
+    half = torch.add(u, F.softplus(-u, 2), alpha=2) - log_std / 2  # half of each term, without the constants
+    constant = u.shape[-1] * (0.5 * math.log(2 * math.pi) + 2 * math.log(2))
+    return 2 * half.addcmul(noise, noise, value=-0.25).sum(-1) - constant

@@ -1,0 +1,340 @@
+"""The offline loop, with models that are the environment and agents whose values are known."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from worlds import Constant, Line, line_data, never
+
+from mbrl import offline
+from mbrl.core import Segment
+from mbrl.data import Transitions
+from mbrl.offline import Forget, Imagination, OfflineConfig, Penalty, Truncation, truncate
+from mbrl.sac import SacConfig
+
+SMALL = SacConfig(hidden=(32, 32), actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3)
+
+
+def imagined(config, model=None, agent=None, terminal=never, reward=None, limit=math.inf, data=None, seed=0):
+    """Every transition of one batch of rollouts, and the logs added up."""
+    g = torch.Generator().manual_seed(seed)
+    batches, logs = [], {}
+    arguments = (model or Line(), data or line_data(), terminal, reward, config, limit, g)
+    for batch, log in offline.rollouts(agent or Constant(), *arguments):
+        batches.append(batch)
+        logs = {k: logs.get(k, 0.0) + v for k, v in log.items()}
+    return Transitions(*(torch.cat(x) for x in zip(*batches, strict=True))), logs
+
+
+def test_a_model_that_is_the_environment_gives_the_environments_transitions():
+    t, logs = imagined(Imagination(horizon=7, rollouts=30, block=3))
+    assert len(t.obs) == 7 * 30 == logs["transitions"]
+    torch.testing.assert_close(t.next_obs, 0.9 * t.obs + 0.5 * t.act)
+    torch.testing.assert_close(t.reward, -(t.next_obs[:, 0] ** 2))
+    assert (t.act == 0.5).all()
+    assert not t.terminal.any()
+
+
+def test_starts_are_observations_of_the_data():
+    data = line_data()
+    t, _ = imagined(Imagination(horizon=1, rollouts=200), data=data)
+    assert torch.isin(t.obs, data.obs).all()
+    assert len(t.obs.unique()) > 100
+
+
+@pytest.mark.parametrize("chunk", [7, 100])
+@pytest.mark.parametrize("block", [1, 4, 10])
+def test_blocks_and_chunks_change_no_number(block, chunk):
+    end = lambda obs, act, after: after[:, 0] > 1.0
+    config = Imagination(horizon=10, rollouts=40, block=block, chunk=chunk)
+    t, logs = imagined(config, agent=Constant(0.4), terminal=end)
+    want, _ = imagined(replace(config, block=10, chunk=chunk), agent=Constant(0.4), terminal=end)
+    order = lambda t: t.pack()[t.pack()[:, 0].argsort(stable=True)]
+    torch.testing.assert_close(order(t), order(want))
+    assert logs["ended"] == t.terminal.sum() > 0
+    assert ((t.next_obs[:, 0] > 1.0) == (t.terminal > 0)).all(), (
+        "a terminal row is the last of its rollout, and no other"
+    )
+
+
+def test_the_penalty_is_subtracted():
+    plain, _ = imagined(Imagination(horizon=3, rollouts=20))
+    t, _ = imagined(Imagination(horizon=3, rollouts=20, penalty=Penalty(2.5, "doubt")))
+    torch.testing.assert_close(t.reward, plain.reward - 2.5 * t.next_obs[:, 0].abs())
+
+
+def test_an_uncertainty_that_the_model_lacks_is_an_error():
+    with pytest.raises(ValueError, match=r"'aleatoric'.*\['doubt'\]"):
+        imagined(Imagination(penalty=Penalty(1.0)))
+
+
+def test_the_tasks_reward_replaces_the_learned_one():
+    t, _ = imagined(Imagination(horizon=3, rollouts=20), reward=lambda obs, act, after: obs[:, 0] + 10 * act[:, 0])
+    torch.testing.assert_close(t.reward, t.obs[:, 0] + 5)
+
+
+def segment_of(mask):
+    mask = torch.tensor(mask)
+    b, t = mask.shape
+    zero = torch.zeros(b, t)
+    return Segment(
+        torch.zeros(b, t + 1, 1), zero[..., None], zero + 1, mask & False, mask, zero[..., None], zero[0, :1]
+    )
+
+
+@pytest.mark.parametrize("then", ["terminal", "bootstrap", "drop"])
+def test_truncation_ends_a_row_with_its_first_doubtful_transition(then):
+    segment = segment_of([[True] * 4, [True] * 4, [True, True, False, False], [True] * 4])
+    doubt = torch.tensor([[0.0, 2, 0, 3], [0, 0, 0, 0], [0, 0, 9, 9], [5, 0, 0, 0]])
+    out, cut, _ = truncate(segment, doubt, 1.0, Truncation("doubt", 1.0, then=then, reward=-7.0))
+    assert cut.tolist() == [True, False, False, True], "what is masked is not doubtful"
+    ends = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+    if then == "drop":
+        ends[0][1] = ends[3][0] = 0
+    assert out.mask.int().tolist() == ends
+    terminal = torch.zeros(4, 4, dtype=torch.bool)
+    if then == "terminal":
+        terminal[0, 1] = terminal[3, 0] = True
+    assert torch.equal(out.terminal & out.mask, terminal)
+    if then != "drop":
+        assert out.reward[0].tolist()[:2] == [1.0, -7.0]
+        assert out.reward[3, 0] == -7
+
+
+def test_a_cut_rollout_does_not_go_on_in_the_next_block():
+    config = Imagination(horizon=30, rollouts=50, block=3, truncation=Truncation("doubt", 1.5))
+    t, logs = imagined(config, agent=Constant(1.0), limit=1.5)
+    over = t.next_obs[:, 0].abs() > 1.5
+    assert logs["cut"] == over.sum() == 50, "x settles at 5: every rollout passes the limit, once"
+    assert torch.equal(over, t.terminal > 0)
+
+
+def test_bellman_inconsistency_is_the_spread_over_parts_of_the_mean_value():
+    model, x = Line(parts=3, noise_dim=1), torch.randn(5, 1)
+    inp = (torch.zeros(5, 1), torch.ones(5, 1))
+    got = offline.bellman_inconsistency(Constant(), model, x, *inp, (), torch.randn(5, 4), floor=False)
+    torch.testing.assert_close(got, torch.full((5,), math.sqrt(2 / 3)))  # values differ by 0, 1, 2
+    clipped = offline.bellman_inconsistency(Constant(), model, x * 0 - 100, *inp, (), torch.randn(5, 4), floor=True)
+    assert (clipped == 0).all(), "values below zero are all zero"
+
+
+def test_a_relative_threshold_is_in_units_of_the_datas_worst():
+    data = line_data()
+    limit = offline.uncertainty_limit(Line(), data, Truncation("doubt", 0.5, relative=True), torch.Generator())
+    assert limit == pytest.approx(0.5 * data.next_obs.abs().max().item())
+    assert offline.uncertainty_limit(Line(), data, Truncation("doubt", 0.5), torch.Generator()) == 0.5
+
+
+def run_line(act):
+    """The return of 20 steps from x = 2 under a policy."""
+    x, total = torch.full((1, 1), 2.0), 0.0
+    for _ in range(20):
+        x = 0.9 * x + 0.5 * act(x).clamp(-1, 1)
+        total -= (x**2).item()
+    return [total]
+
+
+def small(updates=600, **kw):
+    imagination = Imagination(horizon=4, rollouts=100, every=100, **kw)
+    return OfflineConfig(SMALL, imagination, updates=updates, batch=64, evaluate_every=200, log_every=100)
+
+
+def test_the_loop_learns_in_a_model_that_is_the_environment():
+    result = offline.train(small(), line_data(), models=[Line()], terminal=never, evaluate=run_line, seeds=(1,))
+    best = run_line(lambda x: -0.9 * x / 0.5)[0]  # to zero at once, as far as the bounds allow
+    nothing = run_line(lambda x: 0 * x)[0]
+    assert best < 0
+    assert result.last(1).item() > best + 0.15 * (nothing - best)
+    assert [u for u, _ in result.returns] == [200, 400, 600]
+
+
+class Memory(Forget):
+    """Keeps what is saved, and can be made to fail after a number of saves."""
+
+    def __init__(self, saves=10**9):
+        self.kept, self.left, self.lines = {}, saves, []
+
+    def log(self, stage, step, values):
+        self.lines.append((stage, step, dict(values)))
+
+    def save(self, name, tensors, facts):
+        self.kept[name] = ({k: v.clone() for k, v in tensors.items()}, facts)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def load(self, name):
+        return self.kept.get(name)
+
+
+@pytest.mark.parametrize("seeds", [(3,), (3, 4)])
+def test_an_interrupted_loop_continues_to_the_same_numbers(seeds):
+    go = lambda record: offline.train(
+        small(), line_data(), models=[Line()], terminal=never, evaluate=run_line, seeds=seeds, record=record
+    )
+    whole = go(Memory())
+    memory = Memory(saves=2)
+    with pytest.raises(KeyboardInterrupt):
+        go(memory)
+    memory.left = 10**9
+    again = go(memory)
+    assert again.returns == whole.returns
+    assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in whole.agent.state_dict().items())
+
+
+def test_without_imagination_only_the_data_are_seen():
+    preset = replace(offline.BC, updates=300, evaluate_every=300, batch=64)
+    result = offline.train(preset, replace(line_data(), act=torch.full((400, 1), 0.3)))
+    assert result.models == []
+    got = offline.policy_of(result.agent)(torch.randn(50, 1))
+    torch.testing.assert_close(got, torch.full((50, 1), 0.3), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": (1, 1)}, "no two alike"),
+        ({"seeds": ()}, "at least one"),
+        ({"config": replace(offline.BC, real_ratio=0.5)}, "expected 1"),
+        ({"config": replace(offline.MOPO, real_ratio=1.5)}, r"share in \[0, 1\]"),
+        ({"config": replace(offline.MOPO, updates=0)}, "at least 1"),
+        ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_error(change, message):
+    config = change.pop("config", offline.MOPO)
+    with pytest.raises(ValueError, match=message):
+        offline.train(config, line_data(), **change)
+
+
+def test_every_rollout_cut_at_its_start_is_an_error():
+    config = small(truncation=Truncation("doubt", -1.0, then="drop"))
+    with pytest.raises(ValueError, match="no imagined transition was kept"):
+        offline.train(config, line_data(), models=[Line()], terminal=never)
+
+
+@pytest.mark.parametrize("name", ["morec-mopo", "morec-mobile", "mopo", "morel", "mobile"])
+def test_presets_are_settings_of_one_loop(name):
+    """Each runs, from the fit of its model to a policy, on a small set and at a small size."""
+    preset = offline.PRESETS[name]
+    imagination = replace(preset.imagination, horizon=3, rollouts=40, every=20)
+    if imagination.morec:
+        few = replace(imagination.morec.reward, **TINY_REWARD)
+        imagination = replace(imagination, morec=replace(imagination.morec, reward=few))
+    agent = replace(preset.agent, hidden=(16, 16))
+    config = replace(preset, agent=agent, imagination=imagination, updates=40, batch=32, evaluate_every=40)
+    memory = Memory()
+    options = {
+        "dynamics": offline.EnsembleConfig(hidden=(16, 16), weight_decay=(0.0,) * 3),
+        "fitting": offline.FitConfig(max_epochs=2),
+    }
+    result = offline.train(config, line_data(), terminal=never, record=memory, evaluate=run_line, **options)
+    assert all(v.isfinite().all() for v in result.agent.state_dict().values())
+    (line,) = [v for stage, step, v in memory.lines if stage == "rollout" and step == 20]
+    assert 0 < line["transitions"] <= 120
+    if preset.imagination.penalty.coefficient:
+        assert line[preset.imagination.penalty.name] > 0
+    again = offline.train(config, line_data(), terminal=never, record=memory, evaluate=run_line, **options)
+    assert again.returns == result.returns
+
+
+TINY_REWARD = {"updates": 40, "anchor_updates": 40, "hidden": (16, 16), "anchor_hidden": (16,)}
+
+
+def test_a_scaled_penalty_is_in_the_datas_own_units():
+    data = line_data()
+    unit = offline.penalty_unit(Line(), data, Penalty(0.5, "doubt", scaled=True), torch.Generator())
+    want = data.reward.std(correction=0) / data.next_obs.abs().mean()
+    assert unit == pytest.approx(want.item(), rel=1e-5)
+    assert offline.penalty_unit(Line(), data, Penalty(0.5, "doubt"), torch.Generator()) == 1.0
+    g = lambda: torch.Generator().manual_seed(0)
+    config = Imagination(horizon=3, rollouts=20, penalty=Penalty(2.0, "doubt", scaled=True))
+    (batch, _), *_ = offline.rollouts(Constant(), Line(), data, never, None, config, math.inf, g(), unit=0.25)
+    torch.testing.assert_close(batch.reward, -(batch.next_obs[:, 0] ** 2) - 0.5 * batch.next_obs[:, 0].abs())
+    for scaled in (data, replace(data, reward=10 * data.reward)):  # the penalty follows the reward's units
+        result = offline.penalty_unit(Line(), scaled, Penalty(1.0, "doubt", scaled=True), torch.Generator())
+        assert result * data.next_obs.abs().mean() == pytest.approx(scaled.reward.std(correction=0).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"coefficient": -1.0}, {"samples": 0}, {"name": "bellman", "scaled": True}])
+def test_a_penalty_that_makes_no_sense_is_refused(bad):
+    with pytest.raises(ValueError, match="Penalty"):
+        Penalty(**bad)
+
+
+def test_a_budget_ends_the_rollouts_with_the_chunk_that_meets_it():
+    t, logs = imagined(Imagination(horizon=4, rollouts=100, chunk=10, budget=81))
+    assert len(t.obs) == 120
+    assert logs["starts"] == 30
+    t, logs = imagined(Imagination(horizon=4, rollouts=100, chunk=10, budget=80))
+    assert len(t.obs) == 80
+
+
+def test_the_buffer_holds_the_last_batches_of_rollouts_and_no_older():
+    """With a buffer that could hold more: rollouts that end early do not keep old ones alive."""
+    end = lambda obs, act, after: torch.ones(len(obs), dtype=torch.bool)  # every rollout is one step
+    memory = Memory()
+    config = small(updates=500)
+    config = replace(config, imagination=replace(config.imagination, rollouts=30, every=100, retain=2))
+    offline.train(config, line_data(), models=[Line()], terminal=end, record=memory)
+    tensors, facts = memory.kept["policy.partial"]
+    assert tensors["buffer.size"].tolist() == [60]
+    assert facts["counts"] == [[30, 30]]
+
+
+class Unsure(Line):
+    """Its doubt is infinite beyond 1."""
+
+    def step(self, state, inp, cond):
+        state, pred = super().step(state, inp, cond)
+        doubt = pred.uncertainty["doubt"]
+        return state, pred._replace(uncertainty={"doubt": torch.where(doubt > 1.0, torch.inf, doubt)})
+
+
+@pytest.mark.parametrize("truncation", [None, Truncation("doubt", 1.0)])
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_rollout_ends_before_a_reward_that_is_not_finite(truncation, block):
+    config = Imagination(horizon=10, rollouts=20, block=block, penalty=Penalty(1.0, "doubt"), truncation=truncation)
+    t, _ = imagined(config, model=Unsure(), agent=Constant(1.0), limit=1.0)
+    assert t.reward.isfinite().all()
+    assert (t.next_obs.abs() <= 1.0).all(), "and does not go on after it"
+
+
+def test_a_policy_to_start_from_is_trained_on():
+    """The other training's cosine had brought the actor's learning rate to zero; this one's begins anew."""
+    config = small(100)
+    first = offline.train(config, line_data(), models=[Line()], terminal=never).agent
+    again = offline.train(config, line_data(), models=[Line()], terminal=never, start=first.state_dict()).agent
+    assert (again.actor - first.actor).abs().max() > 1e-3
+    assert again.updates == 100
+
+
+def test_a_cut_is_not_paid_for():
+    """Where life costs, an end without a value is a gift: a cut goes on at the given value, a task's end does not."""
+    segment = segment_of([[True] * 3, [True] * 3])
+    terminal = segment.terminal.clone()
+    terminal[1, 1] = True
+    doubt = torch.tensor([[0.0, 2, 0], [0, 2, 0]])
+    out, _, _ = truncate(segment._replace(terminal=terminal), doubt, 1.0, Truncation("doubt", 1.0), after=-50.0)
+    assert out.reward[0].tolist()[:2] == [1.0, -49.0]
+    assert out.reward[1].tolist()[:2] == [1.0, 1.0]
+    assert out.terminal[:, 1].all()
+    for then in ("bootstrap", "drop"):
+        out, _, _ = truncate(segment, doubt, 1.0, Truncation("doubt", 1.0, then=then), after=-50.0)
+        assert out.reward[0, 1] == 1
+
+
+def test_the_value_after_a_cut_is_that_of_the_mean_reward():
+    memory, data = Memory(), line_data()
+    config = small(updates=10, truncation=Truncation("doubt", -1.0))
+    for shift in (0.0, 10.0):  # every transition is cut; its stored reward tells what was added
+        moved = replace(data, reward=data.reward + shift)
+        config = replace(config, batch=20, evaluate_every=10)
+        memory = Memory()
+        offline.train(config, moved, models=[Line()], terminal=never, record=memory)
+        rows = memory.kept["policy.partial"][0]["buffer.rows"][0]
+        t = Transitions.unpack(rows, data.spec)
+        after = min(0.0, 0.99 * moved.reward.mean().item() / 0.01)
+        torch.testing.assert_close(t.reward, -(t.next_obs[:, 0] ** 2) + after, rtol=1e-4, atol=1e-3)
+        assert (after < 0) == (shift == 0.0)
