@@ -1,0 +1,1 @@
+"""The worlds: datasets, tasks and environments."""

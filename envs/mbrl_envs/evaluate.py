@@ -1,0 +1,335 @@
+"""What a policy earns in the real environment: episodes in lock-step, so that the policy is asked once for all of them.
+
+A policy maps obs [n, O] (float32, as the data hold it: Dict observations flattened) to act [n, A] in [-1, 1]. Its
+rows are the episodes that still run, so n falls as they end.
+"""
+
+import importlib
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+Policy = Callable[[Tensor], Tensor]
+ROBOTICS = r"AdroitHand|AntMaze|PointMaze|FrankaKitchen|Fetch|HandReach|HandManipulate|MaMuJoCo"
+ENDLESS = 10_000  # steps after which an environment that states no limit is taken to have none
+
+
+class EnvError(ValueError):
+    """An environment that cannot be made, or a policy that does not fit it."""
+
+
+def evaluator(
+    env_id: str | gym.Env | Callable[[], gym.Env],
+    episodes: int = 10,
+    seed: int = 0,
+    act_low: Any = None,
+    act_high: Any = None,
+    max_steps: int | None = None,
+    copies: int | None = None,
+) -> "Evaluator":
+    """A function of a policy that returns its undiscounted returns, one an episode.
+
+    env_id: a gymnasium id; a function that makes an environment; or one environment (a robot, say), in which the
+    episodes follow one another. act_low, act_high [A]: what actions of -1 and 1 mean, by default the action space's
+    bounds; what leaves those bounds is clipped. max_steps: cut episodes there; an environment without a time limit of
+    its own needs it. copies: how many environments run side by side, by default one an episode, 32 at most.
+
+    Environments are made at the first call. Raises EnvError for an id that does not exist, or an action space that is
+    not a bounded box."""
+    return Evaluator(env_id, episodes, seed, act_low, act_high, max_steps, copies)
+
+
+class Evaluator:
+    """evaluate(policy, round=k) -> [episodes] float64.
+
+    Episode i of round k starts from the seed `seed + k * episodes + i`: calls with the same round repeat the same
+    initial states, other rounds have others. An episode in which the policy's action is not finite ends there with a
+    return of nan; the action is not sent."""
+
+    def __init__(
+        self,
+        env_id: str | gym.Env | Callable[[], gym.Env],
+        episodes: int,
+        seed: int,
+        act_low: Any,
+        act_high: Any,
+        max_steps: int | None,
+        copies: int | None,
+    ) -> None:
+        if episodes < 1 or (max_steps is not None and max_steps < 1) or (copies is not None and copies < 1):
+            got = f"episodes={episodes}, max_steps={max_steps}, copies={copies}"
+            raise EnvError(f"evaluator: got {got}; expected at least 1 of each")
+        self.source, self.episodes, self.seed, self.max_steps = env_id, episodes, seed, max_steps
+        self.copies = 1 if isinstance(env_id, gym.Env) else min(episodes, copies or 32)
+        self.given = act_low, act_high
+        self.envs: list[gym.Env] = []
+
+    def __call__(self, policy: Policy, round: int = 0) -> np.ndarray:
+        envs = self._open()
+        low, high = self.bounds
+        box, space = envs[0].action_space, envs[0].observation_space
+        returns = np.zeros(self.episodes)
+        waiting = iter(range(self.episodes))
+        live: list[tuple[gym.Env, int]] = []
+        rows: list[np.ndarray] = []
+        steps: list[int] = []
+
+        def begin(env: gym.Env) -> None:
+            i = next(waiting, None)
+            if i is not None:
+                live.append((env, i))
+                rows.append(flatten_obs(space, env.reset(seed=self.seed + round * self.episodes + i)[0]))
+                steps.append(0)
+
+        with quiet():
+            for env in envs:
+                begin(env)
+            while live:
+                act = _actions(policy, np.stack(rows), low.shape[0])
+                sent = to_env(act, low, high, box)
+                freed = []
+                for j, (env, i) in enumerate(live):
+                    if not np.isfinite(act[j]).all():
+                        returns[i], ended = np.nan, True
+                    else:
+                        obs, reward, terminated, truncated, _ = env.step(sent[j])
+                        returns[i] += float(reward)
+                        rows[j] = flatten_obs(space, obs)
+                        steps[j] += 1
+                        ended = terminated or truncated or steps[j] == self.max_steps
+                    if ended:
+                        freed.append(j)
+                    elif steps[j] >= ENDLESS and self.max_steps is None and self.endless:
+                        raise EnvError(
+                            f"{self.name}: an episode took {ENDLESS} steps and the environment states no limit; "
+                            "pass max_steps"
+                        )
+                done = [live[j][0] for j in freed]
+                for j in reversed(freed):
+                    del live[j], rows[j], steps[j]
+                for env in done:
+                    begin(env)
+        return returns
+
+    @property
+    def name(self) -> str:
+        return self.source if isinstance(self.source, str) else type(self.source).__name__
+
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The actions [A] that -1 and 1 stand for."""
+        return _bounds(self._open()[0], *self.given, self.name)
+
+    def close(self) -> None:
+        """Close the environments made here; the next call makes them anew. One that was given stays open."""
+        if not isinstance(self.source, gym.Env):
+            for env in self.envs:
+                env.close()
+        self.envs = []
+
+    def _open(self) -> list[gym.Env]:
+        if not self.envs:
+            envs = [_make(self.source) for _ in range(self.copies)]
+            _bounds(envs[0], *self.given, self.name)
+            spec = envs[0].spec
+            self.endless = spec is None or spec.max_episode_steps is None
+            self.envs = envs
+        return self.envs
+
+
+def video(
+    policy: Policy,
+    env_id: str | gym.Env | Callable[[], gym.Env],
+    path: str | Path,
+    seed: int = 0,
+    max_steps: int = 1000,
+    act_low: Any = None,
+    act_high: Any = None,
+    gl: str | None = None,
+) -> float:
+    """Run one episode, write it as a film (.gif; .mp4 where imageio-ffmpeg is installed) and return its return.
+
+    gl: MuJoCo's backend, "egl" (a GPU, no display) or "osmesa" (no GPU); it counts only before MuJoCo first draws.
+    An environment that is given must have render_mode "rgb_array". Raises EnvError where nothing can be drawn."""
+    path = Path(path)
+    if gl is not None:
+        os.environ["MUJOCO_GL"] = gl
+    env = None
+    try:
+        with quiet():
+            env = _make(env_id, render_mode="rgb_array")
+            low, high = _bounds(env, act_low, act_high, str(env_id))
+            if env.render_mode != "rgb_array":
+                raise EnvError(f"video: {env_id} has render_mode {env.render_mode!r}; make it with 'rgb_array'")
+            obs, _ = env.reset(seed=seed)
+            with _film(path, int(env.metadata.get("render_fps", 30))) as add:
+                total, ended, steps = 0.0, False, 0
+                add(env.render())
+                while not ended and steps < max_steps:
+                    act = _actions(policy, flatten_obs(env.observation_space, obs)[None], low.shape[0])
+                    if not np.isfinite(act).all():
+                        raise EnvError("video: the policy's action is not finite")
+                    obs, reward, terminated, truncated, _ = env.step(to_env(act, low, high, env.action_space)[0])
+                    total += float(reward)
+                    ended = terminated or truncated
+                    steps += 1
+                    add(env.render())
+        return total
+    except EnvError:
+        raise
+    except Exception as error:  # each backend fails in its own way, some with AttributeError deep inside OpenGL
+        hint = "; for MuJoCo pass gl='egl' or gl='osmesa' (or set MUJOCO_GL)"
+        if env is not None and "mujoco" not in type(env.unwrapped).__module__:
+            hint = ""
+        raise EnvError(f"video: cannot draw {env_id}: {type(error).__name__}: {error}{hint}") from error
+    finally:
+        if env is not None and not isinstance(env_id, gym.Env):
+            env.close()
+
+
+@contextmanager
+def _film(path: Path, fps: int) -> Iterator[Callable[[Any], None]]:
+    """A function that takes the frames one by one; of more than 30 a second only some are kept. The file appears when
+    the last one is in."""
+    import imageio.v2 as imageio
+
+    skip = max(1, round(fps / 30))
+    kw: dict[str, Any] = {"duration": 1000 * skip / fps, "loop": 0} if path.suffix == ".gif" else {"fps": fps / skip}
+    part = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        writer = imageio.get_writer(part, **kw)
+    except (ImportError, ValueError, OSError) as error:
+        part.unlink(missing_ok=True)
+        hint = "use a name that ends in .gif, or pip install imageio-ffmpeg for .mp4"
+        raise EnvError(f"video: cannot write {path}: {str(error).strip().partition(chr(10))[0]}; {hint}") from error
+
+    def add(frame: Any) -> None:
+        nonlocal count
+        if count % skip == 0:
+            writer.append_data(np.asarray(frame))
+        count += 1
+
+    try:
+        yield add
+        writer.close()
+        part.replace(path)
+    finally:
+        writer.close()
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- environments
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without gymnasium's advice to leave the v4 environments, in which D4RL's scores are measured."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*is out of date.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r".*(deprecated|does not support the v\d|mujoco-bindings).*")
+        yield
+
+
+@contextmanager
+def _no_compiler_warnings(env_id: str) -> Iterator[None]:
+    """Without what MuJoCo's compiler writes to stderr and to a file MUJOCO_LOG.TXT about gymnasium's own models."""
+    spec = gym.registry.get(env_id)
+    if spec is None or "mujoco" not in str(spec.entry_point):
+        yield
+        return
+    mujoco: Any = importlib.import_module("mujoco")
+
+    before = mujoco.get_mju_user_warning() if hasattr(mujoco, "get_mju_user_warning") else None
+    mujoco.set_mju_user_warning(lambda text: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
+def make(env_id: str, **kw: Any) -> gym.Env:
+    """gymnasium.make, with gymnasium-robotics registered where its ids are asked for. Raises EnvError."""
+    if re.match(ROBOTICS, env_id):
+        try:
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        except ImportError as error:
+            raise EnvError(f"{env_id} needs gymnasium-robotics: pip install mbrl-suite[robotics] ({error})") from error
+    try:
+        with quiet(), _no_compiler_warnings(env_id):
+            return gym.make(env_id, disable_env_checker=True, **kw)
+    except gym.error.Error as error:
+        raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
+    except ImportError as error:  # a package, or a version, that the environment needs
+        raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
+
+
+def _make(source: str | gym.Env | Callable[[], gym.Env], **kw: Any) -> gym.Env:
+    if isinstance(source, str):
+        return make(source, **kw)
+    if isinstance(source, gym.Env):
+        return source
+    env = source()
+    if not isinstance(env, gym.Env):
+        raise EnvError(
+            f"got a {type(env).__name__} from the function that makes environments, expected a gymnasium.Env"
+        )
+    return env
+
+
+def _bounds(env: gym.Env, low: Any, high: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    box = env.action_space
+    if not isinstance(box, spaces.Box) or box.dtype.kind != "f":
+        raise EnvError(f"{name}: the action space is {box}, expected a Box of floating point numbers")
+    if (low is None) != (high is None):
+        raise EnvError(f"{name}: got one of act_low and act_high, expected both or none")
+    ends = []
+    for key, given, own in (("act_low", low, box.low), ("act_high", high, box.high)):
+        x = np.asarray(own if given is None else given, dtype=np.float32).ravel()
+        if x.shape != own.ravel().shape:
+            raise EnvError(f"{name}: {key} has {x.size} entries, expected {own.size}, one for each action")
+        ends.append(x)
+    if not (np.isfinite(ends).all() and (ends[0] < ends[1]).all()):
+        got = f"{ends[0].tolist()} .. {ends[1].tolist()}"
+        raise EnvError(f"{name}: actions lie in {got}; expected finite bounds, pass act_low and act_high")
+    return ends[0], ends[1]
+
+
+def _actions(policy: Policy, rows: np.ndarray, width: int) -> np.ndarray:
+    act: Any = policy(torch.from_numpy(rows))
+    act = act.detach().cpu().numpy() if isinstance(act, Tensor) else np.asarray(act)
+    if act.shape != (len(rows), width):
+        raise EnvError(f"the policy returned actions {list(act.shape)}, expected {[len(rows), width]}")
+    return act.astype(np.float32)
+
+
+def to_env(act: np.ndarray, low: np.ndarray, high: np.ndarray, box: spaces.Space) -> np.ndarray:
+    """Actions [n, A] in [-1, 1] in the environment's units and shape, [n, ...], within its bounds."""
+    assert isinstance(box, spaces.Box)
+    scaled = low + np.float32(0.5) * (act.clip(-1, 1) + np.float32(1)) * (high - low)
+    return scaled.reshape(len(act), *box.shape).clip(box.low, box.high).astype(box.dtype)
+
+
+def flatten_obs(space: spaces.Space, obs: Any) -> np.ndarray:
+    """[O] float32: the leaves of an observation side by side, in the order in which the space declares them."""
+    if isinstance(space, spaces.Box):
+        return np.asarray(obs, dtype=np.float32).ravel()
+    if isinstance(space, spaces.Dict):
+        return np.concatenate([flatten_obs(s, obs[k]) for k, s in space.spaces.items()])
+    if isinstance(space, spaces.Tuple):
+        return np.concatenate([flatten_obs(s, x) for s, x in zip(space.spaces, obs, strict=True)])
+    if not space.is_np_flattenable:
+        raise EnvError(f"observations in the space {space} cannot be flattened to numbers")
+    return np.asarray(spaces.flatten(space, obs), dtype=np.float32)

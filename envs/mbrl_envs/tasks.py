@@ -1,0 +1,282 @@
+"""What imagined transitions of a known task earn, and when they end: reward and termination as torch functions.
+
+They repeat gymnasium's MuJoCo environments (v4 and v5, whose conditions v2 and v3 share), its Pendulum, and the
+Adroit, maze and kitchen tasks, at their default arguments. Reward is given where the observations determine it to
+rounding; elsewhere a learned reward head serves. Why it is missing where it is:
+
+- HalfCheetah, Hopper, Walker2d, Swimmer reward the velocity of an x that is not observed. Where the source observes x
+  (`exclude_current_positions_from_observation=False`, or NeoRL's files), `task(id, obs=width)` gives the reward.
+- Ant and Humanoid take their velocity from body positions that MuJoCo computed one substep earlier.
+- InvertedDoublePendulum reads its tip's place from the same stale positions (off by up to 1e-4) and angular
+  velocities that the observation clips; its termination, at a tip height of 1, uses the height that the angles give.
+
+Hopper and Walker2d clip observed velocities to [-10, 10]. Hopper ends when any of |state[2:]| reaches 100, velocities
+included; of those a clipped observation never tells, so that only the angles can end an episode by this limit (an
+episode which the simulator ended for a velocity alone would be missed: data hold none, since 100 is far beyond what
+the actuators reach). A prediction that is not finite is unhealthy, as the simulator's is.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task's functions of (obs [B, O], act [B, A] in [-1, 1], next_obs [B, O])."""
+
+    env: str  # the gymnasium id whose conditions these are; "" for a family of several
+    terminal: Function  # -> [B] bool: the task ended with this transition
+    reward: Function | None = None  # -> [B]; None where the observations do not determine it
+
+
+def task(env_id: str, obs: int | None = None) -> Task | None:
+    """The task of an environment's id ("Hopper-v5") or a dataset's ("hopper-medium-v2", "D4RL/pen/human-v2"); None
+    where the task is not known. obs: the observations' width; needed only where they begin with the position that the
+    task leaves out by default, since the reward of such a source is determined.
+
+    Raises ValueError for a width that the task does not have; so do the functions themselves."""
+    name = env_id.lower().removeprefix("minari:")
+    version = re.search(r"-v(\d+)", name)
+    words = [w for w in re.split(r"[/_\-]", re.sub(r"-v\d+", "", name)) if w]
+    space = words.pop(0) if "/" in name and words else ""
+    if not words or space not in ("", "d4rl", "mujoco"):
+        return None
+    old = space != "mujoco" and version is not None and int(version[1]) < 5
+    family = words[0].removeprefix("adroithand").removesuffix("sparse")
+    if family in _NEVER:
+        return Task(_NEVER[family], _never({}, family))
+    build = _FAMILIES.get(family)
+    return None if build is None else build(4 if old else 5, obs)
+
+
+# ---------------------------------------------------------------- tools
+
+
+def _lead(widths: Mapping[int, int], env: str, obs: int) -> int:
+    """How many unobserved-by-default positions a width has in front."""
+    if obs not in widths:
+        known = " or ".join(str(w) for w in sorted(widths))
+        raise ValueError(
+            f"{env}: observations are {obs} wide, expected {known}; for a variant of the environment "
+            "train a termination and a reward head instead"
+        )
+    return widths[obs]
+
+
+def _never(widths: Mapping[int, int], env: str) -> Function:
+    def terminal(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        if widths:
+            _lead(widths, env, next_obs.shape[-1])
+        return torch.zeros(next_obs.shape[:-1], dtype=torch.bool, device=next_obs.device)
+
+    return terminal
+
+
+def _unless(healthy: Callable[[Tensor], Tensor], widths: Mapping[int, int], env: str) -> Function:
+    """Terminal unless healthy(next_obs without its leading positions)."""
+
+    def terminal(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        return ~healthy(next_obs[..., _lead(widths, env, next_obs.shape[-1]) :])
+
+    return terminal
+
+
+def _within(x: Tensor, low: float, high: float) -> Tensor:
+    return (low < x) & (x < high)
+
+
+def _runner(
+    env: str,
+    version: int,
+    obs: int | None,
+    widths: dict[int, int],
+    healthy: Callable[[Tensor], Tensor] | None,
+    dt: float,
+    ctrl: float,
+) -> Task:
+    """HalfCheetah, Hopper, Walker2d, Swimmer: forward velocity of qpos[0], minus ctrl |a|^2, plus 1 for health where
+    there is such a thing (up to v4 also on the step that ends the episode)."""
+    lead = 0 if obs is None else _lead(widths, env, obs)
+    terminal = _never(widths, env) if healthy is None else _unless(healthy, widths, env)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        if _lead(widths, env, next_obs.shape[-1]) != lead:
+            raise ValueError(
+                f"{env}: observations are {next_obs.shape[-1]} wide; the reward needs them to begin with x"
+            )
+        speed = (next_obs[..., 0] - obs[..., 0]) / dt
+        total = speed - ctrl * act.square().sum(-1)
+        if healthy is None:
+            return total
+        return total + (1.0 if version < 5 else (~terminal(obs, act, next_obs)).to(total))
+
+    return Task(f"{env}-v{version}", terminal, reward if lead else None)
+
+
+# ---------------------------------------------------------------- the tasks
+
+
+def _hopper(version: int, obs: int | None) -> Task:
+    def healthy(x: Tensor) -> Tensor:  # x = qpos[1:], qvel; state[2:] is x[1:]: the height may be anything above 0.7
+        return (x[..., 0] > 0.7) & _within(x[..., 1], -0.2, 0.2) & _within(x[..., 1:], -100, 100).all(-1)
+
+    return _runner("Hopper", version, obs, {11: 0, 12: 1}, healthy, dt=0.008, ctrl=1e-3)
+
+
+def _walker(version: int, obs: int | None) -> Task:
+    healthy = lambda x: _within(x[..., 0], 0.8, 2) & _within(x[..., 1], -1, 1)
+    return _runner("Walker2d", version, obs, {17: 0, 18: 1}, healthy, dt=0.008, ctrl=1e-3)
+
+
+def _cheetah(version: int, obs: int | None) -> Task:
+    return _runner("HalfCheetah", version, obs, {17: 0, 18: 1}, None, dt=0.05, ctrl=0.1)
+
+
+def _swimmer(version: int, obs: int | None) -> Task:
+    return _runner("Swimmer", version, obs, {8: 0, 10: 2}, None, dt=0.04, ctrl=1e-4)
+
+
+def _ant(version: int, obs: int | None) -> Task:
+    # 27 positions and velocities; contact forces are 78 more in v5, 84 on request in v4 and always in v2
+    widths = {27: 0, 29: 2, 105: 0, 107: 2, 111: 0, 113: 2}
+    if obs is not None:
+        _lead(widths, "Ant", obs)
+    healthy = lambda x: x.isfinite().all(-1) & (x[..., 0] >= 0.2) & (x[..., 0] <= 1)
+    return Task(f"Ant-v{version}", _unless(healthy, widths, "Ant"))
+
+
+def _humanoid_widths(version: int) -> dict[int, int]:
+    return {348: 0, 350: 2} if version == 5 else {376: 0, 378: 2}
+
+
+def _humanoid(version: int, obs: int | None) -> Task:
+    widths = _humanoid_widths(version)
+    if obs is not None:
+        _lead(widths, "Humanoid", obs)
+    return Task(f"Humanoid-v{version}", _unless(lambda x: _within(x[..., 0], 1, 2), widths, "Humanoid"))
+
+
+def _standup(version: int, obs: int | None) -> Task:
+    env, widths = "HumanoidStandup", _humanoid_widths(version)
+    forces = 78 if version == 5 else 84  # cfrc_ext; v5 drops the world's six, which are zero
+    if obs is not None:
+        _lead(widths, env, obs)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        height = next_obs[..., _lead(widths, env, next_obs.shape[-1])]
+        impact = 0.5e-6 * next_obs[..., -forces:].square().sum(-1)
+        return height / 0.003 - 0.1 * (0.4 * act).square().sum(-1) - impact.clamp(max=10) + 1
+
+    return Task(f"{env}-v{version}", _never(widths, env), reward)
+
+
+def _fixed(width: int, env: str, obs: int | None) -> dict[int, int]:
+    widths = {width: 0}
+    if obs is not None:
+        _lead(widths, env, obs)
+    return widths
+
+
+def _inverted(version: int, obs: int | None) -> Task:
+    env = f"InvertedPendulum-v{version}"
+    widths = _fixed(4, env, obs)
+    terminal = _unless(lambda x: x.isfinite().all(-1) & (x[..., 1].abs() <= 0.2), widths, env)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        end = terminal(obs, act, next_obs)
+        return torch.where(end, 0.0 if version == 5 else 1.0, 1.0).to(next_obs)
+
+    return Task(env, terminal, reward)
+
+
+def _double(version: int, obs: int | None) -> Task:
+    env = f"InvertedDoublePendulum-v{version}"
+
+    def up(x: Tensor) -> Tensor:  # the height of the tip of two links of 0.6; the second angle is relative to the first
+        sin, cos = x[..., 1:3], x[..., 3:5]
+        return ~(0.6 * (cos[..., 0] + cos.prod(-1) - sin.prod(-1)) <= 1)  # not finite: goes on, as the simulator does
+
+    return Task(env, _unless(up, _fixed(9 if version == 5 else 11, env, obs), env))
+
+
+def _reacher(version: int, obs: int | None) -> Task:
+    env = f"Reacher-v{version}"
+    widths = _fixed(10 if version == 5 else 11, env, obs)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        at = next_obs if version == 5 else obs  # up to v4 the distance is that before the step
+        _lead(widths, env, at.shape[-1])
+        return -at[..., 8:].norm(dim=-1) - act.square().sum(-1)
+
+    return Task(env, _never(widths, env), reward)
+
+
+def _pusher(version: int, obs: int | None) -> Task:
+    env = f"Pusher-v{version}"
+    widths = _fixed(23, env, obs)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        at = next_obs if version == 5 else obs  # as Reacher
+        _lead(widths, env, at.shape[-1])
+        tip, thing, goal = at[..., 14:17], at[..., 17:20], at[..., 20:23]
+        near, dist = (thing - tip).norm(dim=-1), (thing - goal).norm(dim=-1)
+        return -dist - 0.5 * near - 0.1 * (2 * act).square().sum(-1)
+
+    return Task(env, _never(widths, env), reward)
+
+
+def _pendulum(version: int, obs: int | None) -> Task:
+    widths = _fixed(3, "Pendulum-v1", obs)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        _lead(widths, "Pendulum-v1", obs.shape[-1])
+        angle = torch.atan2(obs[..., 1], obs[..., 0])  # 0 is upright; the state before the step is charged
+        torque = 2 * act[..., 0].clamp(-1, 1)
+        return -(angle.square() + 0.1 * obs[..., 2].square() + 0.001 * torque.square())
+
+    return Task("Pendulum-v1", _never(widths, "Pendulum-v1"), reward)
+
+
+def _pen(version: int, obs: int | None) -> Task:
+    env = "AdroitHandPen-v1"
+    widths = _fixed(45, env, obs)
+
+    def terminal(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        _lead(widths, env, next_obs.shape[-1])
+        return next_obs[..., 26] < 0.075  # the pen's height, after 24 joints and its x, y
+
+    return Task(env, terminal)
+
+
+_FAMILIES: dict[str, Callable[[int, int | None], Task]] = {
+    "hopper": _hopper,
+    "walker2d": _walker,
+    "halfcheetah": _cheetah,
+    "swimmer": _swimmer,
+    "ant": _ant,
+    "humanoid": _humanoid,
+    "humanoidstandup": _standup,
+    "invertedpendulum": _inverted,
+    "inverteddoublependulum": _double,
+    "reacher": _reacher,
+    "pusher": _pusher,
+    "pendulum": _pendulum,
+    "pen": _pen,
+}
+
+_NEVER = {  # tasks that only their time limit ends
+    "door": "AdroitHandDoor-v1",
+    "hammer": "AdroitHandHammer-v1",
+    "relocate": "AdroitHandRelocate-v1",
+    "kitchen": "FrankaKitchen-v1",
+    "frankakitchen": "FrankaKitchen-v1",
+    "antmaze": "",
+    "maze2d": "",
+    "pointmaze": "",
+}
