@@ -1,0 +1,377 @@
+"""A run on disk: settings, numbers, checkpoints, a figure. Nothing in it is ever half-written, nothing is a pickle.
+
+config.json     settings (with their types), seeds, the data's name and SHA-256, versions, git hash
+local.json      where the data lay on this machine
+metrics.jsonl   one JSON object a line: stage, step, numbers
+tensorboard/    the same numbers as curves
+checkpoints/    safetensors, plain facts in their header
+result.json     what came out
+report.png      the same as a picture
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+SHARED = ("model-", "reward-", "terminal-")  # what several runs on the same data may share
+VERSIONED = ("mbrl-suite", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "minari")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be made, read or continued."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=False, default=str) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What a number may depend on."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def git_hash() -> str | None:
+    """The commit of the checkout that this file lies in, with "+" where files have changed since."""
+    here = Path(__file__).parent
+    call = lambda *a: subprocess.run(
+        ["git", "-C", str(here), *a], check=False, capture_output=True, text=True, timeout=10
+    )
+    try:
+        head, tracked = call("rev-parse", "--short=12", "HEAD"), call("ls-files", "--error-unmatch", __file__)
+        if head.returncode or tracked.returncode:
+            return None  # an installed package inside somebody else's repository
+        return head.stdout.strip() + ("+" if call("status", "--porcelain", "-uno").stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+# ---------------------------------------------------------------- settings as JSON
+
+
+def to_plain(value: Any) -> Any:
+    """A frozen dataclass as JSON, each with the name of its type."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"_type": type(value).__name__} | fields
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def from_plain(value: Any, known: Iterable[type]) -> Any:
+    """The inverse, for the known types only: nothing is imported because a file names it. Lists become tuples.
+    Raises RunError for a type or a field that is not known."""
+    types = {t.__name__: t for t in known}
+
+    def build(x: Any) -> Any:
+        if isinstance(x, list):
+            return tuple(build(v) for v in x)
+        if not isinstance(x, dict):
+            return x
+        if "_type" not in x:
+            return {k: build(v) for k, v in x.items()}
+        if x["_type"] not in types:
+            raise RunError(f"settings of type {x['_type']!r}: not known here; known: {', '.join(sorted(types))}")
+        cls = types[x["_type"]]
+        names = {f.name for f in dataclasses.fields(cls)}
+        if extra := set(x) - names - {"_type"}:
+            raise RunError(f"settings of {cls.__name__}: unknown {sorted(extra)}; it has {sorted(names)}")
+        return cls(**{k: build(v) for k, v in x.items() if k != "_type"})
+
+    return build(value)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+class Run:
+    """A record (see `mbrl.offline.Record`) in a folder.
+
+    shared: another folder for fitted models, so that runs on the same data find each other's."""
+
+    def __init__(self, folder: Path, *, shared: Path | None = None, quiet: bool = False) -> None:
+        self.folder, self.shared = Path(folder), shared
+        self.checkpoints = self.folder / "checkpoints"
+        self.quiet = quiet
+        self._writer: Any = None
+        self._progress: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        self._said: dict[str, float] = {}
+
+    @classmethod
+    def create(cls, folder: Path, config: Mapping[str, Any], local: Mapping[str, Any], **kw: Any) -> "Run":
+        """A new folder. Raises RunError where it holds a run already."""
+        folder = Path(folder)
+        if (folder / "config.json").exists():
+            raise RunError(f"{folder}: holds a run already; continue it with --resume {folder}, or name another folder")
+        run = cls(folder, **kw)
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "local.json", local)
+        facts = {"versions": versions(), "git": git_hash(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(folder / "config.json", {**config, **facts})
+        return run
+
+    @classmethod
+    def open(cls, folder: Path, **kw: Any) -> "Run":
+        """An existing one, to read or to continue: numbers logged after its last checkpoint are dropped."""
+        folder = Path(folder)
+        run = cls(folder, **kw)
+        run.config  # noqa: B018  (raises where there is none)
+        return run
+
+    def rewind(self) -> None:
+        """Drop the numbers that were logged after the last checkpoint: they will be computed again, and be the same."""
+        path, kept = self.folder / "metrics.jsonl", 0
+        for file in self.checkpoints.glob("*.safetensors"):
+            kept = max(kept, self._facts(file).get("_metrics", 0))
+        if path.exists():
+            with path.open("r+b") as file:
+                file.truncate(kept)
+        for old in (self.folder / "tensorboard").glob("*"):
+            old.unlink()
+        for line in self.metrics():
+            self._curve(line["stage"], line["step"], {k: v for k, v in line.items() if k not in ("stage", "step")})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._json("config.json")
+
+    @property
+    def local(self) -> dict[str, Any]:
+        return self._json("local.json")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        return self._json("result.json") if (self.folder / "result.json").exists() else None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.folder}: no {name} there; expected a run folder as `mbrl offline` makes it"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}: not JSON ({error}); the run cannot be read") from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = []
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the last line of a run that was killed
+        return lines
+
+    # ------------------------------------------------------------ the record
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        line = {"stage": stage, "step": step, **values}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._curve(stage, step, values)
+
+    def _curve(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=30)
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def _path(self, name: str) -> Path:
+        where = self.shared if self.shared is not None and name.startswith(SHARED) else self.checkpoints
+        where.mkdir(parents=True, exist_ok=True)
+        return where / f"{name}.safetensors"
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        path = self._path(name)
+        metrics = self.folder / "metrics.jsonl"
+        facts = {**facts, "_metrics": metrics.stat().st_size if metrics.exists() else 0}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+            safetensors.torch.save_file(plain, str(temporary), metadata={"facts": json.dumps(facts, default=str)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod((self.folder / "config.json").stat().st_mode)  # safetensors would let nobody else read it
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if not name.endswith(".partial"):
+            self._path(f"{name}.partial").unlink(missing_ok=True)
+
+    def forget(self, name: str) -> None:
+        """Drop what was kept under a name."""
+        self._path(name).unlink(missing_ok=True)
+
+    @staticmethod
+    def _facts(path: Path) -> dict[str, Any]:
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                return json.loads((file.metadata() or {}).get("facts", "{}"))
+        except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+            raise RunError(f"{path}: not a checkpoint ({error}); delete it to compute that stage again") from None
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = self._path(name)
+        if not path.exists():
+            return None
+        facts = self._facts(path)
+        return safetensors.torch.load_file(str(path)), facts
+
+    def progress(self, stage: str, step: int, total: int | None, values: Mapping[str, float]) -> None:
+        if self.quiet:
+            return
+        words = "  ".join(f"{k} {v:.4g}" for k, v in list(values.items())[:4] if isinstance(v, int | float))
+        console = Console(stderr=True)
+        if not console.is_terminal:  # a log file gets a line now and then, not a bar
+            now = time.monotonic()
+            if now - self._said.get(stage, -1e9) > 20 or step == total:
+                self._said[stage] = now
+                print(f"{stage} {step}/{total or '?'}  {words}", flush=True)
+            return
+        if self._progress is None:
+            columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}"))
+            self._progress.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, words=words)
+        self._progress.update(self._tasks[stage], completed=step, total=total, words=words)
+
+    def close(self) -> None:
+        """End the progress display and flush the curves. What was logged and saved stands without it."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def draw_report(
+    run: Run, path: Path, title: str, behaviour: Iterable[float] = (), scale: tuple[float, float] | None = None
+) -> None:
+    """The learning curves of the model and the policy, the returns beside the data's own, and what rollouts were like.
+    behaviour: the data's episode returns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    lines = run.metrics()
+    of = lambda stage: [x for x in lines if x["stage"] == stage]
+    curve = lambda ax, stage, key, **kw: ax.plot(
+        *zip(*[(x["step"], x[key]) for x in of(stage) if key in x], strict=True), **kw
+    )
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    ax = axes[0, 0]
+    behaviour = np.asarray(list(behaviour), dtype=float)
+    if of("evaluate"):
+        curve(ax, "evaluate", "return", marker="o", ms=3, label="policy, true environment")
+    if len(behaviour):
+        ax.axhline(behaviour.mean(), color="gray", ls="--", label=f"data: mean {behaviour.mean():.0f}")
+        ax.axhline(behaviour.max(), color="gray", ls=":", label=f"data: best {behaviour.max():.0f}")
+    ax.set(title="return", xlabel="updates", ylabel="undiscounted return")
+    if ax.get_lines():
+        ax.legend(fontsize=8)
+    if scale:
+        low, high = scale
+        right = ax.secondary_yaxis(
+            "right", functions=(lambda r: 100 * (r - low) / (high - low), lambda s: low + s * (high - low) / 100)
+        )
+        right.set_ylabel("normalised score")
+    for ax, stage, name, unit in (
+        (axes[0, 1], "model", "dynamics model", "epochs"),
+        (axes[1, 0], "policy", "policy", "updates"),
+    ):
+        keys = [k for k in dict.fromkeys(k for x in of(stage) for k in x) if k not in ("stage", "step", "return")]
+        for key in keys[:6]:
+            curve(ax, stage, key, label=key, lw=1)
+        if of("reward") and stage == "model":
+            ax.text(
+                0.98,
+                0.6,
+                f"dynamics reward: {of('reward')[-1]['step']} updates",
+                transform=ax.transAxes,
+                ha="right",
+                fontsize=8,
+            )
+        ax.set(title=name, xlabel=unit)
+        ax.set_yscale("symlog", linthresh=1.0)
+        if keys:
+            ax.legend(fontsize=7)
+    ax = axes[1, 1]
+    if of("rollout"):
+        curve(ax, "rollout", "length", label="mean length")
+        ax.set(title="imagined rollouts", xlabel="updates", ylabel="steps")
+        other = ax.twinx()
+        curve(other, "rollout", "cut", color="C1", label="share cut as implausible")
+        curve(other, "rollout", "ended", color="C2", label="share ended by the task")
+        other.set_ylim(0, 1.05)
+        handles = [*ax.get_lines(), *other.get_lines()]
+        ax.legend(handles, [h.get_label() for h in handles], fontsize=7)
+    else:
+        ax.hist(behaviour, bins=30)
+        ax.set(title="the data's returns")
+    figure.suptitle(title)
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def machine() -> dict[str, Any]:
+    """The machine in words, for a result's record."""
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()}

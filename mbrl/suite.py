@@ -1,0 +1,84 @@
+"""Many runs, one table: scores, interquartile means and their intervals (Agarwal et al., NeurIPS 2021)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its bootstrap interval."""
+
+    point: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.point:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def table(results: Sequence[Mapping[str, Any]], key: str = "score_last10") -> dict[str, dict[str, list[float]]]:
+    """algorithm -> dataset -> one score a seed, in the order of the seeds; runs without a score are passed over."""
+    out: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for r in results:
+        for seed, score in zip(r["seeds"], r.get(key) or (), strict=False):
+            out.setdefault(r["algorithm"], {}).setdefault(r["dataset"], []).append((seed, score))
+    return {a: {d: [x for _, x in sorted(v)] for d, v in row.items()} for a, row in out.items()}
+
+
+def _matrix(row: Mapping[str, Sequence[float]], datasets: Sequence[str]) -> np.ndarray:
+    """[runs, datasets], cut to the number of runs that every dataset has."""
+    runs = min(len(row.get(d, ())) for d in datasets)
+    return np.array([[row[d][i] for d in datasets] for i in range(runs)], dtype=float).reshape(runs, len(datasets))
+
+
+def aggregate(
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    resamples: int = 50_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, dict[str, Interval]]:
+    """algorithm -> {"iqm", "mean"} over runs x datasets with stratified bootstrap intervals by rliable. Algorithms
+    that lack a dataset that another one has are left out: their means would not compare."""
+    from rliable import library, metrics
+
+    datasets = sorted({d for row in scores.values() for d in row})
+    whole = {a: _matrix(row, datasets) for a, row in scores.items() if all(d in row for d in datasets)}
+    whole = {a: m for a, m in whole.items() if m.size}
+    if not whole:
+        return {}
+    function = lambda m: np.array([metrics.aggregate_iqm(m), metrics.aggregate_mean(m)])
+    points, intervals = library.get_interval_estimates(
+        whole, function, reps=resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
+    )
+    return {
+        a: {name: Interval(points[a][i], *intervals[a][:, i]) for i, name in enumerate(("iqm", "mean"))} for a in whole
+    }
+
+
+def difference(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    *,
+    resamples: int = 50_000,
+    confidence: float = 0.90,
+    seed: int = 0,
+) -> Interval:
+    """The mean over datasets of a's mean less b's, resampling the runs of each dataset and algorithm on their own."""
+    datasets = sorted(set(a) & set(b))
+    if not datasets:
+        raise ValueError(f"no dataset in common: {sorted(a)} and {sorted(b)}")
+    generator = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    point = 0.0
+    for d in datasets:
+        for sign, values in ((1.0, a[d]), (-1.0, b[d])):
+            x = np.asarray(values, dtype=float)
+            draws = generator.integers(len(x), size=(resamples, len(x)))
+            total += sign * x[draws].mean(1) / len(datasets)
+            point += sign * x.mean() / len(datasets)
+    edge = (1 - confidence) / 2
+    return Interval(point, *np.quantile(total, [edge, 1 - edge]))

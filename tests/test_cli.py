@@ -1,0 +1,316 @@
+"""The command line, from outside where it matters: real processes, really killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from mbrl import cli, offline
+from mbrl.run import Run
+
+SMALL = (
+    "--fitting.max-epochs=4",
+    "--fitting.patience=50",
+    "--updates=300",
+    "--evaluate-every=100",
+    "--episodes=2",
+    "--threads=1",
+    "algorithm:morec-mopo",
+    "--algorithm.agent.hidden=16",
+    "--algorithm.agent.hidden=16",
+    "--algorithm.batch=32",
+    "--algorithm.log-every=50",
+    "--algorithm.imagination.horizon=4",
+    "--algorithm.imagination.rollouts=50",
+    "--algorithm.imagination.every=100",
+    "--algorithm.imagination.morec.reward.updates=60",
+    "--algorithm.imagination.morec.reward.anchor-updates=60",
+)
+
+
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory):
+    """A D4RL file of random actions in Pendulum-v1."""
+    import gymnasium
+
+    env, rows = gymnasium.make("Pendulum-v1"), []
+    env.action_space.seed(0)
+    for episode in range(4):
+        obs, _ = env.reset(seed=episode)
+        for t in range(200):
+            act = env.action_space.sample()
+            after, reward, _, _, _ = env.step(act)
+            rows.append((obs, act, reward, after, t == 199))
+            obs = after
+    path = tmp_path_factory.mktemp("data") / "pendulum-random.hdf5"
+    names = ("observations", "actions", "rewards", "next_observations", "timeouts")
+    with h5py.File(path, "w") as file:
+        for name, column in zip(names, zip(*rows, strict=True), strict=True):
+            file[name] = np.array(column, dtype=bool if name == "timeouts" else np.float32)
+        file["terminals"] = np.zeros(len(rows), dtype=bool)
+        file.attrs.update(env_id="Pendulum-v1", action_low=env.action_space.low, action_high=env.action_space.high)
+    return path
+
+
+def small(*args):
+    """`SMALL` with the width given once, as tyro takes a sequence."""
+    head = [a for a in SMALL if not a.startswith("--algorithm.agent.hidden")]
+    at = head.index("algorithm:morec-mopo") + 1
+    return [*args, *head[:at], "--algorithm.agent.hidden", "16", "16", *head[at:]]
+
+
+def command(*args):
+    return [sys.executable, "-m", "mbrl.cli", *args]
+
+
+def call(*args, **kw):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command(*args), capture_output=True, text=True, env=environment, check=False, **kw)
+
+
+def killed_at(pattern, folder, *args):
+    """Start the command, and kill -9 it as soon as a file that matches appears."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(*args), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < end, f"no {pattern} in {folder}"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_continues_to_the_same_numbers(pendulum, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = call("offline", "--dataset", str(pendulum), "--out", str(whole), "--seeds", "5", *small())
+    assert done.returncode == 0, done.stderr
+    killed_at(
+        "checkpoints/model-*.partial.safetensors",
+        parts,
+        "offline",
+        "--dataset",
+        str(pendulum),
+        "--out",
+        str(parts),
+        "--seeds",
+        "5",
+        *small(),
+    )
+    assert not list(parts.glob("checkpoints/agent*"))
+    killed_at("checkpoints/policy.partial.safetensors", parts, "offline", "--resume", str(parts))
+    assert not (parts / "result.json").exists()
+    done = call("offline", "--resume", str(parts))
+    assert done.returncode == 0, done.stderr
+    a, b = Run.open(whole), Run.open(parts)
+    assert a.metrics() == b.metrics()
+    first, second = a.load("agent")[0], b.load("agent")[0]
+    assert all(torch.equal(x, second[k]) for k, x in first.items())
+    assert a.result["returns"] == b.result["returns"]
+    assert {p.name for p in whole.iterdir()} == {p.name for p in parts.iterdir()}
+    assert (parts / "report.png").stat().st_size > 20_000
+    again = call("offline", "--resume", str(parts))
+    assert again.returncode == 2
+    assert "has finished" in again.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(pendulum, tmp_path_factory):
+    """A finished run, made in this process."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    cli.main(["offline", "--dataset", str(pendulum), "--out", str(folder), "--seeds", "5", *small("--quiet")])
+    return folder
+
+
+def test_a_run_folder_says_what_was_done(finished, pendulum):
+    run = Run.open(finished)
+    config, result = run.config, run.result
+    assert config["data"]["name"] == "pendulum-random"
+    assert len(config["data"]["sha256"]) == 64
+    assert str(pendulum) not in (finished / "config.json").read_text(), (
+        "data are recorded by name and hash, not by path"
+    )
+    assert config["arguments"]["seeds"] == [5]
+    assert config["versions"]["torch"]
+    assert result["updates"] == 300
+    assert [u for u, _ in result["returns"]] == [100, 200, 300]
+    assert result["final"][0] == pytest.approx(np.mean(result["returns"][-1][1][0]), abs=0.01)
+    assert result["last10"][0] == pytest.approx(np.mean([r[1][0] for r in result["returns"]]), abs=0.01)
+    assert {m["stage"] for m in run.metrics()} >= {"model", "reward", "rollout", "policy", "evaluate"}
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
+    from stable_baselines3 import SAC
+
+    path = tmp_path / "policy.zip"
+    cli.main(["eval", str(finished), "--episodes", "2", "--export", str(path)])
+    assert "Pendulum-v1" in capsys.readouterr().out
+    agent, _ = cli.load_agent(Run.open(finished))
+    obs = torch.randn(6, 3)
+    ours = offline.policy_of(agent)(obs)
+    theirs, _ = SAC.load(path, device="cpu").predict(obs.numpy(), deterministic=True)
+    np.testing.assert_allclose(2 * ours.numpy(), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["run", "stable-baselines3"])
+def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
+    """With no update to speak of, the policy is still the one that was handed in."""
+    out, start = tmp_path / "next", finished
+    if kind == "stable-baselines3":
+        start = tmp_path / "policy.zip"
+        cli.main(["eval", str(finished), "--episodes", "1", "--export", str(start)])
+    given = ["--dataset", str(pendulum), "--out", str(out), "--seeds", "6", "--start", str(start)]
+    args = ["offline", *given, *small("--quiet")]
+    args[args.index("--updates=300")] = "--updates=1"
+    cli.main(args)
+    obs = torch.randn(6, 3)
+    before, after = (offline.policy_of(cli.load_agent(Run.open(f))[0])(obs) for f in (finished, out))
+    torch.testing.assert_close(before, after, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["offline"], "--dataset is missing"),
+        (["offline", "--dataset", "nowhere.hdf5"], "nowhere.hdf5"),
+        (["offline", "--dataset", "hopper-midium-v2"], "hopper-medium-v2"),
+        (["offline", "--resume", "nowhere"], "no config.json"),
+        (["offline", "--dataset", "embedded:pendulum", "--device", "tpu9"], "expected 'auto'"),
+        (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo2"], "'mopo2'"),
+        (["suite", "--datasets", "embedded:pendulum", "--algorithms", "bc@3"], "no penalty"),
+        (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo@x"], "'x' is not a number"),
+        (["data", "scores", "no-such-id"], "no-such-id"),
+    ],
+)
+def test_bad_input_is_one_clear_error(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error.replace("\n", " ")
+    assert "Traceback" not in error
+
+
+def test_a_run_folder_is_not_written_over(finished, pendulum, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["offline", "--dataset", str(pendulum), "--out", str(finished), "--quiet"])
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_other_data_do_not_continue_a_run(pendulum, tmp_path, capsys):
+    other = tmp_path / "other.hdf5"
+    other.write_bytes(pendulum.read_bytes())
+    with h5py.File(other, "r+") as file:
+        file["rewards"][0] = 1.0
+    out = tmp_path / "run"
+    killed_at("config.json", out, "offline", "--dataset", str(pendulum), "--out", str(out), "--seeds", "5", *small())
+    with pytest.raises(SystemExit):
+        cli.main(["offline", "--resume", str(out), "--dataset", str(other)])
+    assert "not the data of" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_start_that_does_not_fit_leaves_no_folder(finished, pendulum, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        cli.main(["offline", "--dataset", str(pendulum), "--out", str(out), "--start", str(finished), "algorithm:bc"])
+    assert "leave --start out" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_list_names_everything(capsys):
+    cli.main(["list"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*offline.PRESETS, "ensemble", "embedded:pendulum", "embedded:hopper"))
+
+
+def test_names_of_settings():
+    assert cli.name_of(offline.MOPO) == "mopo"
+    assert cli.name_of(cli.algorithm_named("mopo@5")) == "mopo@5"
+    assert cli.name_of(cli.demo_settings(Path("x"), 0).algorithm) == "morec-mopo-custom"
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    width: int = 3
+
+    def build(self, spec, generator):
+        raise NotImplementedError
+
+
+class Point:
+    def __init__(self, name, value):
+        self.name, self.value, self.load = name, "somewhere:Config", value
+
+
+def test_learners_of_other_packages_are_found(monkeypatch):
+    points = [Point("mine", lambda: MineConfig), Point("broken", lambda: 1 / 0), Point("no", lambda: int)]
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: points if group == "mbrl.learners" else [])
+    with pytest.warns(UserWarning, match="learner") as warned:
+        found = cli.learners()
+    assert found["mine"] == MineConfig()
+    assert set(found) == {"ensemble", "ensemble-scaled", "mine"}
+    assert len(warned) == 2
+
+
+@pytest.mark.slow
+def test_a_suite_shares_its_models_and_is_not_run_twice(pendulum, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "suite"
+    fits = []
+    original = offline.fit
+    monkeypatch.setattr(offline, "fit", lambda *a, **k: (fits.append(1), original(*a, **k))[1])
+    args = [
+        "suite",
+        "--datasets",
+        str(pendulum),
+        "--algorithms",
+        "mopo@0.5",
+        "mopo",
+        "bc",
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+    ]
+    args += ["--updates", "20", "--evaluate-every", "10", "--episodes", "1", "--scale", "hopper-medium-v2"]
+    args += [
+        "--fitting.max-epochs",
+        "1",
+        "dynamics:ensemble",
+        "--dynamics.hidden",
+        "8",
+        "--dynamics.weight-decay",
+        "0",
+        "0",
+    ]
+    monkeypatch.setitem(offline.PRESETS, "mopo", tiny(offline.MOPO))
+    cli.main(args)
+    assert len(fits) == 1, "two penalties, one fit"
+    summary = json.loads((out / "summary.json").read_text())
+    assert {a: set(row) for a, row in summary["scores"].items()} == {
+        a: {"pendulum-random"} for a in ("mopo@0.5", "mopo", "bc")
+    }
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/*/*/result.json")}
+    (out / "pendulum-random/bc/1/result.json").unlink()  # one is lost: only it is made again
+    (out / "pendulum-random/bc/1/config.json").unlink()
+    cli.main(args)
+    after = {p: p.stat().st_mtime_ns for p in out.glob("*/*/*/result.json")}
+    assert {p.parent.parent.name for p in after if after[p] != stamps[p]} == {"bc"}
+    assert len(fits) == 1
+
+
+def tiny(config):
+    from dataclasses import replace
+
+    return replace(config, imagination=replace(config.imagination, rollouts=50, every=10, horizon=2))
