@@ -1,0 +1,1 @@
+"""One benchmark a file: `run(harness) -> {row: {figure: value}}`."""
