@@ -3,21 +3,26 @@
     python experiments/offline_suite.py --data DIR [--seeds 0 1 2] [--updates 100000] [--workers 2]
 
 DIR holds {hopper,halfcheetah}-{medium,mixed}-v5.hdf5. BC and TD3+BC, MOPO with each of four coefficients (the best one
-for all sets is reported), MOREC-MOPO with one setting. Scores are on D4RL's constants. Finished runs are kept under
---out and never run again; the summary goes to experiments/results/offline_suite.json.
+for all sets is reported), MOREC-MOPO with one setting. Scores are on D4RL's constants. Every finished run is a row of
+experiments/results/offline_suite.json, and one that is there already, with the settings and the data of today, is not
+run again: the suite may be filled over several sittings and machines, a few --sets, --algorithms or --seeds at a time.
 """
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mbrl import suite
-from mbrl.cli import Suite, run_suite
+from mbrl import offline, suite
+from mbrl.cli import Suite, algorithm_named, run_suite
 from mbrl.run import machine, versions, write_json
+
+RESULTS = Path(__file__).parent / "results" / "offline_suite.json"
 
 SETS = {
     "hopper-medium-v5": ("hopper-medium-v2", 1714),
@@ -45,7 +50,30 @@ class Args:
     report: bool = False
 
 
+def settings_of(args: Args, algorithm: str) -> str:
+    """What a row's numbers depend on, but the data, the seed and the code, in twelve digits."""
+    config = replace(algorithm_named(algorithm), updates=args.updates, evaluate_every=args.evaluate_every)
+    default = Suite(datasets=())
+    return offline.digest(config, default.fitting, default.dynamics)
+
+
+def restore(args: Args, path: Path) -> None:
+    """Finished rows of the file become finished runs under --out, where the suite looks for them."""
+    for row in json.loads(path.read_text())["runs"] if path.exists() else ():
+        name = f"{row['dataset']}/{row['algorithm']}/{'-'.join(map(str, row['seeds']))}"
+        file = args.data / f"{row['dataset']}.hdf5"
+        same = file.exists() and row["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        if not same or row["settings"] != settings_of(args, row["algorithm"]):
+            print(f"{name}: its row is of other {'settings' if same else 'data'} and is left out")
+            continue
+        folder = args.out / name
+        if not (folder / "config.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "result.json", row)
+
+
 def main(args: Args) -> None:
+    restore(args, RESULTS)
     summary = run_suite(
         Suite(
             datasets=tuple(str(args.data / f"{name}.hdf5") for name in args.sets),
@@ -61,11 +89,14 @@ def main(args: Args) -> None:
         )
     )
     result = judge(summary)
-    keep = ("algorithm", "dataset", "seeds", "updates", "last10", "final", "score_last10", "score_final")
-    rows = [{k: r.get(k) for k in (*keep, "seconds", "wall_s", "threads")} for r in summary["results"]]
-    config = {"sets": SETS, "algorithms": args.algorithms, "updates": args.updates, "seeds": args.seeds}
-    out = {"config": config, "figures": result, "runs": rows, "versions": versions(), **machine()}
-    write_json(Path(__file__).parent / "results" / "offline_suite.json", out)
+    keep = ("algorithm", "dataset", "sha256", "seeds", "updates", "last10", "final", "score_last10", "score_final")
+    keep += ("behaviour_mean", "seconds", "wall_s", "threads", "processor", "versions")
+    rows: list[dict[str, Any]] = []
+    for r in summary["results"]:
+        row = {k: r[k] for k in keep if k in r}
+        rows.append(row | {"settings": r.get("settings") or settings_of(args, r["algorithm"])})
+    config = {"sets": SETS, "updates": args.updates, "evaluate_every": args.evaluate_every}
+    write_json(RESULTS, {"config": config, "figures": result, "runs": rows, "versions": versions(), **machine()})
     print(json.dumps(result))
 
 
@@ -73,12 +104,18 @@ def judge(summary: dict) -> dict:
     """What was expected, and what came."""
     scores, results = summary.get("scores", {}), summary["results"]
     figures: dict = {"aggregate": summary.get("aggregate", {})}
-    whole = {a: row for a, row in scores.items() if a.startswith("mopo@") and set(row) == set(SETS)}
+    mopo = {a: row for a, row in scores.items() if a.startswith("mopo@")}
+    whole = {a: row for a, row in mopo.items() if set(row) == set(SETS)}
     mean = lambda row: sum(sum(v) / len(v) for v in row.values()) / len(row)
     if whole and set(scores.get(OURS, ())) == set(SETS):
         best = max(whole, key=lambda a: mean(whole[a]))
         lead = suite.difference(scores[OURS], whole[best], confidence=0.90)
         figures |= {"best_mopo": best, "lead": [lead.point, lead.low, lead.high], "lead_expected": EXPECTED}
+    else:
+        both = [name for name in SETS if name in scores.get(OURS, ()) and any(name in row for row in mopo.values())]
+        value = lambda row, name: sum(row[name]) / len(row[name])
+        most = {name: max(value(row, name) for row in mopo.values() if name in row) for name in both}
+        figures["lead_over_the_best_mopo_of_each_set"] = {n: value(scores[OURS], n) - most[n] for n in both}
     words = Table("set", "behaviour", "algorithm", "last-10 return, mean over seeds", "above behaviour")
     above = {}
     for name, (_, behaviour) in SETS.items():
