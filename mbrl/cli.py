@@ -3,6 +3,7 @@
 import operator
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -265,6 +266,7 @@ def run_offline(args: Offline) -> Run:
         torch.set_num_threads(args.threads)
     device = devices.pick(args.device)
     if args.resume is not None:
+        given = args
         run = Run.open(args.resume, quiet=args.quiet)
         if run.result is not None:
             raise RunError(f"{args.resume}: has finished; `mbrl eval {args.resume}` runs its policy")
@@ -272,6 +274,7 @@ def run_offline(args: Offline) -> Run:
         source = args.dataset or run.local["source"]
         args = replace(from_plain(config["arguments"], (*KNOWN, Offline)), threads=args.threads, quiet=args.quiet)
         args = replace(args, device=run.local["device"], models=run.local["models"] and Path(run.local["models"]))
+        args = replace(args, env=given.env or args.env, scale=given.scale or args.scale)
         device = devices.pick(args.device)
         if not args.threads and run.local["threads"] != torch.get_num_threads():
             torch.set_num_threads(run.local["threads"])  # sums come out in the order they came in before
@@ -281,8 +284,9 @@ def run_offline(args: Offline) -> Run:
                 f"{source}: not the data of {run.folder} ({data.sha256[:12]}, expected {config['data']['sha256'][:12]})"
             )
         run.shared = args.models
+        world = World.of(args, data)
         run.rewind()
-        return _train(args, run, data)
+        return _train(args, run, data, world)
     if args.dataset is None:
         raise ValueError(
             "--dataset is missing; expected a file, a D4RL id, minari:<id>, or embedded:pendulum to try it"
@@ -294,6 +298,7 @@ def run_offline(args: Offline) -> Run:
     if args.start is not None and not isinstance(algorithm.agent, SacConfig):  # before there is a folder
         raise ValueError(f"--start {args.start}: {name_of(algorithm)} starts from no SAC policy; leave --start out")
     seeds = args.seeds or (devices.fresh_seed(),)
+    world = World.of(replace(args, seeds=seeds), data)
     label = name_of(algorithm)
     stem = data.name.replace("/", "_").replace(":", "_")
     out = args.out or Path("runs") / stem / f"{label}-{'-'.join(map(str, seeds))}"
@@ -312,25 +317,55 @@ def run_offline(args: Offline) -> Run:
     }
     shared = Path(local["models"]) if local["models"] else None
     run = Run.create(out, config, local, shared=shared, quiet=args.quiet)
-    return _train(args, run, data)
+    return _train(args, run, data, world)
 
 
-def _train(args: Offline, run: Run, data: Any) -> Run:
-    from mbrl_envs import evaluate as worlds
-    from mbrl_envs import tasks
+@dataclass(frozen=True)
+class World:
+    """Where a policy is evaluated, and what is known of it. Wrong names are found here, before anything is learned."""
 
-    env = args.env or data.env or None
-    env = None if env == "none" else env
-    task = tasks.task(env) if env else None
-    if args.reward == "task" and (task is None or task.reward is None):
-        raise ValueError(f"--reward task: no reward function is known for {env or data.name}; leave it to the learner")
+    env: str | None
+    evaluate: Any
+    terminal: Any
+    reward: Any
+    scale: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, args: Offline, data: Any) -> "World":
+        """Raises ValueError where the settings name what there is not, or an environment that does not fit the data."""
+        from mbrl_envs import evaluate as worlds
+        from mbrl_envs import tasks
+
+        env = args.env or data.env or None
+        env = None if env == "none" else env
+        try:
+            task = tasks.task(env, data.spec.obs) if env else None
+        except ValueError:  # a variant with other observations: its termination and reward are learned
+            task = None
+        reward = task.reward if task and args.reward == "task" else None
+        if args.reward == "task" and reward is None:
+            raise ValueError(
+                f"--reward task: no reward function is known for {env or data.name}; leave it to the learner"
+            )
+        evaluate = None
+        if env:
+            bounds = {"act_low": data.act_low.cpu().numpy(), "act_high": data.act_high.cpu().numpy()}
+            seed = 10_000 + 1_000 * args.seeds[0]
+            evaluate = worlds.evaluator(env, episodes=args.episodes, seed=seed, obs=data.spec.obs, **bounds)
+            try:
+                evaluate.open()
+            except ValueError as error:
+                raise ValueError(f"{error}; or pass --env none, to learn without evaluations") from error
+        scale = scale_of(args.scale) if args.scale else scale_of(env or data.name, None if args.env else data)
+        if args.scale and scale is None:
+            raise ValueError(f"--scale {args.scale}: no reference scores are known; `mbrl data scores ID` asks for one")
+        return cls(env, evaluate, task.terminal if task else None, reward, scale)
+
+
+def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
     if not args.quiet:
         console.print(f"[bold]{run.folder}[/bold]  {data.name}: {len(data)} steps, {data.episodes} episodes, ", end="")
         console.print(f"mean return {data.returns.mean():.1f}; {run.config['algorithm']}, seeds {args.seeds}")
-    bounds = {"act_low": data.act_low.cpu().numpy(), "act_high": data.act_high.cpu().numpy()}
-    evaluate = (
-        worlds.evaluator(env, episodes=args.episodes, seed=10_000 + 1_000 * args.seeds[0], **bounds) if env else None
-    )
     start = None
     if args.start is not None:
         start = _start(Path(args.start), args, data)
@@ -341,14 +376,14 @@ def _train(args: Offline, run: Run, data: Any) -> Run:
             data,
             dynamics=args.dynamics,
             fitting=args.fitting,
-            terminal=task.terminal if task else None,
-            reward=task.reward if args.reward == "task" and task else None,
-            evaluate=evaluate,
+            terminal=world.terminal,
+            reward=world.reward,
+            evaluate=world.evaluate,
             seeds=args.seeds,
             start=start,
             record=run,
         )
-        finish(run, args, data, result, env, time.perf_counter() - began)
+        finish(run, args, data, result, world, time.perf_counter() - began)
     return run
 
 
@@ -375,16 +410,14 @@ def scale_of(id: str, data: Any = None) -> tuple[float, float] | None:
         return None
 
 
-def finish(run: Run, args: Offline, data: Any, result: offline.Result, env: str | None, wall: float) -> None:
+def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: World, wall: float) -> None:
     """result.json, report.png and the words at the end."""
-    scale = scale_of(args.scale) if args.scale else scale_of(env or data.name, None if args.env else data)
-    if args.scale and scale is None:
-        raise ValueError(f"--scale {args.scale}: no reference scores are known; `mbrl data scores ID` asks for one")
+    scale = world.scale
     out: dict[str, Any] = {
         "algorithm": run.config["algorithm"],
         "dataset": data.name,
         "sha256": data.sha256,
-        "env": env,
+        "env": world.env,
         "seeds": list(args.seeds),
         "behaviour_mean": data.returns.mean().item(),
         "behaviour_best": data.returns.max().item(),
@@ -542,7 +575,8 @@ def run_suite(args: Suite) -> dict[str, Any]:
     failures: list[str] = []
     if not args.report:
         if args.workers > 1:
-            with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+            watch = {"initializer": _leave_with, "initargs": (os.getpid(),)}
+            with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), **watch) as pool:
                 for done in pool.map(_run_group, groups):
                     failures += done
         else:
@@ -560,6 +594,17 @@ def run_suite(args: Suite) -> dict[str, Any]:
     if failures:
         raise RunError(f"{len(failures)} of {sum(map(len, groups))} runs failed; the same command tries them again")
     return summary
+
+
+def _leave_with(parent: int) -> None:
+    """A worker whose suite was killed ends too: it would write to folders that the next suite continues."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_group(cells: Sequence[tuple[Offline, Path]]) -> list[str]:

@@ -160,6 +160,8 @@ class Run:
         path, kept = self.folder / "metrics.jsonl", 0
         for file in self.checkpoints.glob("*.safetensors"):
             kept = max(kept, self._facts(file).get("_metrics", 0))
+        if (self.checkpoints / "shared.json").exists():
+            kept = max(kept, self._json("checkpoints/shared.json")["_metrics"])
         if path.exists():
             with path.open("r+b") as file:
                 file.truncate(kept)
@@ -239,6 +241,9 @@ class Run:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+        if path.parent != self.checkpoints:  # what lies elsewhere does not say how far this run's numbers go
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.checkpoints / "shared.json", {"_metrics": facts["_metrics"]})
         if not name.endswith(".partial"):
             self._path(f"{name}.partial").unlink(missing_ok=True)
 

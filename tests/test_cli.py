@@ -188,19 +188,24 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["offline", "--dataset", "hopper-midium-v2"], "hopper-medium-v2"),
         (["offline", "--resume", "nowhere"], "no config.json"),
         (["offline", "--dataset", "embedded:pendulum", "--device", "tpu9"], "expected 'auto'"),
+        (["offline", "--dataset", "embedded:pendulum", "--env", "Pendulumm-v1"], "Pendulumm"),
+        (["offline", "--dataset", "embedded:pendulum", "--env", "Hopper-v5"], "act_low has 1 entries, expected 3"),
+        (["offline", "--dataset", "embedded:pendulum", "--scale", "hoper-medium-v2"], "hoper-medium-v2"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo2"], "'mopo2'"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "bc@3"], "no penalty"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo@x"], "'x' is not a number"),
         (["data", "scores", "no-such-id"], "no-such-id"),
     ],
 )
-def test_bad_input_is_one_clear_error(args, message, capsys):
+def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cli.main(args)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
+    assert not list(tmp_path.iterdir()), "found before anything is made"
 
 
 def test_a_run_folder_is_not_written_over(finished, pendulum, capsys):

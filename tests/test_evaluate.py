@@ -206,6 +206,42 @@ def test_bad_bounds():
         evaluator(Counter, act_low=[1.0], act_high=[0.0])(constant(0.0))
 
 
+class Maze(Counter):
+    """Observations with a goal, as gymnasium-robotics has them."""
+
+    def __init__(self):
+        super().__init__()
+        box = lambda n: spaces.Box(-np.inf, np.inf, (n,))
+        self.observation_space = spaces.Dict(observation=box(3), achieved_goal=box(2), desired_goal=box(2))
+
+    def dress(self, out):
+        part = {"observation": [1.0, 2, 3], "achieved_goal": [4.0, 5], "desired_goal": [6.0, 7]}
+        return ({k: np.array(v, dtype=np.float32) for k, v in part.items()}, *out[1:])
+
+    def reset(self, **kw):
+        return self.dress(super().reset(**kw))
+
+    def step(self, action):
+        return self.dress(super().step(action))
+
+
+@pytest.mark.parametrize(("width", "row"), [(3, [1, 2, 3]), (5, [4, 5, 1, 2, 3]), (7, [1, 2, 3, 4, 5, 6, 7])])
+def test_a_policy_of_d4rl_s_mazes_sees_what_it_was_trained_on(width, row):
+    seen = []
+
+    def policy(obs):
+        seen.append(obs[0].tolist())
+        return torch.zeros(len(obs), 1)
+
+    evaluator(Maze, episodes=1, max_steps=1, obs=width)(policy)
+    assert seen[0] == row
+
+
+def test_observations_of_another_width_are_an_error_before_the_first_episode():
+    with pytest.raises(EnvError, match="7 wide, the policy's are 4"):
+        evaluator(Maze, obs=4).open()
+
+
 @pytest.mark.parametrize("name", ["AdroitHandDoor-v1", "AntMaze_UMaze-v4", "FrankaKitchen-v1", "PointMaze_UMaze-v3"])
 def test_a_missing_extra_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)

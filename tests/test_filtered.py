@@ -274,7 +274,18 @@ def test_scores_a_chunk_at_a_time():
 
     f = Filtered(ensemble(), Counts(), candidates=10, chunk=64)
     f.step(torch.randn(20, 2), inputs(20, f.noise_dim), ())
-    assert seen == [64, 64, 64, 8]
+    assert seen == [60, 60, 60, 20], "all candidates of a row in one piece"
+
+
+@pytest.mark.parametrize("anchors", [0, 2])
+def test_candidates_of_a_row_are_judged_as_rows_of_their_own(anchors):
+    """What a row's candidates share is evaluated once a row: no number may tell."""
+    reward = dataclasses.replace(SMALL, anchors=anchors).build(S, gen())
+    obs, act, after = torch.randn(6, 2), torch.randn(6, 1), torch.randn(24, 2)
+    got = reward.rank(obs, act, after)
+    want = reward.rank(obs.repeat_interleave(4, 0), act.repeat_interleave(4, 0), after)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_a_filter_draws_its_candidates_stratified():

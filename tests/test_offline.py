@@ -8,7 +8,7 @@ import torch
 from worlds import Constant, Line, line_data, never
 
 from mbrl import offline
-from mbrl.core import Segment
+from mbrl.core import Segment, Spec, StepInput
 from mbrl.data import Transitions
 from mbrl.offline import Forget, Imagination, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig
@@ -113,10 +113,28 @@ def test_a_cut_rollout_does_not_go_on_in_the_next_block():
 def test_bellman_inconsistency_is_the_spread_over_parts_of_the_mean_value():
     model, x = Line(parts=3, noise_dim=1), torch.randn(5, 1)
     inp = (torch.zeros(5, 1), torch.ones(5, 1))
-    got = offline.bellman_inconsistency(Constant(), model, x, *inp, (), torch.randn(5, 4), floor=False)
-    torch.testing.assert_close(got, torch.full((5,), math.sqrt(2 / 3)))  # values differ by 0, 1, 2
-    clipped = offline.bellman_inconsistency(Constant(), model, x * 0 - 100, *inp, (), torch.randn(5, 4), floor=True)
-    assert (clipped == 0).all(), "values below zero are all zero"
+    noise = torch.randn(5, 4), torch.randn(20, 1)
+    got = offline.bellman_inconsistency(Constant(), model, x, *inp, (), *noise)
+    torch.testing.assert_close(got, torch.ones(5))  # values differ by 0, 1, 2; the spread is the unbiased one
+    far = offline.bellman_inconsistency(Constant(), model, x * 0 - 100, *inp, (), *noise)
+    torch.testing.assert_close(far, torch.ones(5))  # values below zero differ as any others do
+    alone = offline.bellman_inconsistency(Constant(), Line(parts=1, noise_dim=1), x, *inp, (), *noise)
+    assert (alone == 0).all()
+
+
+def test_bellman_inconsistency_is_that_of_the_stochastic_policy():
+    """Were tanh(mean) taken, the noise of the policy would make no difference."""
+    agent = SMALL.build(Spec(1, 1), torch.Generator().manual_seed(0)).one(0)
+    model, x, z = Line(parts=2, noise_dim=1), torch.randn(5, 1), torch.randn(5, 3)
+    inp = (torch.zeros(5, 1), torch.ones(5, 1))
+    first, second = (
+        offline.bellman_inconsistency(agent, model, x, *inp, (), z, e) for e in (torch.zeros(15, 1), torch.ones(15, 1))
+    )
+    assert (first != second).any()
+    after = model.each(x, StepInput(inp[0], z, inp[1]), (), 3).obs  # [2, 15, 1]
+    act = lambda a: agent.act(a[None], torch.ones(1, 15, 1))
+    value = torch.stack([agent.q(a[None], act(a), target=True)[0].amin(0) for a in after])
+    torch.testing.assert_close(second, value.reshape(2, 5, 3).mean(-1).std(0))
 
 
 def test_a_relative_threshold_is_in_units_of_the_datas_worst():
@@ -170,16 +188,19 @@ class Memory(Forget):
 
 @pytest.mark.parametrize("seeds", [(3,), (3, 4)])
 def test_an_interrupted_loop_continues_to_the_same_numbers(seeds):
+    config = replace(small(), log_every=150)  # its figures are gathered across a checkpoint
     go = lambda record: offline.train(
-        small(), line_data(), models=[Line()], terminal=never, evaluate=run_line, seeds=seeds, record=record
+        config, line_data(), models=[Line()], terminal=never, evaluate=run_line, seeds=seeds, record=record
     )
-    whole = go(Memory())
+    first = Memory()
+    whole = go(first)
     memory = Memory(saves=2)
     with pytest.raises(KeyboardInterrupt):
         go(memory)
     memory.left = 10**9
     again = go(memory)
     assert again.returns == whole.returns
+    assert [x for x in memory.lines if x[1] > 400] == [x for x in first.lines if x[1] > 400]
     assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in whole.agent.state_dict().items())
 
 

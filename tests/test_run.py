@@ -93,6 +93,17 @@ def test_numbers_logged_after_the_last_checkpoint_are_dropped(tmp_path):
     assert again.metrics()[-1] == {"stage": "policy", "step": 2, "loss": 2.0}
 
 
+def test_numbers_of_a_stage_that_lies_elsewhere_are_kept(tmp_path):
+    """A model in the folder that runs share is not fitted again, so its curve must survive."""
+    run = Run.create(tmp_path / "a", {}, {}, shared=tmp_path / "models")
+    run.log("model", 1, {"loss": 1.0})
+    run.save("model-1", {"a": torch.ones(1)}, {})
+    run.log("policy", 1, {"loss": 2.0})
+    again = Run.open(run.folder)
+    again.rewind()
+    assert [m["stage"] for m in again.metrics()] == ["model"]
+
+
 def test_a_run_is_not_written_over(tmp_path):
     made(tmp_path)
     with pytest.raises(RunError, match="--resume"):

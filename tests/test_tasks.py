@@ -300,3 +300,13 @@ def test_leading_axes_are_kept():
     end = task("Hopper-v5").terminal(obs, obs, obs)
     assert end.shape == (4, 3)
     assert end.nonzero().tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("name", ["NeoRL/Hopper-v3", "mbrl_envs.scores:NeoRL/Hopper-v3"])
+def test_neorl_s_observations_begin_with_x(name):
+    """Its ids name the module that registers them, its termination is Hopper's, and x makes the reward known."""
+    found = tasks.task(name, 12)
+    assert found is not None
+    assert found.reward is not None
+    state = torch.tensor([[5.0, 1.2, 0.1, *[0.0] * 9], [5.0, 0.5, 0.1, *[0.0] * 9]])
+    assert found.terminal(state, torch.zeros(2, 3), state).tolist() == [False, True]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 Policy = Callable[[Tensor], Tensor]
 ROBOTICS = r"AdroitHand|AntMaze|PointMaze|FrankaKitchen|Fetch|HandReach|HandManipulate|MaMuJoCo"
+ANTMAZE = 29  # observations of D4RL's antmaze: 2 of the position, 27 of the body
 ENDLESS = 10_000  # steps after which an environment that states no limit is taken to have none
 
 
@@ -36,17 +37,20 @@ def evaluator(
     act_high: Any = None,
     max_steps: int | None = None,
     copies: int | None = None,
+    obs: int | None = None,
 ) -> "Evaluator":
     """A function of a policy that returns its undiscounted returns, one an episode.
 
     env_id: a gymnasium id; a function that makes an environment; or one environment (a robot, say), in which the
     episodes follow one another. act_low, act_high [A]: what actions of -1 and 1 mean, by default the action space's
     bounds; what leaves those bounds is clipped. max_steps: cut episodes there; an environment without a time limit of
-    its own needs it. copies: how many environments run side by side, by default one an episode, 32 at most.
+    its own needs it. copies: how many environments run side by side, by default one an episode, 32 at most. obs: the
+    width of the observations that the policy knows; where an environment with goals has more, the policy is shown
+    those of D4RL's antmaze (position, then observation) or maze2d (observation) if they are as wide.
 
-    Environments are made at the first call. Raises EnvError for an id that does not exist, or an action space that is
-    not a bounded box."""
-    return Evaluator(env_id, episodes, seed, act_low, act_high, max_steps, copies)
+    Environments are made at the first call, or by `open`. Raises EnvError for an id that does not exist, an action
+    space that is not a bounded box, or observations of another width."""
+    return Evaluator(env_id, episodes, seed, act_low, act_high, max_steps, copies, obs)
 
 
 class Evaluator:
@@ -65,19 +69,20 @@ class Evaluator:
         act_high: Any,
         max_steps: int | None,
         copies: int | None,
+        obs: int | None = None,
     ) -> None:
         if episodes < 1 or (max_steps is not None and max_steps < 1) or (copies is not None and copies < 1):
             got = f"episodes={episodes}, max_steps={max_steps}, copies={copies}"
             raise EnvError(f"evaluator: got {got}; expected at least 1 of each")
         self.source, self.episodes, self.seed, self.max_steps = env_id, episodes, seed, max_steps
         self.copies = 1 if isinstance(env_id, gym.Env) else min(episodes, copies or 32)
-        self.given = act_low, act_high
+        self.given, self.width = (act_low, act_high), obs
         self.envs: list[gym.Env] = []
 
     def __call__(self, policy: Policy, round: int = 0) -> np.ndarray:
-        envs = self._open()
+        envs = self.open()
         low, high = self.bounds
-        box, space = envs[0].action_space, envs[0].observation_space
+        box, view = envs[0].action_space, _view(envs[0].observation_space, self.width, self.name)
         returns = np.zeros(self.episodes)
         waiting = iter(range(self.episodes))
         live: list[tuple[gym.Env, int]] = []
@@ -88,7 +93,7 @@ class Evaluator:
             i = next(waiting, None)
             if i is not None:
                 live.append((env, i))
-                rows.append(flatten_obs(space, env.reset(seed=self.seed + round * self.episodes + i)[0]))
+                rows.append(view(env.reset(seed=self.seed + round * self.episodes + i)[0]))
                 steps.append(0)
 
         with quiet():
@@ -104,7 +109,7 @@ class Evaluator:
                     else:
                         obs, reward, terminated, truncated, _ = env.step(sent[j])
                         returns[i] += float(reward)
-                        rows[j] = flatten_obs(space, obs)
+                        rows[j] = view(obs)
                         steps[j] += 1
                         ended = terminated or truncated or steps[j] == self.max_steps
                     if ended:
@@ -128,7 +133,7 @@ class Evaluator:
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """The actions [A] that -1 and 1 stand for."""
-        return _bounds(self._open()[0], *self.given, self.name)
+        return _bounds(self.open()[0], *self.given, self.name)
 
     def close(self) -> None:
         """Close the environments made here; the next call makes them anew. One that was given stays open."""
@@ -137,10 +142,15 @@ class Evaluator:
                 env.close()
         self.envs = []
 
-    def _open(self) -> list[gym.Env]:
+    def open(self) -> list[gym.Env]:
+        """The environments, made now if they were not yet; what does not fit raises EnvError."""
         if not self.envs:
-            envs = [_make(self.source) for _ in range(self.copies)]
+            kw = {}
+            if isinstance(self.source, str) and self.source.startswith("AntMaze") and self.width == ANTMAZE:
+                kw["continuing_task"] = False  # D4RL's ends at the goal
+            envs = [_make(self.source, **kw) for _ in range(self.copies)]
             _bounds(envs[0], *self.given, self.name)
+            _view(envs[0].observation_space, self.width, self.name)
             spec = envs[0].spec
             self.endless = spec is None or spec.max_episode_steps is None
             self.envs = envs
@@ -272,7 +282,7 @@ def make(env_id: str, **kw: Any) -> gym.Env:
             return gym.make(env_id, disable_env_checker=True, **kw)
     except gym.error.Error as error:
         raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
-    except ImportError as error:  # a package, or a version, that the environment needs
+    except (ImportError, AssertionError) as error:  # a package, or a version, that the environment needs
         raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
 
 
@@ -320,6 +330,20 @@ def to_env(act: np.ndarray, low: np.ndarray, high: np.ndarray, box: spaces.Space
     assert isinstance(box, spaces.Box)
     scaled = low + np.float32(0.5) * (act.clip(-1, 1) + np.float32(1)) * (high - low)
     return scaled.reshape(len(act), *box.shape).clip(box.low, box.high).astype(box.dtype)
+
+
+def _view(space: spaces.Space, width: int | None, name: str) -> Callable[[Any], np.ndarray]:
+    """What of an observation a policy sees, [width]. Raises EnvError where nothing of it is so wide."""
+    own = spaces.flatdim(space)
+    if width in (None, own):
+        return lambda obs: flatten_obs(space, obs)
+    if isinstance(space, spaces.Dict) and {"observation", "achieved_goal"} <= set(space.spaces):
+        for keys in (("observation",), ("achieved_goal", "observation")):
+            if sum(spaces.flatdim(space[k]) for k in keys) == width:
+                return lambda obs: np.concatenate([flatten_obs(space[k], obs[k]) for k in keys])
+    raise EnvError(
+        f"{name}: its observations are {own} wide, the policy's are {width}; name the data's own environment"
+    )
 
 
 def flatten_obs(space: spaces.Space, obs: Any) -> np.ndarray:

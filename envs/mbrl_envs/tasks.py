@@ -41,11 +41,11 @@ def task(env_id: str, obs: int | None = None) -> Task | None:
     task leaves out by default, since the reward of such a source is determined.
 
     Raises ValueError for a width that the task does not have; so do the functions themselves."""
-    name = env_id.lower().removeprefix("minari:")
+    name = env_id.lower().rpartition(":")[2]  # without minari:, or the module that registers the environment
     version = re.search(r"-v(\d+)", name)
     words = [w for w in re.split(r"[/_\-]", re.sub(r"-v\d+", "", name)) if w]
     space = words.pop(0) if "/" in name and words else ""
-    if not words or space not in ("", "d4rl", "mujoco"):
+    if not words or space not in ("", "d4rl", "mujoco", "neorl"):
         return None
     old = space != "mujoco" and version is not None and int(version[1]) < 5
     family = words[0].removeprefix("adroithand").removesuffix("sparse")

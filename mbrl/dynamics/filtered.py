@@ -138,16 +138,17 @@ class Filtered(Dynamics):
         """All K candidates [B * K, ...], within the bounds; their r_D and what the choice reads, [B, K] each and -inf
         where a candidate is not finite."""
         n = inp.act.shape[0]
-        obs, act = repeat((self.observe(state, cond), inp.act), self.k)
+        obs, act = self.observe(state, cond), inp.act
         state, pred = self.inner.branch(state, inp, cond, self.k)
         finite = pred.obs.isfinite().all(-1)
         held = pred.obs.clamp(self.low, self.high)
         beyond = (finite & (held != pred.obs).any(-1))[:, None]
         state = self.inner.correct(state, held, beyond.to(held.dtype), cond)
         seen = torch.where(beyond, self.observe(state, cond), pred.obs)
-        rows = zip(obs.split(self.chunk), act.split(self.chunk), seen.split(self.chunk), strict=True)
+        m = max(1, self.chunk // self.k)  # rows, all candidates of a row in one piece
+        rows = zip(obs.split(m), act.split(m), seen.split(m * self.k), strict=True)
         if self.choice == "published":
-            r = score = torch.cat([self.reward(*x) for x in rows])
+            r = score = torch.cat([self.reward(*repeat(x[:2], self.k), x[2]) for x in rows])
         else:
             r, score = (torch.cat(x) for x in zip(*(self.reward.rank(*x) for x in rows), strict=True))
         keep = group(finite & ~r.isnan() & ~score.isnan(), n)
@@ -286,23 +287,28 @@ class DynamicsReward(nn.Module):
         self.requires_grad_(False)
 
     def features(self, obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
-        """[B, O + A (+ O) + O]: what the discriminator sees."""
-        x, y = self.inputs(torch.cat([obs, act], -1)), self.change(next_obs - obs)
+        """[B * n, O + A (+ O) + O]: what the discriminator sees of next_obs [B * n, O], n candidates a row. What does
+        not depend on the candidate, the anchors above all, is evaluated once a row."""
+        n = len(next_obs) // max(len(obs), 1)
+        x = self.inputs(torch.cat([obs, act], -1))
+        wide, obs = repeat((x, obs), n) if n > 1 else (x, obs)
+        y = self.change(next_obs - obs)
         if self.anchor is None:
-            return torch.cat([x, y], -1)
-        off = (y - self.anchor(x[None]).mean(0)) / self.scale
-        return torch.cat([x, y, off], -1)
+            return torch.cat([wide, y], -1)
+        anchor = self.anchor(x[None]).mean(0)
+        off = (y - (repeat(anchor, n) if n > 1 else anchor)) / self.scale
+        return torch.cat([wide, y, off], -1)
 
     def logits(self, obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
-        """[K, B]"""
+        """[K, B * n]"""
         return self.heads(self.features(obs, act, next_obs)[None])[..., 0]
 
     def forward(self, obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
         return self.rank(obs, act, next_obs)[0]
 
     def rank(self, obs: Tensor, act: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
-        """r_D [B], and the mean of the rescaled logits without the clamps [B]: what is equal in the first need not be
-        in the second."""
+        """r_D [B * n], and the mean of the rescaled logits without the clamps [B * n]: what is equal in the first need
+        not be in the second. obs [B, O], act [B, A]; next_obs [B * n, O], n candidates a row, contiguous by row."""
         z = rescaled(self.logits(obs, act, next_obs), self.expert, self.learner)
         return dynamics_reward(z), z.mean(0)
 
