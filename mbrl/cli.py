@@ -312,7 +312,10 @@ def run_offline(args: Offline) -> Run:
     start = str(args.start) if args.start else None
     config = {
         "algorithm": label,
-        "data": {"name": data.name, "sha256": data.sha256, "steps": len(data), "episodes": data.episodes},
+        "data": {
+            **{"name": data.name, "sha256": data.sha256, "steps": len(data), "episodes": data.episodes},
+            **{"act_low": data.act_low.tolist(), "act_high": data.act_high.tolist()},
+        },
         "arguments": to_plain(replace(args, start=start)),
     }
     shared = Path(local["models"]) if local["models"] else None
@@ -471,7 +474,9 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     env = args.env or result.get("env")
     if env is None:
         raise RunError(f"{args.run}: the run names no environment; pass --env")
-    evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed)
+    facts = run.config["data"]
+    bounds = {k: facts[k] for k in ("act_low", "act_high")} if args.env is None else {}
+    evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed, obs=agent.spec.obs, **bounds)
     rows = [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(settings.seeds))]
     scale = result.get("scale")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=f"{env}, {args.episodes} episodes, {data}")

@@ -151,6 +151,18 @@ def test_a_run_folder_says_what_was_done(finished, pendulum):
     assert not list(finished.rglob("*.tmp"))
 
 
+def test_eval_gives_actions_the_meaning_that_they_have_in_the_data(finished, monkeypatch):
+    """Data whose bounds are half the environment's: the same policy then earns something else."""
+    run = Run.open(finished)
+    config = run.config
+    assert (config["data"]["act_low"], config["data"]["act_high"]) == ([-2.0], [2.0])
+    wide = cli.run_evaluate(cli.Evaluate(finished, episodes=1))
+    config["data"] |= {"act_low": [-0.5], "act_high": [0.5]}
+    monkeypatch.setattr(Run, "config", config)
+    assert cli.run_evaluate(cli.Evaluate(finished, episodes=1)) != wide
+    assert cli.run_evaluate(cli.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
+
+
 def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
     from stable_baselines3 import SAC
 

@@ -247,8 +247,6 @@ def test_the_pen_is_dropped_below_its_height():
         "AdroitHandRelocate-v1",
         "kitchen-mixed-v0",
         "FrankaKitchen-v1",
-        "antmaze-umaze-v2",
-        "AntMaze_UMaze-v4",
         "maze2d-large-v1",
         "PointMaze_Open-v3",
     ],
@@ -310,3 +308,8 @@ def test_neorl_s_observations_begin_with_x(name):
     assert found.reward is not None
     state = torch.tensor([[5.0, 1.2, 0.1, *[0.0] * 9], [5.0, 0.5, 0.1, *[0.0] * 9]])
     assert found.terminal(state, torch.zeros(2, 3), state).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", ["antmaze-umaze-v2", "AntMaze_UMaze-v4"])
+def test_an_end_that_observations_do_not_tell_is_left_to_a_learned_head(name):
+    assert tasks.task(name) is None

@@ -283,7 +283,7 @@ def make(env_id: str, **kw: Any) -> gym.Env:
     except gym.error.Error as error:
         raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
     except (ImportError, AssertionError) as error:  # a package, or a version, that the environment needs
-        raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
+        raise EnvError(f"cannot make the environment {env_id!r}: {error!r}") from error
 
 
 def _make(source: str | gym.Env | Callable[[], gym.Env], **kw: Any) -> gym.Env:
