@@ -67,6 +67,7 @@ KNOWN = (
 WORDS = {
     "morec-mopo": "A dynamics reward chooses among the model's candidates and cuts rollouts; MOPO's penalty.",
     "morec-mobile": "The same with MOBILE's penalty.",
+    "morec-published": "MOREC-MOPO with the dynamics reward as the paper has it, for ablations.",
     "mopo": "Rewards less the model's uncertainty; short rollouts.",
     "morel": "Rollouts end where the model's members disagree.",
     "mobile": "Rewards less the spread of the members' values; short rollouts.",
@@ -293,12 +294,17 @@ def run_offline(args: Offline) -> Run:
         )
     data = datasets.load(args.dataset, strict=args.strict, device=device)
     algorithm = args.algorithm
-    algorithm = replace(algorithm, updates=args.updates or algorithm.updates)
-    algorithm = replace(algorithm, evaluate_every=args.evaluate_every or algorithm.evaluate_every)
+    for name in ("updates", "evaluate_every"):
+        if (value := getattr(args, name)) is not None:
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+            algorithm = replace(algorithm, **{name: value})
     if args.start is not None and not isinstance(algorithm.agent, SacConfig):  # before there is a folder
         raise ValueError(f"--start {args.start}: {name_of(algorithm)} starts from no SAC policy; leave --start out")
     seeds = args.seeds or (devices.fresh_seed(),)
     world = World.of(replace(args, seeds=seeds), data)
+    if args.start is not None:
+        _start(Path(args.start), replace(args, seeds=seeds), data)
     label = name_of(algorithm)
     stem = data.name.replace("/", "_").replace(":", "_")
     out = args.out or Path("runs") / stem / f"{label}-{'-'.join(map(str, seeds))}"
@@ -395,6 +401,15 @@ def _start(path: Path, args: Offline, data: Any) -> dict[str, torch.Tensor]:
         kept = Run.open(path).load("agent")
         if kept is None:
             raise RunError(f"{path}: holds no trained policy")
+        settings = args.algorithm.agent
+        want = settings.build(data.spec, devices.generator(0), seeds=len(args.seeds)).state_dict()
+        shapes = lambda state: {k: tuple(v.shape) for k, v in state.items()}
+        if shapes(want) != shapes(kept[0]):
+            raise RunError(
+                f"--start {path}: its policy is of another algorithm, width, data or number of seeds; expected one of "
+                f"{type(settings).__name__}, hidden {settings.hidden}, {data.spec.obs} observations, {data.spec.act} "
+                f"actions, {len(args.seeds)} seeds"
+            )
         return kept[0]
     from mbrl_envs import adapters
 
@@ -550,12 +565,17 @@ def run_suite(args: Suite) -> dict[str, Any]:
         raise ValueError(f"--scale: got {len(args.scale)} for {len(args.datasets)} datasets, expected one or one each")
     for name in args.algorithms:
         algorithm_named(name)
+    stems = [_stem(source) for source in args.datasets]
+    if twice := {s for s in stems if stems.count(s) > 1}:
+        raise ValueError(
+            f"--datasets: several are called {', '.join(sorted(twice))}, and a table has one column a name"
+        )
     groups: list[list[tuple[Offline, Path]]] = []
     seed_groups = [args.seeds] if args.together else [(s,) for s in args.seeds]
     for seeds in seed_groups:  # whole seeds first: an interrupted suite still compares like with like
         for i, source in enumerate(args.datasets):
             scale = args.scale[i % len(args.scale)] if args.scale else None
-            stem = Path(source).stem.replace("/", "_").replace(":", "_")
+            stem = _stem(source)
             cells = []
             for name in args.algorithms:
                 folder = args.out / stem / name / "-".join(map(str, seeds))
@@ -601,6 +621,27 @@ def run_suite(args: Suite) -> dict[str, Any]:
     return summary
 
 
+def _stem(source: str) -> str:
+    return Path(source).stem.replace("/", "_").replace(":", "_")
+
+
+def _other(cell: Offline, folder: Path) -> str | None:
+    """What of a run that lies there already is not what is asked for now. Of a bare result the updates tell."""
+    run = Run(folder)
+    if (folder / "config.json").exists():
+        kept = from_plain(run.config["arguments"], (*KNOWN, Offline))
+        algorithm = replace(cell.algorithm, updates=cell.updates or cell.algorithm.updates)
+        algorithm = replace(algorithm, evaluate_every=cell.evaluate_every or algorithm.evaluate_every)
+        wanted = replace(cell, algorithm=algorithm)
+        names = ("algorithm", "seeds", "episodes", "scale", "fitting", "dynamics")
+        wrong = [n for n in names if getattr(kept, n) != getattr(wanted, n)]
+        return f"other settings ({', '.join(wrong)})" if wrong else None
+    updates = cell.updates or cell.algorithm.updates
+    if run.result is not None and run.result["updates"] != updates:
+        return f"{run.result['updates']} updates instead of {updates}"
+    return None
+
+
 def _leave_with(parent: int) -> None:
     """A worker whose suite was killed ends too: it would write to folders that the next suite continues."""
 
@@ -616,6 +657,9 @@ def _run_group(cells: Sequence[tuple[Offline, Path]]) -> list[str]:
     """Runs, one after another, on the same data and seeds: the first fits the models that the others read."""
     failures = []
     for cell, folder in cells:
+        if wrong := _other(cell, folder):
+            failures.append(f"{folder}: holds a run with {wrong}; name another --out, or remove that folder")
+            continue
         if (folder / "result.json").exists():
             continue
         began = time.perf_counter()
@@ -627,7 +671,7 @@ def _run_group(cells: Sequence[tuple[Offline, Path]]) -> list[str]:
                 run = run_offline(cell)
             result = run.result or {}
             print(f"{folder}: last-10 {result.get('last10')}, {time.perf_counter() - began:.0f} s", flush=True)
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:  # one cell's fault is not the others'
             failures.append(f"{folder}: {error}")
     return failures
 

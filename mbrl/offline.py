@@ -145,6 +145,19 @@ MOREC_MOPO = OfflineConfig(
     agent=_AGENT,
     imagination=Imagination(morec=Morec(), penalty=Penalty(0.5, scaled=True), truncation=_CUT, **_LONG),
 )
+# As near to the paper as it can be known, for ablations: the adversarial game with a generator that is trained, the
+# plain discriminator, r_D itself as the softmax's weights, targets that are not below 0.
+_PLAIN = RewardConfig(generator="trained", anchors=0, spread=0.0, penalty=0.0, updates=6_000)
+MOREC_PUBLISHED = OfflineConfig(
+    agent=_AGENT,
+    imagination=Imagination(
+        morec=Morec(_PLAIN, FilterConfig(choice="published")),
+        penalty=Penalty(0.5, scaled=True),
+        truncation=_CUT,
+        floor=True,
+        **_LONG,
+    ),
+)
 MOREC_MOBILE = replace(
     MOBILE,
     imagination=Imagination(morec=Morec(), penalty=Penalty(0.5, "bellman"), floor=True, truncation=_CUT, **_LONG),
@@ -154,6 +167,7 @@ TD3_BC = OfflineConfig(agent=Td3BcConfig(), imagination=None, real_ratio=1.0)
 PRESETS: dict[str, OfflineConfig] = {
     "morec-mopo": MOREC_MOPO,
     "morec-mobile": MOREC_MOBILE,
+    "morec-published": MOREC_PUBLISHED,
     "mopo": MOPO,
     "morel": MOREL,
     "mobile": MOBILE,

@@ -318,7 +318,8 @@ def draw_report(
     lines = run.metrics()
     of = lambda stage: [x for x in lines if x["stage"] == stage]
     curve = lambda ax, stage, key, **kw: ax.plot(
-        *zip(*[(x["step"], x[key]) for x in of(stage) if key in x], strict=True), **kw
+        *zip(*[(x["step"], x[key]) for x in of(stage) if key in x], strict=True),
+        **{"marker": "." if sum(key in x for x in of(stage)) < 10 else None, **kw},  # a line of one point is none
     )
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     ax = axes[0, 0]
@@ -353,10 +354,12 @@ def draw_report(
                 ha="right",
                 fontsize=8,
             )
+        if not keys:
+            ax.set_axis_off()
+            continue
         ax.set(title=name, xlabel=unit)
         ax.set_yscale("symlog", linthresh=1.0)
-        if keys:
-            ax.legend(fontsize=7)
+        ax.legend(fontsize=7)
     ax = axes[1, 1]
     if of("rollout"):
         curve(ax, "rollout", "length", label="mean length")

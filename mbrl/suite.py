@@ -1,5 +1,6 @@
 """Many runs, one table: scores, interquartile means and their intervals (Agarwal et al., NeurIPS 2021)."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:  # of one run a dataset there is no interval
+            return f"{self.point:.1f}"
         return f"{self.point:.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
@@ -51,9 +54,15 @@ def aggregate(
     if not whole:
         return {}
     function = lambda m: np.array([metrics.aggregate_iqm(m), metrics.aggregate_mean(m)])
-    points, intervals = library.get_interval_estimates(
-        whole, function, reps=resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="random_state is deprecated", category=FutureWarning)
+        points, intervals = library.get_interval_estimates(
+            whole,
+            function,
+            reps=resamples,
+            confidence_interval_size=confidence,
+            random_state=np.random.RandomState(seed),
+        )
     return {
         a: {name: Interval(points[a][i], *intervals[a][:, i]) for i, name in enumerate(("iqm", "mean"))} for a in whole
     }

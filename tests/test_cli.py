@@ -203,6 +203,11 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["offline", "--dataset", "embedded:pendulum", "--env", "Pendulumm-v1"], "Pendulumm"),
         (["offline", "--dataset", "embedded:pendulum", "--env", "Hopper-v5"], "act_low has 1 entries, expected 3"),
         (["offline", "--dataset", "embedded:pendulum", "--scale", "hoper-medium-v2"], "hoper-medium-v2"),
+        (["offline", "--dataset", "embedded:pendulum", "--updates", "0"], "--updates: got 0"),
+        (["offline", "--dataset", "embedded:pendulum", "--start", "no.zip", "algorithm:mopo"], "no.zip"),
+        (["offline", "--dataset", "minari:foo"], "minari:<namespace>/<name>-v<number>"),
+        (["offline", "--dataset", "Hopper-v5"], "mbrl collect --env Hopper-v5"),
+        (["suite", "--datasets", "a/x.hdf5", "b/x.hdf5"], "called x"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo2"], "'mopo2'"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "bc@3"], "no penalty"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo@x"], "'x' is not a number"),
@@ -244,6 +249,25 @@ def test_a_start_that_does_not_fit_leaves_no_folder(finished, pendulum, tmp_path
         cli.main(["offline", "--dataset", str(pendulum), "--out", str(out), "--start", str(finished), "algorithm:bc"])
     assert "leave --start out" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_start_of_another_shape_leaves_no_folder(finished, pendulum, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        cli.main(["offline", "--dataset", str(pendulum), "--out", str(out), "--start", str(finished), "algorithm:mopo"])
+    assert "hidden (256, 256), 3 observations" in capsys.readouterr().err.replace("\n", " ")
+    assert not out.exists()
+
+
+def test_a_suite_does_not_report_runs_with_other_settings(pendulum, tmp_path, capsys):
+    args = ["suite", "--datasets", str(pendulum), "--algorithms", "bc", "--seeds", "1", "--out", str(tmp_path / "s")]
+    args += ["--episodes", "1", "--scale", "hopper-medium-v2", "--updates"]
+    cli.main([*args, "20"])
+    cli.main([*args, "20"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main([*args, "30"])
+    assert "holds a run with other settings (algorithm)" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_list_names_everything(capsys):

@@ -235,7 +235,7 @@ def test_every_rollout_cut_at_its_start_is_an_error():
         offline.train(config, line_data(), models=[Line()], terminal=never)
 
 
-@pytest.mark.parametrize("name", ["morec-mopo", "morec-mobile", "mopo", "morel", "mobile"])
+@pytest.mark.parametrize("name", ["morec-mopo", "morec-mobile", "morec-published", "mopo", "morel", "mobile"])
 def test_presets_are_settings_of_one_loop(name):
     """Each runs, from the fit of its model to a policy, on a small set and at a small size."""
     preset = offline.PRESETS[name]

@@ -20,6 +20,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import urllib.request
@@ -162,9 +163,16 @@ def _path(source: str | os.PathLike, strict: bool, progress: Progress | None) ->
             path = _d4rl_file(known, progress)
             return _hdf5(path, Source(str(path), "d4rl", known.id, known=known), strict)
         if isinstance(source, os.PathLike) or path.suffix in (".hdf5", ".h5", ".npz") or "/" in text:
-            raise DataError(f"{path}: no such file")
+            raise DataError(
+                f"{path}: no such file; expected a D4RL .hdf5, a NeoRL .npz, an id of D4RL, minari:<id> or "
+                f"{' or '.join(embedded())}"
+            )
         if known is not None and known.kind.startswith("NeoRL"):
             raise DataError(f"{text}: NeoRL's sets are read from files; pass the path of its .npz")
+        if known is not None and known.kind not in ("D4RL", "NeoRL", "NeoRL-2"):
+            raise DataError(
+                f"{text!r} is an environment, not a dataset of it; make one with `mbrl collect --env {text}`"
+            )
         names = [*d4rl_table(), *embedded()]
         raise DataError(f"{text!r} is neither a file nor an id of D4RL{close_matches(text, names)}")
     label, known = str(path), identify(path.stem)
@@ -172,7 +180,9 @@ def _path(source: str | os.PathLike, strict: bool, progress: Progress | None) ->
         magic = file.read(4)
     if not magic:
         raise DataError(f"{label}: the file is empty; expected D4RL's HDF5 or NeoRL's .npz")
-    if magic.startswith(b"PK") or path.suffix == ".npz":
+    if path.suffix == ".npz" and not magic.startswith(b"PK"):
+        raise DataError(f"{label}: not NumPy's .npz, which is a zip archive; download or write it again")
+    if magic.startswith(b"PK"):
         return _npz(path, Source(label, "neorl", path.stem, known=known), strict)
     name = known.id if known is not None else path.stem
     return _hdf5(path, Source(label, "d4rl", name, known=known), strict)
@@ -580,6 +590,8 @@ def _find_minari(name: str) -> Any:
     from minari.dataset.minari_dataset import parse_dataset_id  # late: slow to load, and only this needs it
     from minari.storage.datasets_root_dir import get_dataset_path
 
+    if not re.search(r"-v\d+$", name):
+        raise DataError(f"minari:{name}: no version in it; expected minari:<namespace>/<name>-v<number>")
     try:
         parse_dataset_id(name)
         place = get_dataset_path(name)
