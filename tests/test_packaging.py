@@ -1,13 +1,17 @@
 """What a stranger installs: the wheel, in an environment that has never seen the checkout."""
 
+import ast
 import json
 import os
+import re
 import site
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from email.parser import HeaderParser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -126,3 +130,25 @@ def test_the_command_line_is_installed(installed, tmp_path):
     text = call(command, "--help", cwd=tmp_path)
     for verb in ("offline", "eval", "data", "collect", "list", "suite", "demo"):
         assert verb in text
+
+
+def test_every_import_is_a_declared_requirement():
+    """The environment of the tests has more than a user's: what the package imports must be among its requirements."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [v for name, v in project["optional-dependencies"].items() if name != "dev"]
+    lines = [*project["dependencies"], *(line for v in extras for line in v)]
+    normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
+    owners = metadata.packages_distributions()
+    missing = {}
+    for path in [*(ROOT / "mbrl").rglob("*.py"), *(ROOT / "envs" / "mbrl_envs").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for top in (
+                {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"mbrl", "mbrl_envs"}
+            ):
+                if not declared & {normal(d) for d in owners.get(top, [top])}:
+                    missing[top] = path.name
+    assert not missing
