@@ -10,7 +10,7 @@ run again: the suite may be filled over several sittings and machines, a few --s
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mbrl import offline, suite
-from mbrl.cli import Suite, algorithm_named, run_suite
+from mbrl.cli import Suite, algorithm_named, run_suite, sized
 from mbrl.run import machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "offline_suite.json"
@@ -52,7 +52,7 @@ class Args:
 
 def settings_of(args: Args, algorithm: str) -> str:
     """What a row's numbers depend on, but the data, the seed and the code, in twelve digits."""
-    config = replace(algorithm_named(algorithm), updates=args.updates, evaluate_every=args.evaluate_every)
+    config = sized(algorithm_named(algorithm), args.updates, args.evaluate_every)
     default = Suite(datasets=())
     return offline.digest(config, default.fitting, default.dynamics)
 

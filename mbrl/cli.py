@@ -240,6 +240,16 @@ def algorithm_named(name: str) -> offline.OfflineConfig:
     return replace(config, imagination=replace(config.imagination, penalty=penalty))
 
 
+def sized(config: offline.OfflineConfig, updates: int | None, evaluate_every: int | None) -> offline.OfflineConfig:
+    """With these numbers of updates, where they are given. Raises ValueError for one below 1."""
+    for name, value in (("updates", updates), ("evaluate_every", evaluate_every)):
+        if value is not None:
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+            config = replace(config, **{name: value})
+    return config
+
+
 def name_of(config: offline.OfflineConfig) -> str:
     """The preset that a config is, give or take its numbers of updates and its penalty."""
     for name, preset in offline.PRESETS.items():
@@ -294,11 +304,7 @@ def run_offline(args: Offline) -> Run:
         )
     data = datasets.load(args.dataset, strict=args.strict, device=device)
     algorithm = args.algorithm
-    for name in ("updates", "evaluate_every"):
-        if (value := getattr(args, name)) is not None:
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
-            algorithm = replace(algorithm, **{name: value})
+    algorithm = sized(algorithm, args.updates, args.evaluate_every)
     if args.start is not None and not isinstance(algorithm.agent, SacConfig):  # before there is a folder
         raise ValueError(f"--start {args.start}: {name_of(algorithm)} starts from no SAC policy; leave --start out")
     seeds = args.seeds or (devices.fresh_seed(),)
@@ -630,9 +636,7 @@ def _other(cell: Offline, folder: Path) -> str | None:
     run = Run(folder)
     if (folder / "config.json").exists():
         kept = from_plain(run.config["arguments"], (*KNOWN, Offline))
-        algorithm = replace(cell.algorithm, updates=cell.updates or cell.algorithm.updates)
-        algorithm = replace(algorithm, evaluate_every=cell.evaluate_every or algorithm.evaluate_every)
-        wanted = replace(cell, algorithm=algorithm)
+        wanted = replace(cell, algorithm=sized(cell.algorithm, cell.updates, cell.evaluate_every))
         names = ("algorithm", "seeds", "episodes", "scale", "fitting", "dynamics")
         wrong = [n for n in names if getattr(kept, n) != getattr(wanted, n)]
         return f"other settings ({', '.join(wrong)})" if wrong else None
