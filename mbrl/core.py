@@ -70,6 +70,12 @@ class Dynamics(nn.Module, abc.ABC):
         """[G, C] -> what a rollout needs of its contexts, once per rollout."""
         return ()
 
+    def pinned(self, part: Tensor) -> Tree:
+        """[G] -> the condition under which one part alone steps group g, all the way (TS-infinity): of those that take
+        part in rollouts, number part[g], counted round. A learner of one part that needs no context has nothing to
+        pin; one that has contexts or parts overrides this."""
+        return ()
+
     @abc.abstractmethod
     def init(self, obs: Tensor, cond: Tree) -> Tree:
         """The state at a first observation [B, O]."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
-from mbrl.nets import Normalizer, StackedMLP, apply_layers, truncated
+from mbrl.nets import Normalizer, StackedMLP, apply_layers, truncated, variance
 
 UNCERTAINTY = ("aleatoric", "disagreement")
 CHUNK = 512  # rows a CPU evaluates at a time: the activations of a layer stay in its cache
@@ -86,9 +86,10 @@ class Ensemble(Markov):
 
     # ------------------------------------------------------------ prediction
 
-    def pinned(self, elite: Tensor) -> Tree:
-        """[G] -> the condition under which elite number elite[g] alone steps group g, all the way (TS-infinity)."""
-        return self._members(self.elites[elite])
+    def pinned(self, part: Tensor) -> Tree:
+        """[G] -> the condition under which elite number part[g], counted round, alone steps group g, all the way
+        (TS-infinity)."""
+        return self._members(self.elites[part % self.elites.shape[0]])
 
     def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
         return self.branch(state, inp, cond, 1)
@@ -146,6 +147,9 @@ class Ensemble(Markov):
         if "disagreement" in self.uncertainty and not pinned:
             scaled = mean[..., :-1] / self.spread
             doubt["disagreement"] = _finite((scaled - scaled.mean(0)).norm(dim=-1).amax(0))
+        if pinned:
+            y = mean[0][:, None] + var[0].sqrt()[:, None] * noise[..., :-1]
+            return obs[:, None] + y[..., :-1], y[..., -1], doubt
         pick = self._pick(noise, mean.shape[0]).T[..., None].expand(-1, -1, mean.shape[-1])  # [k, B, O + 1]
         y = mean.gather(0, pick) + var.gather(0, pick).sqrt() * noise[..., :-1].transpose(0, 1)
         y = y.transpose(0, 1)
@@ -255,13 +259,6 @@ class Ensemble(Markov):
         mean, var = self._gaussians(x, members)
         nll = _mean((mean - y) ** 2 / var + var.log(), mask)
         return nll + self.config.bound * (self.upper - self.lower).sum((1, 2))
-
-
-def variance(raw: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
-    """The soft bounds of the log-variance, solved for the variance: with
-    v = upper - softplus(upper - raw) and log var = lower + softplus(v - lower),
-    var = e^lower + e^upper / (1 + e^(upper - raw)), exactly."""
-    return lower.exp() + upper.exp() * torch.sigmoid(raw - upper)
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:

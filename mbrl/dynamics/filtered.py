@@ -103,6 +103,9 @@ class Filtered(Dynamics):
     def condition(self, ctx: Tensor) -> Tree:
         return self.inner.condition(ctx)
 
+    def pinned(self, part: Tensor) -> Tree:
+        return self.inner.pinned(part)
+
     def init(self, obs: Tensor, cond: Tree) -> Tree:
         return self.inner.init(obs, cond)
 

@@ -1,0 +1,345 @@
+"""One sampling planner: CEM, iCEM (Pinneri et al., CoRL 2020), MPPI (Williams et al., ICRA 2017) and TD-MPC2's mixture
+(Hansen et al., ICLR 2024) are settings of it, not classes.
+
+Shapes: E environments, N candidates, H steps, A actions, P particles. Nothing here holds a state or draws a number: the
+plan is a tuple that the caller keeps, noise comes in as tensors, shapes are fixed by the settings, and there is no host
+synchronisation, so that a whole plan is one graph."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mbrl.core import Dynamics, StepInput, Tree, repeat
+
+Reward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (obs [B, O], act [B, A], next obs [B, O]) -> [B]
+Terminal = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same -> [B] bool
+Critic = Callable[[Tensor], Tensor]  # obs [B, O] -> [B], the value of what comes after
+Value = Callable[[Tensor], Tensor]  # acts [E, N, H, A] -> [E, N], higher is better
+
+
+@dataclass(frozen=True)
+class Planner:
+    """How to search. Actions are in [-1, 1], and so are the units of `std`.
+
+    Raises ValueError for settings that cannot be."""
+
+    horizon: int = 15
+    """Steps of a plan, H."""
+    samples: int = 256
+    """Candidates of the first iteration, proposals included; kept elites come on top."""
+    iterations: int = 5
+    elites: int = 32
+    """Candidates that the next mean and standard deviation are made of."""
+    temperature: float = math.inf
+    """Elites weigh softmax(return / temperature); infinite: all alike."""
+    color: float = 0.0
+    """Exponent of the noise's spectrum over time, power ~ 1 / f^color: 0 is white, 2 is Brownian."""
+    keep: float = 0.0
+    """The share of the elites that enter the next iteration, and, shifted by a step, the next plan."""
+    decay: float = 1.0
+    """Each iteration draws so many times fewer candidates than the one before, never fewer than two an elite."""
+    momentum: float = 0.0
+    """Of the mean and the standard deviation, from one iteration to the next."""
+    std: float = 0.5
+    """The standard deviation that a plan begins with."""
+    min_std: float = 0.05
+    max_std: float = 2.0
+    execute: Literal["mean", "best"] = "mean"
+    """What is returned: the mean of the last elites, or the best candidate that any iteration saw."""
+    join: bool = False
+    """The mean is a candidate of the last iteration."""
+    proposals: int = 0
+    """Candidates that come from a policy, the same in every iteration (TD-MPC2, LOOP)."""
+    gradient_steps: int = 0
+    """Ascent steps of each iteration's elites along the gradient of their return; an elite that does not gain stays."""
+    gradient_rate: float = 0.05
+    """Length of such a step, in root-mean-square action."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {getattr(self, name)}, expected {what}"
+            for name, what, holds in (
+                ("horizon", ">= 1", self.horizon >= 1),
+                ("iterations", ">= 1", self.iterations >= 1),
+                ("elites", ">= 1", self.elites >= 1),
+                ("samples", f">= elites, {self.elites}", self.samples >= self.elites),
+                ("temperature", "> 0", self.temperature > 0),
+                ("color", ">= 0", self.color >= 0),
+                ("keep", "in [0, 1]", 0 <= self.keep <= 1),
+                ("decay", ">= 1", self.decay >= 1),
+                ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
+                ("std", "> 0", self.std > 0),
+                ("min_std", f"in [0, max_std], max_std is {self.max_std}", 0 <= self.min_std <= self.max_std),
+                ("execute", "'mean' or 'best'", self.execute in ("mean", "best")),
+                ("proposals", f"in [0, samples), samples is {self.samples}", 0 <= self.proposals < self.samples),
+                ("gradient_steps", ">= 0", self.gradient_steps >= 0),
+                ("gradient_rate", "> 0", self.gradient_rate > 0),
+            )
+            if not holds
+        ]
+        if wrong:
+            raise ValueError("Planner: " + "; ".join(wrong))
+
+    @property
+    def kept(self) -> int:
+        """How many elites are kept."""
+        return int(self.keep * self.elites)
+
+    def sizes(self) -> list[int]:
+        """Candidates that each iteration draws: without proposals, kept elites and the mean."""
+        least = min(2 * self.elites, self.samples)
+        return [max(least, int(self.samples / self.decay**i)) - self.proposals for i in range(self.iterations)]
+
+    def noise(self, envs: int, act: int, generator: torch.Generator, like: Tensor) -> list[Tensor]:
+        """One plan's white noise: per iteration, [E, N_i, H, A]."""
+        draw = dict(generator=generator, dtype=like.dtype, device=like.device)
+        return [torch.randn(envs, n, self.horizon, act, **draw) for n in self.sizes()]
+
+
+CEM = Planner()
+ICEM = Planner(
+    horizon=30, samples=40, iterations=3, elites=10, color=2.5, keep=0.3, decay=1.25, momentum=0.1, execute="best",
+    join=True,
+)  # fmt: skip
+MPPI = Planner(iterations=1, elites=256, temperature=1.0)
+# TD-MPC2 multiplies returns by 0.5 where `temperature` divides. Its policy's trajectories come as proposals.
+TDMPC = Planner(horizon=3, samples=512, iterations=6, elites=64, temperature=2.0, std=2.0)
+PRESETS: dict[str, Planner] = {"cem": CEM, "icem": ICEM, "mppi": MPPI, "tdmpc": TDMPC}
+
+
+class Plan(NamedTuple):
+    """Where the next search begins."""
+
+    mean: Tensor  # [E, H, A]
+    std: Tensor  # [E, H, A]
+    elites: Tensor  # [E, kept, H, A]
+
+
+class Found(NamedTuple):
+    """What a search found."""
+
+    acts: Tensor  # [E, H, A]
+    value: Tensor  # [E]  the best candidate's; -inf where no candidate was finite
+    some: Tensor  # [E] bool  whether any candidate was finite; where not, `acts` is the old mean
+    bad: Tensor  # [E]  how many candidates were not finite, of `seen`
+    seen: int
+
+
+# ---------------------------------------------------------------- the search
+
+
+def colored(white: Tensor, color: float) -> Tensor:
+    """White noise [..., H, A] -> noise of the same shape, unit variance and power ~ 1 / f^color along H; the zeroth
+    frequency has the power of the first (Timmer & Koenig, 1995)."""
+    steps = white.shape[-2]
+    if color == 0 or steps == 1:
+        return white
+    f = torch.fft.rfftfreq(steps, device=white.device, dtype=white.dtype)
+    scale = torch.cat([f[1:2], f[1:]]) ** (-color / 2)
+    weight = torch.full_like(scale, 2.0)  # every frequency but the ends stands for two
+    weight[0] = 1.0
+    if steps % 2 == 0:
+        weight[-1] = 1.0
+    scale = scale / ((weight * scale**2).sum() / steps).sqrt()
+    return torch.fft.irfft(torch.fft.rfft(white, dim=-2) * scale[:, None], n=steps, dim=-2)
+
+
+def fresh(p: Planner, envs: int, act: int, like: Tensor) -> Plan:
+    """A plan that knows nothing: mean 0, and kept elites that are the mean."""
+    mean = like.new_zeros(envs, p.horizon, act)
+    return Plan(mean, torch.full_like(mean, p.std), mean[:, None].expand(-1, p.kept, -1, -1).clone())
+
+
+def shift(p: Planner, plan: Plan) -> Plan:
+    """The plan one step later: the last action is held, the standard deviation begins anew."""
+    later = lambda x: torch.cat([x[..., 1:, :], x[..., -1:, :]], -2)
+    return Plan(later(plan.mean), torch.full_like(plan.std, p.std), later(plan.elites))
+
+
+def reset(p: Planner, plan: Plan, ended: Tensor) -> Plan:
+    """The plan, begun anew in the environments where ended [E] holds: nothing of it survives there."""
+    new = fresh(p, plan.mean.shape[0], plan.mean.shape[-1], plan.mean)
+    return Plan(*(torch.where(ended.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, plan, strict=True)))
+
+
+def search(
+    p: Planner, value: Value, start: Plan, white: Iterable[Tensor], proposals: Tensor | None = None
+) -> tuple[Found, Plan]:
+    """Plans of every environment at once, and the plan from which to go on (see `shift`).
+
+    value: acts [E, N, H, A] in [-1, 1] -> [E, N]; what is not finite counts as minus infinity. white: per iteration,
+    [E, N_i, H, A] standard normal, as `Planner.noise` draws it. proposals: [E, p.proposals, H, A]."""
+    mean, std, kept = start
+    best, best_value = mean, mean.new_full(mean.shape[:1], -torch.inf)
+    bad, seen = torch.zeros_like(best_value, dtype=torch.int64), 0
+    if p.proposals and (proposals is None or proposals.shape[1] != p.proposals):
+        got = "none" if proposals is None else proposals.shape[1]
+        raise ValueError(f"search: got {got} proposals, expected {p.proposals}, as the planner has it")
+    noises = list(white)
+    for i, noise in enumerate(noises):
+        parts = [(mean[:, None] + std[:, None] * colored(noise, p.color)).clamp(-1, 1), kept]
+        if proposals is not None and p.proposals:
+            parts.append(proposals.clamp(-1, 1))
+        if p.join and i == len(noises) - 1:
+            parts.append(mean[:, None])
+        acts = torch.cat(parts, 1)
+        v = _finite(value(acts), acts)
+        bad, seen = bad + (v == -torch.inf).sum(1), seen + v.shape[1]
+        top, index = v.topk(min(p.elites, v.shape[1]), 1)
+        ok = top > -torch.inf  # [E, elites]  with too few finite candidates, the last elites are none
+        elite = acts.gather(1, index[..., None, None].expand(-1, -1, *acts.shape[2:]))
+        elite = torch.where(ok[..., None, None], elite, mean[:, None])  # 0 * nan is nan: a weight of 0 is not enough
+        for _ in range(p.gradient_steps):
+            elite, top = _ascend(value, elite, top, p.gradient_rate)
+        if p.gradient_steps:
+            top, order = top.sort(dim=1, descending=True, stable=True)
+            elite = elite.gather(1, order[..., None, None].expand_as(elite))
+            ok = top > -torch.inf
+        w = torch.where(ok, torch.exp((top - top[:, :1]) / p.temperature), 0.0)
+        w = (w / w.sum(1, keepdim=True).clamp(min=1.0))[..., None, None]  # the best weighs 1, so that only none is 0
+        new = (w * elite).sum(1)
+        spread = (w * (elite - new[:, None]) ** 2).sum(1).sqrt()
+        some = ok[:, :1, None]
+        better = ok[:, 0] & (top[:, 0] > best_value)
+        best = torch.where(better[:, None, None], elite[:, 0], best)
+        best_value = torch.where(better, top[:, 0], best_value)
+        mean = torch.where(some, torch.lerp(new, mean, p.momentum), mean)
+        std = torch.where(some, torch.lerp(spread, std, p.momentum).clamp(p.min_std, p.max_std), std)
+        if p.kept:
+            few = elite[:, : p.kept]
+            kept = torch.cat([few, mean[:, None].expand(-1, p.kept - few.shape[1], -1, -1)], 1)
+    acts = best if p.execute == "best" else mean
+    return Found(acts, best_value, best_value > -torch.inf, bad, seen), Plan(mean, std, kept)
+
+
+def _finite(v: Tensor, acts: Tensor) -> Tensor:
+    """A value [E, N] that is not finite, or whose actions are not, is minus infinity."""
+    return torch.where(v.isfinite() & acts.isfinite().flatten(2).all(-1), v, -torch.inf)
+
+
+def _ascend(value: Value, elite: Tensor, v: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Elites [E, n, H, A] of value v [E, n] one step along their gradient, where that gains."""
+    with torch.enable_grad():
+        x = elite.detach().requires_grad_()
+        y = value(x)
+        (grad,) = torch.autograd.grad(torch.where(y.isfinite(), y, 0.0).sum(), x)
+    size = grad.square().mean((-2, -1), keepdim=True).sqrt()
+    move = torch.where((size > 0) & size.isfinite(), rate * grad / size, 0.0)
+    new = (elite + move).clamp(-1, 1)
+    with torch.no_grad():
+        gained = _finite(value(new), new)
+    better = gained > v
+    return torch.where(better[..., None, None], new, elite), torch.where(better, gained, v)
+
+
+# ---------------------------------------------------------------- what a plan is worth
+
+
+@dataclass(frozen=True)
+class Worth:
+    """How a plan is valued: sum over t of discount^t reward_t while the episode lasts, and then discount^H critic."""
+
+    discount: float = 1.0
+    particles: int = 1
+    """Futures of a candidate, the same noise for all candidates."""
+    pinned: bool = True
+    """A particle keeps one part of the learner (an ensemble's member) all the way: TS-infinity. Otherwise the learner
+    draws one for every step: TS-1."""
+    pessimism: float = 0.0
+    """beta in mean - beta * std over the particles."""
+    uncertainty: str = "disagreement"
+    limit: float = math.inf
+    """A candidate that exceeds this uncertainty while its episode lasts, in any particle, ranks below all that do not,
+    the further the more it exceeds. "disagreement" needs every part evaluated: not with `pinned`."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.discount <= 1 or self.particles < 1 or self.limit < 0:
+            raise ValueError(
+                f"Worth: got discount {self.discount}, particles {self.particles}, limit {self.limit}; expected "
+                "0 < discount <= 1, particles >= 1, limit >= 0"
+            )
+
+
+def value(
+    worth: Worth,
+    model: Dynamics,
+    state: Tree,
+    cond: Tree,
+    acts: Tensor,
+    noise: Sequence[Tensor],
+    dt: Tensor,
+    *,
+    reward: Reward | None = None,
+    terminal: Terminal | None = None,
+    critic: Critic | None = None,
+) -> Tensor:
+    """The worth [E, N] of plans [E, N, H, A] from the states [E, ...] of E environments.
+
+    noise: per step, [E, P * W], P the particles. dt: [E, 1]. reward: the task's; the learner's own where None.
+    Rows are [E, P, N]: one condition serves whether it leads with 1, with E (a context an environment) or with E * P
+    (a part a particle), and is never copied. What happens after an episode's end counts nothing, whatever it is; a
+    prediction that is not finite before it makes the worth not finite."""
+    envs, n, _, width = acts.shape
+    p, w = worth.particles, model.noise_dim
+    rows, dt = repeat((state, dt), p * n)
+    obs = model.observe(rows, cond)
+    total, alive, factor = acts.new_zeros(envs * p * n), None, 1.0
+    excess = acts.new_zeros(envs * p * n) if worth.limit < math.inf else None
+    for t, z in enumerate(noise):
+        act = acts[:, None, :, t].expand(-1, p, -1, -1).reshape(-1, width)
+        rows, pred = model.step(rows, StepInput(act, repeat(z.reshape(envs * p, w), n), dt), cond)
+        gain = pred.reward if reward is None else reward(obs, act, pred.obs)
+        gain = gain + 0 * pred.obs.sum(-1)  # a prediction that is not finite shows, even where it would end the episode
+        if excess is not None:
+            if worth.uncertainty not in pred.uncertainty:
+                has = ", ".join(pred.uncertainty) or "none"
+                raise ValueError(f"value: the limit is on {worth.uncertainty!r}, the learner reports {has}")
+            over = (pred.uncertainty[worth.uncertainty] - worth.limit).clamp(min=0)
+            excess = excess + (over if alive is None else torch.where(alive, over, 0.0))
+        total = total + factor * (gain if alive is None else torch.where(alive, gain, 0.0))
+        if terminal is not None:
+            on = ~terminal(obs, act, pred.obs)
+            alive = on if alive is None else alive & on
+        factor *= worth.discount
+        obs = pred.obs
+    if critic is not None:
+        last = factor * critic(obs)
+        total = total + (last if alive is None else torch.where(alive, last, 0.0))
+    total = total.reshape(envs, p, n)
+    worths = total.mean(1)
+    if worth.pessimism:
+        worths = worths - worth.pessimism * total.std(1, correction=0)
+    if excess is None:
+        return worths
+    over = excess.reshape(envs, p, n).amax(1)
+    known = worths.isfinite()
+    low = torch.where(known, worths, torch.inf).amin(1, keepdim=True)
+    span = torch.where(known, worths, -torch.inf).amax(1, keepdim=True) - low + 1
+    return torch.where(known & ~(over > 0), worths, torch.where(known, low - 1e3 * span * (1 + over), worths))
+
+
+def propose(
+    model: Dynamics,
+    state: Tree,
+    cond: Tree,
+    policy: Callable[[Tensor, Tensor], Tensor],
+    noise: Sequence[tuple[Tensor, Tensor]],
+    dt: Tensor,
+    n: int,
+) -> Tensor:
+    """n plans [E, n, H, A] that a policy makes in the model from the states of E environments.
+
+    policy: (obs [B, O], noise [B, A]) -> act [B, A]. noise: per step, ([E * n, A], [E * n, W]). cond: leads with 1, E
+    or E * n."""
+    rows, dt = repeat((state, dt), n)
+    acts = []
+    for act_noise, model_noise in noise:
+        act = policy(model.observe(rows, cond), act_noise)
+        rows, _ = model.step(rows, StepInput(act, model_noise, dt), cond)
+        acts.append(act)
+    acts = torch.stack(acts, 1)  # [E * n, H, A]
+    return acts.reshape(-1, n, *acts.shape[1:])
