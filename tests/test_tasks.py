@@ -74,6 +74,53 @@ def test_random_rollouts_agree(name, version):
     assert bool(ends) == (name in ENDING)
 
 
+@pytest.mark.parametrize("name", ["Ant-v5", "Humanoid-v5", "InvertedDoublePendulum-v5"])
+def test_what_the_observations_do_not_determine_is_left_to_a_learned_head(name):
+    """The reward reads places that are not those of the observed state, x included: by more than rounding."""
+    env = make(name, **({} if "Inverted" in name else POSITIONS))
+    base, data = env.unwrapped, env.unwrapped.data
+    env.reset(seed=0)
+    off = []
+    for _ in range(5):
+        before = data.qpos[0]
+        _, _, _, _, info = env.step(env.action_space.high)
+        if "Inverted" in name:
+            stale = data.site_xpos[0].copy()
+            forward(base)
+            off.append(np.abs(data.site_xpos[0] - stale).max())
+        else:
+            off.append(abs(info["x_velocity"] - (data.qpos[0] - before) / base.dt))
+    assert max(off) > 1e-6
+    assert task(name).reward is None
+
+
+def forward(base):
+    """The places that belong to the state, for a look; the step after it must not depend on them."""
+    import mujoco
+
+    mujoco.mj_kinematics(base.model, base.data)
+
+
+def test_every_v5_task_of_gymnasium_is_known():
+    ids = [k for k in gymnasium.registry if k.endswith("-v5") and "mujoco" in str(gymnasium.registry[k].entry_point)]
+    assert len(ids) == 11
+    assert all(task(name).env == name for name in ids)
+
+
+def test_the_swing_up_ends_off_the_track_and_earns_one_at_most():
+    found = task("mbrl_envs/CartPoleSwingUp-v0")
+    after = torch.zeros(5, 5)
+    after[:, 2] = 1
+    after[:, 0] = torch.tensor([0.0, 1.2, -2.4, 2.41, torch.nan])
+    after[1, 2] = 0
+    args = (after, torch.zeros(5, 1), after)
+    assert found.terminal(*args).tolist() == [False, False, False, True, True]
+    assert found.reward(*args)[:4].tolist() == pytest.approx([1.0, 0.375, 0.0, 0.0], abs=1e-6)
+    assert found.reward(after, torch.full((5, 1), 0.5), after)[0].item() == pytest.approx(1 - 0.0025)
+    with pytest.raises(ValueError, match="4 wide, expected 5"):
+        found.terminal(*torch.zeros(3, 2, 4))
+
+
 def test_pusher_agrees():
     env = make("Pusher-v5")
     rollouts(env, task("Pusher-v5"), 150)

@@ -1,5 +1,8 @@
-"""Small control tasks in torch: a refrigerator, whose data cover a narrow band, and gymnasium's Pendulum as a learner
-that knows the truth."""
+"""Small control tasks in torch: a refrigerator, whose data cover a narrow band; and worlds as learners that know the
+truth, so that a planner, a loop or an adapter can be given the environment itself as its model: gymnasium's Pendulum-v1,
+a cart-pole that is to be swung up, and gymnasium's Reacher-v5. Importing this registers the cart-pole with gymnasium as
+`mbrl_envs/CartPoleSwingUp-v0`.
+"""
 
 import hashlib
 import math
@@ -16,6 +19,7 @@ from torch import Tensor
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree
 from mbrl.data import Dataset
 from mbrl.rollout import forced_mse
+from mbrl_envs.tasks import Task, task
 
 # ---------------------------------------------------------------- the refrigerator
 
@@ -181,32 +185,224 @@ class RefrigeratorEnv(gym.Env):
         return self.temp.numpy().astype(np.float32)
 
 
-# ---------------------------------------------------------------- the pendulum
+# ---------------------------------------------------------------- worlds that know the truth
 
 
-class TruePendulum(Markov):
-    """gymnasium's Pendulum-v1 as a learner with nothing left to learn: obs (cos, sin, angular velocity), act [B, 1]
-    the torque over 2 N m, exact reward. A step is 0.05 s whatever dt says, since data sets of it state no interval."""
+class Truth(Markov):
+    """A learner with nothing left to learn: no noise, no uncertainty, no parameters; its loss is the one-step error.
+    A step is as long as the environment's whatever dt says, since data sets of these tasks state no interval."""
 
-    g: Tensor
+    like: Tensor  # tells device and type
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec, self.noise_dim = spec, 0
+        self.register_buffer("like", torch.zeros(()))
+
+    def draw(self, n: int, k: int, generator: torch.Generator) -> Tensor:
+        return self.like.new_zeros(n, 0)
+
+    def uniform(self, n: int, generator: torch.Generator, bounds: list[float]) -> Tensor:
+        """[n, len(bounds)]: each column within its bound of 0."""
+        bound = torch.tensor(bounds, dtype=self.like.dtype, device=self.like.device)
+        draw = torch.rand(n, len(bounds), generator=generator, dtype=self.like.dtype, device=self.like.device)
+        return (2 * draw - 1) * bound
+
+    def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return forced_mse(self, segment, noise, 1.0, ())
+
+
+def _known(env_id: str) -> Task:
+    found = task(env_id)
+    assert found is not None
+    return found
+
+
+class TruePendulum(Truth):
+    """gymnasium's Pendulum-v1: obs (cos, sin, angular velocity), 0 being upright; act [B, 1] the torque over 2 N m."""
 
     def __init__(self, g: float = 10.0) -> None:
-        super().__init__()
-        self.spec, self.noise_dim = Spec(obs=3, act=1), 0
-        self.register_buffer("g", torch.tensor(g))
+        super().__init__(Spec(obs=3, act=1))
+        self.g = g  # m / s^2
 
     def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
         cos, sin, speed = state.unbind(-1)
         torque = 2 * inp.act[:, 0].clamp(-1, 1)
-        angle = torch.atan2(sin, cos)  # 0 is upright
+        angle = torch.atan2(sin, cos)
         reward = -(angle.square() + 0.1 * speed.square() + 0.001 * torque.square())
         speed = (speed + 0.05 * (1.5 * self.g * angle.sin() + 3 * torque)).clamp(-8, 8)
         angle = angle + 0.05 * speed
         obs = torch.stack([angle.cos(), angle.sin(), speed], -1)
         return obs, Prediction(obs, reward, {})
 
-    def draw(self, n: int, k: int, generator: torch.Generator) -> Tensor:
-        return self.g.new_zeros(n, 0)
+    def starts(self, n: int, generator: torch.Generator) -> Tensor:
+        """[n, 3] first observations, distributed as the environment's: any angle, angular velocity within 1."""
+        angle, speed = self.uniform(n, generator, [math.pi, 1.0]).unbind(-1)
+        return torch.stack([angle.cos(), angle.sin(), speed], -1)
 
-    def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return forced_mse(self, segment, noise, 1.0, ())
+
+class TrueCartPole(Truth):
+    """A cart-pole that is to be swung up and kept there, by the equations of gymnasium's CartPole (its constants, and of
+    its two integrators the semi-implicit Euler, under which a pole that swings freely gains no energy).
+
+    obs (x in m, velocity, cos, sin, angular velocity), the angle being 0 upright; act [B, 1] the force over 10 N, any
+    value of [-1, 1] where CartPole knows two. A step is 0.02 s. The reward, of the state that the step leads to, is
+
+        (1 + cos) / 2 * max(0, 1 - (x / 2.4)^2) - 0.01 act^2
+
+    1 at most, upright in the middle of the track. An episode ends where |x| exceeds 2.4 m: `mbrl_envs.tasks` tells, as
+    for every task. It begins hanging, each coordinate within 0.05 of rest."""
+
+    step_s = 0.02
+
+    def __init__(self, g: float = 9.8) -> None:
+        super().__init__(Spec(obs=5, act=1))
+        self.g = g  # m / s^2
+        self.reward = _known("mbrl_envs/CartPoleSwingUp-v0").reward
+
+    def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
+        x, speed, cos, sin, turn = state.unbind(-1)
+        angle = torch.atan2(sin, cos)
+        cos, sin = angle.cos(), angle.sin()  # of a prediction that left the circle, the angle counts
+        pole, half, total = 0.1, 0.5, 1.1  # kg, m, kg
+        push = (10 * inp.act[:, 0].clamp(-1, 1) + pole * half * turn.square() * sin) / total
+        turn_rate = (self.g * sin - cos * push) / (half * (4 / 3 - pole * cos.square() / total))
+        speed = speed + self.step_s * (push - pole * half * turn_rate * cos / total)
+        turn = turn + self.step_s * turn_rate
+        x, angle = x + self.step_s * speed, angle + self.step_s * turn
+        obs = torch.stack([x, speed, angle.cos(), angle.sin(), turn], -1)
+        assert self.reward is not None
+        return obs, Prediction(obs, self.reward(state, inp.act, obs), {})
+
+    def starts(self, n: int, generator: torch.Generator) -> Tensor:
+        """[n, 5] first observations, distributed as the environment's."""
+        return self.hanging(self.uniform(n, generator, [0.05] * 4))
+
+    @staticmethod
+    def hanging(off: Tensor) -> Tensor:
+        """[n, 5]: the observation whose x, velocity, angle and angular velocity are off [n, 4] from hanging at rest."""
+        x, speed, angle, turn = off.unbind(-1)
+        return torch.stack([x, speed, -angle.cos(), -angle.sin(), turn], -1)
+
+
+class CartPoleSwingUp(gym.Env):
+    """TrueCartPole as an environment, in float64: observes [5], takes the force over 10 N, [1] in [-1, 1]. Made by id it
+    is cut after 250 steps, 5 s. reset(options={"state": (x, velocity, angle, angular velocity)}) starts from there."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.world = TrueCartPole().double()
+        self.terminal = _known("mbrl_envs/CartPoleSwingUp-v0").terminal
+        self.observation_space = spaces.Box(-np.inf, np.inf, (5,), np.float64)
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        off = torch.tensor(self.np_random.uniform(-0.05, 0.05, (1, 4)))
+        if options and "state" in options:
+            off = torch.as_tensor(options["state"], dtype=torch.float64).reshape(1, 4) - torch.tensor(
+                [0, 0, math.pi, 0]
+            )
+        self.state = self.world.hanging(off)
+        return self.state[0].numpy().copy(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        act = torch.as_tensor(np.asarray(action, dtype=np.float64)).reshape(1, 1)
+        before = self.state
+        self.state, pred = self.world.step(before, StepInput(act, act[:, :0], act.new_ones(1, 1)), ())
+        end = self.terminal(before, act, self.state).item()
+        return self.state[0].numpy().copy(), pred.reward.item(), bool(end), False, {}
+
+
+if "mbrl_envs/CartPoleSwingUp-v0" not in gym.registry:
+    gym.register("mbrl_envs/CartPoleSwingUp-v0", entry_point=CartPoleSwingUp, max_episode_steps=250)
+
+
+class TrueReacher(Truth):
+    """gymnasium's Reacher-v5, its physics written out: obs (cos of both joints, sin of both, target's x and y, angular
+    velocities, fingertip minus target in x and y), act [B, 2] the torques over 200 N m. A step is two Runge-Kutta
+    substeps of 0.01 s of
+
+        M(q) dv/dt + c(q, v) = 200 act - v + limit
+
+    with MuJoCo's inertia of the two links, unit armature and damping, and its soft limit of the second joint at 3 rad
+    (one constraint at most is active, so that its solution is closed). As in the environment, the fingertip that is
+    observed and rewarded is that of the last stage of the last substep, not the one at the observed angles.
+
+    Reward and observation are the environment's, and so is the motion, to rounding, as long as the second joint stays
+    within a half turn: a strong swing into its limit can overshoot it by more than the 0.14 rad that are left, and an
+    angle beyond pi reads as one from the other side, where the real arm knows better. For that, and for every other
+    MuJoCo task, the true simulator serves (`mbrl_envs.simulator`)."""
+
+    # Two capsules of length 0.1 m and radius 0.01 m, whose centres are 0.05 m from their joints, and the fingertip's
+    # sphere, 0.11 m from the second: masses in kg, inertia about the centre in kg m^2, density 1000 kg / m^3.
+    link = 0.1
+    link_mass = 1000 * math.pi * 0.01**2 * (0.1 + 4 / 3 * 0.01)
+    link_inertia = 3.917566039026e-5
+    tip_mass = 1000 * math.pi * 4 / 3 * 0.01**3
+    tip_inertia = 0.4 * tip_mass * 0.01**2
+    tip = 0.11
+    limit, weight = 3.0, 0.99982115496028  # rad; the second joint's inverse inertia in the model's rest position
+
+    def __init__(self) -> None:
+        super().__init__(Spec(obs=10, act=2))
+        self.reward = _known("Reacher-v5").reward
+
+    def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
+        q, v = torch.atan2(state[:, 2:4], state[:, :2]), state[:, 6:8]  # [B, 2] each
+        torque, h, at = 200 * inp.act.clamp(-1, 1), 0.01, q
+        for _ in range(2):
+            a1 = self.acceleration(q, v, torque)
+            v2 = v + h / 2 * a1
+            a2 = self.acceleration(q + h / 2 * v, v2, torque)
+            v3 = v + h / 2 * a2
+            a3 = self.acceleration(q + h / 2 * v2, v3, torque)
+            at, v4 = q + h * v3, v + h * a3
+            a4 = self.acceleration(at, v4, torque)
+            q = q + h / 6 * (v + 2 * v2 + 2 * v3 + v4)
+            v = v + h / 6 * (a1 + 2 * a2 + 2 * a3 + a4)
+        first, both = at[:, :1], at.sum(-1, keepdim=True)
+        tip = torch.cat(
+            [self.link * first.cos() + self.tip * both.cos(), self.link * first.sin() + self.tip * both.sin()], -1
+        )
+        target = state[:, 4:6]
+        obs = torch.cat([q.cos(), q.sin(), target, v, tip - target], -1)
+        assert self.reward is not None
+        return obs, Prediction(obs, self.reward(state, inp.act, obs), {})
+
+    def acceleration(self, q: Tensor, v: Tensor, torque: Tensor) -> Tensor:
+        """[B, 2] from angles, angular velocities and torques, [B, 2] each."""
+        arm = self.link_mass * self.link / 2 + self.tip_mass * self.tip  # kg m, about the second joint
+        outer = self.link_inertia + self.link_mass * (self.link / 2) ** 2
+        outer += self.tip_inertia + self.tip_mass * self.tip**2
+        inner = self.link_inertia + self.link_mass * (self.link / 2) ** 2
+        inner += (self.link_mass + self.tip_mass) * self.link**2
+        angle, (v1, v2) = q[:, 1], v.unbind(-1)
+        lever = self.link * arm * angle.cos()
+        m11, m12, m22 = 1 + inner + outer + 2 * lever, outer + lever, 1 + outer
+        det = m11 * m22 - m12.square()
+        swirl = self.link * arm * angle.sin()
+        f1 = torque[:, 0] - v1 + swirl * v2 * (2 * v1 + v2)
+        f2 = torque[:, 1] - v2 - swirl * v1.square()
+        free = (m11 * f2 - m12 * f1) / det
+        # MuJoCo's soft constraint at its defaults: solref (0.02, 1), solimp (0.9, 0.95, 0.001, 0.5, 2)
+        side = -angle.sign()  # where a force of the limit pushes
+        depth = (angle.abs() - self.limit).clamp(min=0)
+        x = (depth / 0.001).clamp(max=1)
+        hard = 0.9 + 0.05 * torch.where(x < 0.5, 2 * x.square(), 1 - 2 * (1 - x).square())
+        wanted = -2 / (0.95 * 0.02) * side * v2 + hard * depth / (0.95 * 0.02) ** 2
+        push = (wanted - side * free) / (m11 / det + (1 - hard) / hard * self.weight)
+        f2 = f2 + torch.where(depth > 0, side * push.clamp(min=0), 0.0)
+        return torch.stack([(m22 * f1 - m12 * f2) / det, (m11 * f2 - m12 * f1) / det], -1)
+
+    def starts(self, n: int, generator: torch.Generator) -> Tensor:
+        """[n, 10] first observations, distributed as the environment's: joints within 0.1 rad of straight, almost at
+        rest, the target anywhere within 0.2 m."""
+        q1, q2, v1, v2 = self.uniform(n, generator, [0.1, 0.1, 0.005, 0.005]).unbind(-1)
+        draw = torch.rand(n, 2, generator=generator, dtype=self.like.dtype, device=self.like.device)
+        radius, angle = 0.2 * draw[:, 0].sqrt(), 2 * math.pi * draw[:, 1]
+        x, y = radius * angle.cos(), radius * angle.sin()
+        dx = self.link * q1.cos() + self.tip * (q1 + q2).cos() - x
+        dy = self.link * q1.sin() + self.tip * (q1 + q2).sin() - y
+        return torch.stack([q1.cos(), q2.cos(), q1.sin(), q2.sin(), x, y, v1, v2, dx, dy], -1)

@@ -271,7 +271,10 @@ def _no_compiler_warnings(env_id: str) -> Iterator[None]:
 
 
 def make(env_id: str, **kw: Any) -> gym.Env:
-    """gymnasium.make, with gymnasium-robotics registered where its ids are asked for. Raises EnvError."""
+    """gymnasium.make, with gymnasium-robotics and our own environments registered where their ids are asked for. Raises
+    EnvError."""
+    if env_id.startswith("mbrl_envs/"):
+        importlib.import_module("mbrl_envs.control")
     if re.match(ROBOTICS, env_id):
         try:
             gym.register_envs(importlib.import_module("gymnasium_robotics"))

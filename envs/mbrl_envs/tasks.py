@@ -1,19 +1,39 @@
 """What imagined transitions of a known task earn, and when they end: reward and termination as torch functions.
 
-They repeat gymnasium's MuJoCo environments (v4 and v5, whose conditions v2 and v3 share), its Pendulum, and the
-Adroit, maze and kitchen tasks, at their default arguments. Reward is given where the observations determine it to
-rounding; elsewhere a learned reward head serves. Why it is missing where it is:
+They repeat gymnasium's MuJoCo environments (v4 and v5, whose conditions v2 and v3 share), its Pendulum, our cart-pole
+swing-up, and the Adroit, maze and kitchen tasks, at their default arguments. Each function equals the environment's own
+step to 1e-6 where the observations determine it in closed form; elsewhere `reward` is None and a learned head serves,
+or the simulator itself (`mbrl_envs.simulator`). For the v5 tasks:
 
-- HalfCheetah, Hopper, Walker2d, Swimmer reward the velocity of an x that is not observed. Where the source observes x
-  (`exclude_current_positions_from_observation=False`, or NeoRL's files), `task(id, obs=width)` gives the reward.
-- Ant and Humanoid take their velocity from body positions that MuJoCo computed one substep earlier.
-- InvertedDoublePendulum reads its tip's place from the same stale positions (off by up to 1e-4) and angular
-  velocities that the observation clips; its termination, at a tip height of 1, uses the height that the angles give.
+| task                   | end                            | reward                                                   |
+|------------------------|--------------------------------|----------------------------------------------------------|
+| HalfCheetah, Swimmer   | never                          | if x is observed (1)                                     |
+| Hopper                 | height, angle, state's size (2)| if x is observed (1)                                     |
+| Walker2d               | height, angle                  | if x is observed (1)                                     |
+| Ant                    | height, or not finite          | none (3)                                                 |
+| Humanoid               | height                         | none (3)                                                 |
+| HumanoidStandup        | never                          | height, action, contact forces, all observed             |
+| InvertedPendulum       | angle, or not finite           | 1 while it stands                                        |
+| InvertedDoublePendulum | height of the tip (4)          | none (4)                                                 |
+| Pusher, Reacher        | never                          | distances, which are observed as charged, and action     |
+| Pendulum               | never                          | state before the step and action                         |
+| CartPoleSwingUp        | cart's position                | state after the step and action                          |
 
-Hopper and Walker2d clip observed velocities to [-10, 10]. Hopper ends when any of |state[2:]| reaches 100, velocities
-included; of those a clipped observation never tells, so that only the angles can end an episode by this limit (an
-episode which the simulator ended for a velocity alone would be missed: data hold none, since 100 is far beyond what
-the actuators reach). A prediction that is not finite is unhealthy, as the simulator's is.
+(1) They reward (x' - x) / dt. By default x is left out of the observation, and the observed velocity is that at the
+    step's end, not the mean over its 4 or 5 substeps. Where the source observes x
+    (`exclude_current_positions_from_observation=False`, or NeoRL's files), `task(id, obs=width)` gives the reward.
+(2) Hopper and Walker2d clip observed velocities to [-10, 10]. Hopper ends when any of |state[2:]| reaches 100,
+    velocities included; of those a clipped observation never tells, so that only the angles can end an episode by this
+    limit (an episode which the simulator ended for a velocity alone would be missed: data hold none, since 100 is far
+    beyond what the actuators reach).
+(3) They reward the velocity of a body (Ant's torso, Humanoid's centre of mass) whose place MuJoCo computed at the last
+    stage of its last Runge-Kutta substep, not at the state that is observed; no observation holds that place, with x
+    or without. Health, control and contact costs alone would be determined.
+(4) The tip's place is computed at that earlier stage too (off by up to 1e-4 from what the angles give: an episode's end
+    is exact but within that of the limit, a height of 1), and the reward charges angular velocities that the
+    observation clips.
+
+A prediction that is not finite is unhealthy, as the simulator's is.
 """
 
 import re
@@ -36,12 +56,14 @@ class Task:
 
 
 def task(env_id: str, obs: int | None = None) -> Task | None:
-    """The task of an environment's id ("Hopper-v5") or a dataset's ("hopper-medium-v2", "D4RL/pen/human-v2"); None
-    where the task is not known. obs: the observations' width; needed only where they begin with the position that the
+    """The task of an environment's id ("Hopper-v5", "mbrl_envs/CartPoleSwingUp-v0") or a dataset's ("hopper-medium-v2",
+    "D4RL/pen/human-v2"); None where the task is not known. obs: the observations' width; needed only where they begin with the position that the
     task leaves out by default, since the reward of such a source is determined.
 
     Raises ValueError for a width that the task does not have; so do the functions themselves."""
-    name = env_id.lower().rpartition(":")[2]  # without minari:, or the module that registers the environment
+    name = (
+        env_id.lower().rpartition(":")[2].removeprefix("mbrl_envs/")
+    )  # without minari:, or the module that registers the environment
     version = re.search(r"-v(\d+)", name)
     words = [w for w in re.split(r"[/_\-]", re.sub(r"-v\d+", "", name)) if w]
     space = words.pop(0) if "/" in name and words else ""
@@ -243,6 +265,23 @@ def _pendulum(version: int, obs: int | None) -> Task:
     return Task("Pendulum-v1", _never(widths, "Pendulum-v1"), reward)
 
 
+TRACK = 2.4  # m: a cart further from the middle has left the track
+
+
+def _swingup(version: int, obs: int | None) -> Task:
+    """Of (x, velocity, cos, sin, angular velocity), the angle being 0 upright."""
+    env = "mbrl_envs/CartPoleSwingUp-v0"
+    widths = _fixed(5, env, obs)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        _lead(widths, env, next_obs.shape[-1])
+        upright = (1 + next_obs[..., 2]) / 2
+        centred = (1 - (next_obs[..., 0] / TRACK).square()).clamp(min=0)
+        return upright * centred - 0.01 * act[..., 0].clamp(-1, 1).square()
+
+    return Task(env, _unless(lambda x: x[..., 0].abs() <= TRACK, widths, env), reward)
+
+
 def _pen(version: int, obs: int | None) -> Task:
     env = "AdroitHandPen-v1"
     widths = _fixed(45, env, obs)
@@ -267,6 +306,7 @@ _FAMILIES: dict[str, Callable[[int, int | None], Task]] = {
     "reacher": _reacher,
     "pusher": _pusher,
     "pendulum": _pendulum,
+    "cartpoleswingup": _swingup,
     "pen": _pen,
 }
 
