@@ -1,7 +1,7 @@
 """Small control tasks in torch: a refrigerator, whose data cover a narrow band; and worlds as learners that know the
-truth, so that a planner, a loop or an adapter can be given the environment itself as its model: gymnasium's Pendulum-v1,
-a cart-pole that is to be swung up, and gymnasium's Reacher-v5. Importing this registers the cart-pole with gymnasium as
-`mbrl_envs/CartPoleSwingUp-v0`.
+truth, so that a planner, a loop or an adapter can be given the environment itself as its model: gymnasium's
+Pendulum-v1, a cart-pole that is to be swung up, and gymnasium's Reacher-v5. Importing this registers the cart-pole with
+gymnasium as `mbrl_envs/CartPoleSwingUp-v0`.
 """
 
 import hashlib
@@ -242,8 +242,8 @@ class TruePendulum(Truth):
 
 
 class TrueCartPole(Truth):
-    """A cart-pole that is to be swung up and kept there, by the equations of gymnasium's CartPole (its constants, and of
-    its two integrators the semi-implicit Euler, under which a pole that swings freely gains no energy).
+    """A cart-pole that is to be swung up and kept there, by the equations of gymnasium's CartPole (its constants, and
+    of its two integrators the semi-implicit Euler, under which a pole that swings freely gains no energy).
 
     obs (x in m, velocity, cos, sin, angular velocity), the angle being 0 upright; act [B, 1] the force over 10 N, any
     value of [-1, 1] where CartPole knows two. A step is 0.02 s. The reward, of the state that the step leads to, is
@@ -286,8 +286,8 @@ class TrueCartPole(Truth):
 
 
 class CartPoleSwingUp(gym.Env):
-    """TrueCartPole as an environment, in float64: observes [5], takes the force over 10 N, [1] in [-1, 1]. Made by id it
-    is cut after 250 steps, 5 s. reset(options={"state": (x, velocity, angle, angular velocity)}) starts from there."""
+    """TrueCartPole as an environment, in float64: observes [5], takes the force over 10 N, [1] in [-1, 1]. Made by id
+    it is cut after 250 steps, 5 s. reset(options={"state": (x, velocity, angle, angular velocity)}) starts there."""
 
     metadata = {"render_modes": []}  # noqa: RUF012
 
@@ -316,7 +316,7 @@ class CartPoleSwingUp(gym.Env):
 
 
 if "mbrl_envs/CartPoleSwingUp-v0" not in gym.registry:
-    gym.register("mbrl_envs/CartPoleSwingUp-v0", entry_point=CartPoleSwingUp, max_episode_steps=250)
+    gym.register("mbrl_envs/CartPoleSwingUp-v0", entry_point="mbrl_envs.control:CartPoleSwingUp", max_episode_steps=250)
 
 
 class TrueReacher(Truth):

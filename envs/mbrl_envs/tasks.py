@@ -56,9 +56,10 @@ class Task:
 
 
 def task(env_id: str, obs: int | None = None) -> Task | None:
-    """The task of an environment's id ("Hopper-v5", "mbrl_envs/CartPoleSwingUp-v0") or a dataset's ("hopper-medium-v2",
-    "D4RL/pen/human-v2"); None where the task is not known. obs: the observations' width; needed only where they begin with the position that the
-    task leaves out by default, since the reward of such a source is determined.
+    """The task of an environment's id ("Hopper-v5", "mbrl_envs/CartPoleSwingUp-v0") or a dataset's
+    ("hopper-medium-v2", "D4RL/pen/human-v2"); None where the task is not known. obs: the observations' width; needed
+    only where they begin with the position that the task leaves out by default, since the reward of such a source is
+    determined.
 
     Raises ValueError for a width that the task does not have; so do the functions themselves."""
     name = (
