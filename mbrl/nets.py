@@ -83,6 +83,26 @@ def apply_layers(layers: Sequence[Tensor], x: Tensor, activation: Activation) ->
     return x
 
 
+def power_iteration(weight: Tensor, vector: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """The spectral norms of the matrices weight [n, in, out], and vectors [n, out] nearer to their first right singular
+    vectors than the given ones. The norms approach their values from below; from a vector that has some share in the
+    first singular direction they reach them, and one kept from call to call follows weights that change slowly. A
+    vector that the matrix takes to zero is left as it is."""
+    v = vector[..., None]
+    for _ in range(steps):
+        new = weight.mT @ (weight @ v)
+        size = new.norm(dim=1, keepdim=True)
+        v = torch.where(size > 0, new / size, v)
+    return (weight @ v)[..., 0].norm(dim=1), v[..., 0]
+
+
+def variance(raw: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """The soft bounds of the log-variance, solved for the variance: with
+    v = upper - softplus(upper - raw) and log var = lower + softplus(v - lower),
+    var = e^lower + e^upper / (1 + e^(upper - raw)), exactly."""
+    return lower.exp() + upper.exp() * torch.sigmoid(raw - upper)
+
+
 class Normalizer(nn.Module):
     """Standardises the last axis by a mean and a standard deviation that `fit` sets; the identity until then.
     They are buffers: saved with the model, not trained."""

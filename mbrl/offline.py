@@ -219,14 +219,23 @@ class Result:
 
 
 def digest(*parts: Any) -> str:
-    """Twelve hexadecimal digits that name what was fitted: the same data, settings and seed, the same name."""
+    """Twelve hexadecimal digits that name what was fitted: the same data, settings and seed, the same name. A setting
+    that came later (`added` in its field's metadata) is left out while it holds its default, so that names stay."""
 
     def plain(x: Any) -> Any:
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
-            return dataclasses.asdict(x) | {"_": type(x).__name__}
-        return x
+            kept = (
+                f for f in dataclasses.fields(x) if not (f.metadata.get("added") and getattr(x, f.name) == f.default)
+            )
+            return {f.name: plain(getattr(x, f.name)) for f in kept}
+        if isinstance(x, list | tuple):
+            return [plain(y) for y in x]
+        return {k: plain(y) for k, y in x.items()} if isinstance(x, Mapping) else x
 
-    text = json.dumps([plain(x) for x in parts], sort_keys=True, default=str)
+    def named(x: Any) -> Any:
+        return plain(x) | {"_": type(x).__name__} if dataclasses.is_dataclass(x) and not isinstance(x, type) else x
+
+    text = json.dumps([named(x) for x in parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -508,6 +517,8 @@ def train(
         imagination = replace(imagination, floor=False)
     made: list[Dynamics] = []
     if imagination is not None:
+        if not models:
+            _check_doubts(imagination, data, dynamics)
         for seed in seeds:
             model = models[len(made) % len(models)] if models else learn_model(data, dynamics, fitting, seed, record)
             lap("model")
@@ -671,6 +682,24 @@ def _means(logs: Mapping[str, float]) -> dict[str, float]:
 def _mix(seeds: Sequence[int]) -> int:
     """One seed for a group of them: that of a single seed is the seed."""
     return seeds[0] if len(seeds) == 1 else int(digest(list(seeds)), 16) % 2**31
+
+
+@torch.no_grad()
+def _check_doubts(config: Imagination, data: Dataset, dynamics: Any) -> None:
+    """Whether the learner can tell what it is to be penalised and cut by, before it is fitted."""
+    generator = devices.generator(0, data.obs.device)
+    model = dynamics.build(data.spec, generator).to(data.obs.device)
+    cond = model.condition(data.obs.new_zeros(1, model.spec.ctx))
+    inp = StepInput(data.act[:1], model.draw(1, 1, generator).to(data.obs), data.obs.new_full((1, 1), data.dt))
+    known = model.step(model.init(data.obs[:1], cond), inp, cond)[1].uncertainty
+    if config.morec is not None:
+        known = {**known, "implausibility": data.obs}
+    if config.penalty.coefficient and config.penalty.name != "bellman":
+        _named(known, config.penalty.name)
+    elif config.penalty.coefficient and model.parts < 2:
+        raise ValueError("penalty 'bellman': it is the spread over a learner's several parts, this one has 1")
+    if config.truncation is not None:
+        _named(known, config.truncation.name)
 
 
 def _check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | None, seeds: Sequence[int]) -> None:

@@ -3,26 +3,32 @@
 Every tensor leads with the seeds [S, ...]; seeds never see each other. A network's parameters are one flat row a
 network, so that an optimiser's step or a target's move is a few operations on one tensor, whatever the layers. The
 update's gradients are written out by hand: on a CPU an update of this size spends a third of its time in autograd's
-book-keeping and in gradients that nobody reads. `critic_loss` and `actor_loss` say the same in plain autograd form;
-layer normalisation takes that path, and a regulariser of the critic can be added to it.
+book-keeping and in gradients that nobody reads. `critic_loss`, `robust_loss` and `actor_loss` say the same in plain
+autograd form; critics with layer normalisation take that path.
+
+Two regularisers of the critics keep their values smooth, so that one model may take the place of an ensemble (Zheng et
+al., ICLR 2023, arXiv 2302.01244): `robust` and `spectral` of `SacConfig`. `local_lipschitz` and `value_aware_error`
+measure what they are for.
 """
 
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mbrl.core import Spec
+from mbrl.core import Dynamics, Spec, StepInput
 from mbrl.data import Transitions
+from mbrl.nets import power_iteration
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # stable-baselines3's, so that policies can be exchanged
 Layers = list[tuple[Tensor, Tensor]]  # (weight [out, in], bias [out]) each
 Views = list[list[Tensor]]
+ADDED = {"added": True}  # of a setting that `mbrl.offline.digest` leaves out while it holds its default
 
 # ---------------------------------------------------------------- networks as flat rows
 
@@ -266,9 +272,9 @@ class Agent(nn.Module):
         self._cache.clear()
         return super()._apply(fn, recurse)
 
-    def work(self, net: FlatMLP, n: int, batch: int) -> Work:
-        """The memory for passes of this shape."""
-        key = (net, n, batch)
+    def work(self, net: FlatMLP, n: int, batch: int, use: str = "") -> Work:
+        """The memory for passes of this shape; another one where another use is named."""
+        key = (net, n, batch, use)
         if key not in self._cache:
             self._cache[key] = Work(net, n, batch, self.obs_mean)
         return self._cache[key]
@@ -457,6 +463,18 @@ class SacConfig:
     target_min: float | None = None  # targets are at least this (MOBILE and MOREC: 0)
     layer_norm: bool = False  # in the critics, before each ReLU
     normalize: bool = False  # observations by `set_normalizer`
+    robust: float = field(default=0.0, metadata=ADDED)
+    """The critics' loss is raised by this times the mean over the batch, summed over the critics, of the largest
+    (Q(s', pi(s')) - Q(s, a))^2 over states s' that differ from s by at most `robust_eps` in any component. The maximum
+    is that of one step of the fast gradient sign method (from s, through Q and through pi), each critic's own; pi is
+    the policy's mean action; s' and pi are constants of the critics' gradient, both values are not."""
+    robust_eps: float = field(default=0.1, metadata=ADDED)
+    """In units of the observations as the networks read them: raw, or standardised where `normalize` is on."""
+    spectral: float | None = field(default=None, metadata=ADDED)
+    """The largest spectral norm that a critic's layer may have: one beyond it is scaled back onto it after each update,
+    by a norm that `spectral_iterations` of power iteration estimate from vectors kept from update to update. With L
+    layers Q's Lipschitz constant is at most the L-th power. The targets, mixtures of critics, keep to it as well."""
+    spectral_iterations: int = field(default=1, metadata=ADDED)
 
     def build(self, spec: Spec, generator: torch.Generator, seeds: int = 1, dtype: torch.dtype | None = None) -> "Sac":
         """Lives on the generator's device. Seeds are drawn one after the other: the first k of a build with more
@@ -468,11 +486,26 @@ class Sac(ActorCritic):
     """The agent. `state_dict` holds everything that an update reads or writes, so a reloaded agent continues bit for
     bit. Changes of state are in place, so that an update can be captured (`mbrl.device.graphed`)."""
 
+    vectors: Tensor  # [S, N, sum of out]: the first right singular vector of each critic's layers, where `spectral`
+
     def __init__(
         self, config: SacConfig, spec: Spec, generator: torch.Generator, seeds: int, dtype: torch.dtype | None = None
     ) -> None:
+        if config.robust < 0 or config.robust_eps < 0:
+            raise ValueError(f"agent: got robust={config.robust}, robust_eps={config.robust_eps}; expected >= 0")
+        if config.spectral is not None and (config.spectral <= 0 or config.spectral_iterations < 1):
+            got = f"spectral={config.spectral}, spectral_iterations={config.spectral_iterations}"
+            raise ValueError(f"agent: got {got}; expected a positive bound and at least 1")
+        if config.spectral is not None and config.layer_norm:
+            raise ValueError("agent: layer_norm undoes the bounds that spectral puts on the layers; leave one out")
         super().__init__(config, 2 * spec.act, spec, generator, seeds, dtype)
         self.config = config
+        if config.spectral is not None:
+            width = sum(self.critic_net.sizes[1:])
+            self.register_buffer("vectors", self.critics.new_zeros(seeds, config.critics, width))
+            self.find_vectors()
+            self.bound(self.critics.new_ones(seeds))
+            self.target.copy_(self.critics)
         log_alpha = torch.full_like(self.actor[:, 0], config.init_alpha).log()
         self.log_alpha = nn.Parameter(log_alpha, requires_grad=False)  # [S]
         self.alpha_adam = Adam(self.log_alpha)
@@ -534,8 +567,15 @@ class Sac(ActorCritic):
         target = torch.addcmul(batch.reward, 1 - batch.terminal, value, value=config.gamma)
         if config.target_min is not None:
             target = target.clamp(min=config.target_min)
-        critic_loss, q = self.critic_grad(batch, obs, target)
+        logs = {}
+        if config.robust:
+            moved = self.perturbed(obs, batch.act, mean[:, :b].tanh(), tape)
+            critic_loss, q, logs["robust"] = self.robust_grad(batch, obs, target, *moved)
+        else:
+            critic_loss, q = self.critic_grad(batch, obs, target)
         ok = self.critic_adam.step(self.critics, config.critic_lr)
+        if config.spectral is not None:
+            self.bound(ok)
         skipped = 1 - ok
         self.target.lerp_(self.critics, (config.tau * ok)[:, None, None])
 
@@ -561,7 +601,109 @@ class Sac(ActorCritic):
             "entropy": -log_prob,
             "q": q.mean((1, 2)),
             "skipped": skipped,
-        }
+        } | logs
+
+    # -------- regularisers of the critics
+
+    def perturbed(self, obs: Tensor, act: Tensor, pi: Tensor, tape: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Each critic's worst states near obs, [S, N, B, O], by one step of the fast gradient sign method, and the
+        policy's mean actions there [S, N, B, A]. obs as the networks read it; pi [S, B, A] and the tape (whose first B
+        rows are read and stay as they are): of the actor at obs."""
+        net, (s, b, o), n = self.critic_net, obs.shape, self.critics.shape[1]
+        if net.layer_norm:
+            return self.perturbed_plainly(self.critics, obs, act)
+        layers, work = self.layers(net, self.critics), self.work(net, s * n, 2 * b)
+        x = torch.cat([pairs(obs, act, n), pairs(obs, pi, n)], 1)
+        y = net.forward(layers, x, work)
+        gap = y[-1][:, b:, 0] - y[-1][:, :b, 0]  # [S * N, B]
+        dx = net.backward(layers, [z[:, b:] for z in y], torch.ones_like(gap)[..., None], work, None, slice(None))
+        assert dx is not None
+        dx = dx.unflatten(0, (s, n))  # [S, N, B, O + A]
+        dmean = (dx[..., o:] * (1 - pi * pi)[:, None]).flatten(1, 2)
+        layers, work = self.layers(self.actor_net, self.actor), self.work(self.actor_net, s, n * b, "perturbed")
+        dy = torch.cat([dmean, torch.zeros_like(dmean)], -1)
+        again = [z[:, :b].repeat(1, n, 1) for z in tape]
+        through = self.actor_net.backward(layers, again, dy, work, None, slice(None))
+        assert through is not None
+        up = torch.where(gap < 0, -1.0, 1.0).view(s, n, b, 1)  # where they agree both ways lead up
+        after = obs[:, None] + (dx[..., :o] + through.view(s, n, b, o)).sign() * up * self.config.robust_eps
+        mean = self.actor_net.forward(layers, after.flatten(1, 2), work)[-1].chunk(2, -1)[0]
+        return after, mean.tanh().view(s, n, b, -1)
+
+    def perturbed_plainly(self, critics: Tensor, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
+        """`perturbed` by autograd, for the given critics."""
+        pi = lambda x: self.head(self.actor_net.forward(self.layers(self.actor_net, self.actor), x)[-1])[0].tanh()
+        n = critics.shape[1]
+        with torch.enable_grad():
+            x = obs[:, None].repeat(1, n, 1, 1).flatten(1, 2).requires_grad_()  # a copy for each critic
+            mine = torch.eye(n, dtype=obs.dtype, device=obs.device)[:, :, None]
+            value = self.values(critics.detach(), x, pi(x)).unflatten(2, (n, -1))  # [S, N, N, B]
+            (slope,) = torch.autograd.grad((value * mine).sum(), x)
+            gap = (value * mine).sum(2) - self.values(critics.detach(), obs, act)
+        up = torch.where(gap < 0, -1.0, 1.0).detach()[..., None]
+        after = obs[:, None] + slope.unflatten(1, (n, -1)).sign() * up * self.config.robust_eps
+        return after, pi(after.flatten(1, 2)).unflatten(1, (n, -1))
+
+    def gaps(self, critics: Tensor, obs: Tensor, act: Tensor, after: Tensor, pi: Tensor) -> tuple[Tensor, Tensor]:
+        """Q(s, a), and Q(s', pi(s')) - Q(s, a), both [S, N, B]; after [S, N, B, O], pi [S, N, B, A]."""
+        n, b = critics.shape[1], obs.shape[1]
+        x = torch.cat([pairs(obs, act, n), torch.cat([after, pi], -1).flatten(0, 1)], 1)
+        y = self.critic_net.forward(self.layers(self.critic_net, critics), x)[-1][..., 0].unflatten(0, (-1, n))
+        return y[..., :b], y[..., b:] - y[..., :b]
+
+    def robust_loss(self, critics: Tensor, batch: Transitions, after: Tensor, pi: Tensor) -> Tensor:
+        """[S]: the mean over the batch, summed over the critics, of (Q(s', pi(s')) - Q(s, a))^2, without its
+        coefficient; after and pi as `perturbed` gives them."""
+        return self.gaps(critics, self.scale(batch.obs), batch.act, after, pi)[1].square().mean(2).sum(1)
+
+    def robust_grad(
+        self, batch: Transitions, obs: Tensor, target: Tensor, after: Tensor, pi: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `critic_grad`, of critic_loss + robust * robust_loss. Returns the two losses and Q: [S], [S, N, B], [S],
+        as (critic_loss, Q, robust_loss)."""
+        net, n, b, weight = self.critic_net, self.critics.shape[1], obs.shape[1], self.config.robust
+        if net.layer_norm:
+            with torch.enable_grad():
+                critics = self.critics.detach().requires_grad_()
+                q, gap = self.gaps(critics, obs, batch.act, after, pi)
+                loss, extra = ((x.square().mean(2).sum(1)) for x in (q - target[:, None], gap))
+                self.critic_adam.grad.copy_(torch.autograd.grad((loss + weight * extra).sum(), critics)[0].flatten(1))
+            return loss.detach(), q.detach(), extra.detach()
+        layers, work = self.layers(net, self.critics), self.work(net, self.seeds * n, 2 * b)
+        x = torch.cat([pairs(obs, batch.act, n), torch.cat([after, pi], -1).flatten(0, 1)], 1)
+        tape = net.forward(layers, x, work)
+        y = tape[-1][..., 0].unflatten(0, (-1, n))
+        q, gap = y[..., :b], y[..., b:] - y[..., :b]
+        error, pull = q - target[:, None], weight * gap
+        dy = (torch.cat([error - pull, pull], -1) * (2 / b)).flatten(0, 1)[..., None]
+        net.backward(layers, tape, dy, work, self.layers(net, self.critic_adam.grad))
+        return error.square().mean(2).sum(1), q, gap.square().mean(2).sum(1)
+
+    @torch.no_grad()
+    def find_vectors(self) -> None:
+        """Sets the vectors of the power iteration to the singular vectors themselves."""
+        weights = [layer[0] for layer in self.layers(self.critic_net, self.critics)]
+        first = [torch.linalg.svd(w, full_matrices=False)[2][:, 0] for w in weights]
+        self.vectors.copy_(torch.cat(first, 1).view_as(self.vectors))
+
+    @torch.no_grad()
+    def bound(self, ok: Tensor) -> None:
+        """Scales the critics' layers back to the largest norm that they may have; of the seeds that ok [S] names with
+        a 1, the others and their vectors stay as they are."""
+        assert self.config.spectral is not None
+        n, flat = self.critics.shape[1], self.vectors.flatten(0, 1)
+        here = ok.bool().repeat_interleave(n)[:, None]
+        layers = self.layers(self.critic_net, self.critics)
+        for (weight, *_), old in zip(layers, flat.split(self.critic_net.sizes[1:], 1), strict=True):
+            norm, new = power_iteration(weight, old, self.config.spectral_iterations)
+            old.copy_(torch.where(here, new, old))
+            scale = (self.config.spectral / norm).clamp(max=1.0)
+            weight.mul_(torch.where(here[:, 0], scale, 1.0)[:, None, None])
+
+    def load_linears(self, seed: int, actor: Layers, critics: Sequence[Layers], target: Sequence[Layers]) -> None:
+        super().load_linears(seed, actor, critics, target)
+        if self.config.spectral is not None:
+            self.find_vectors()
 
     def actor_lr(self) -> float | Tensor:
         """The actor's learning rate at this update."""
@@ -577,3 +719,37 @@ def log_density(u: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
     half = torch.add(u, F.softplus(-u, 2), alpha=2) - log_std / 2  # half of each term, without the constants
     constant = u.shape[-1] * (0.5 * math.log(2 * math.pi) + 2 * math.log(2))
     return 2 * half.addcmul(noise, noise, value=-0.25).sum(-1) - constant
+
+
+# ---------------------------------------------------------------- how smooth the value is, and what a model costs it
+
+
+def local_lipschitz(agent: Sac, obs: Tensor, act: Tensor | None = None) -> dict[str, Tensor]:
+    """How steep Q, the least critic's, is at obs [S, B, O], under the actions act [S, B, A], held fixed (the policy's
+    mean ones where None): [S] each, the mean and the largest over the B of the norms of its gradient with respect to
+    the raw observation. The gradient's 2-norm is the local Lipschitz constant for changes of the observation that are
+    measured by their 2-norm ("l2_mean", "l2_max"); its 1-norm is that for changes measured by their largest component,
+    as in the ball of `robust_eps` ("linf_mean", "linf_max")."""
+    act = (agent.act(obs) if act is None else act).detach()
+    with torch.enable_grad():
+        x = obs.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(agent.q(x, act).amin(1).sum(), x)
+    norms = {"l2": slope.norm(dim=-1), "linf": slope.abs().sum(-1)}  # [S, B]
+    return {f"{k}_mean": x.mean(1) for k, x in norms.items()} | {f"{k}_max": x.amax(1) for k, x in norms.items()}
+
+
+@torch.no_grad()
+def value_aware_error(
+    agent: Sac, model: Dynamics, batch: Transitions, generator: torch.Generator, dt: float = 1.0
+) -> Tensor:
+    """[S]: the mean of |V(s'_model) - V(s'_real)| over transitions [B] that the model was not fitted to, with
+    V(s) = min Q(s, pi(s)) under the policy's mean action. s'_model is one draw of the model. Transitions that end the
+    task, whose value after it nobody asks for, are left out; NaN where there is no other."""
+    cond = model.condition(batch.obs.new_zeros(1, model.spec.ctx))
+    noise = model.draw(len(batch.obs), 1, generator)
+    inp = StepInput(batch.act, noise, torch.full_like(batch.reward, dt)[:, None])
+    guess = model.step(model.init(batch.obs, cond), inp, cond)[1].obs
+    both = torch.cat([guess, batch.next_obs]).expand(agent.seeds, -1, -1)
+    ours, real = agent.q(both, agent.act(both)).amin(1).chunk(2, 1)  # [S, B]
+    weight = 1 - batch.terminal
+    return (torch.where(weight > 0, (ours - real).abs(), 0.0)).sum(1) / weight.sum()

@@ -10,6 +10,7 @@ from mbrl import testing
 from mbrl.core import Dynamics, Markov, Prediction, Spec, group, pull, randn
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
+from mbrl.dynamics.single import SingleConfig
 from mbrl.rollout import forced_mse, imagine, unroll
 from mbrl.testing import CHECKS, Subject, check_dynamics
 
@@ -127,6 +128,10 @@ def ensemble(spec, **options):
     return config.build(spec)
 
 
+def single(spec, **options):
+    return SingleConfig(hidden=(16,), weight_decay=(1e-4, 1e-4), **options).build(spec)
+
+
 def filtered(inner, bound=None, **options):
     """Around any learner; bound: of the candidates' observations, so tight that it is often met."""
     spec = inner.spec
@@ -144,6 +149,9 @@ SUBJECTS = {
     "autonomous": Subject(Plain, Spec(obs=3)),
     "ensemble": Subject(ensemble),
     "ensemble-drawn-only": Subject(lambda spec: ensemble(spec, uncertainty=(), scale_targets=True)),
+    "single": Subject(single),
+    "single-gaussian": Subject(lambda spec: single(spec, gaussian=True, scale_targets=False)),
+    "filtered-single": Subject(lambda spec: filtered(single(spec, gaussian=True), bound=1.0)),
     "filtered-ensemble": Subject(lambda spec: filtered(ensemble(spec), bound=1.0)),
     "filtered-argmax": Subject(lambda spec: filtered(ensemble(spec), temperature=0.0)),
     "filtered-in-chunks": Subject(lambda spec: filtered(Noisy(spec), chunk=10)),
@@ -158,6 +166,7 @@ ALIKE = {
     "latent-narrow",
     "autonomous",
     "filtered-argmax",
+    "filtered-single",
     "filtered-hyper",
     "filtered-in-chunks",
 }  # compiled as another is

@@ -10,6 +10,7 @@ from worlds import Constant, Line, line_data, never
 from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput
 from mbrl.data import Transitions
+from mbrl.fit import FitConfig
 from mbrl.offline import Forget, Imagination, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig
 
@@ -359,3 +360,23 @@ def test_the_value_after_a_cut_is_that_of_the_mean_reward():
         after = min(0.0, 0.99 * moved.reward.mean().item() / 0.01)
         torch.testing.assert_close(t.reward, -(t.next_obs[:, 0] ** 2) + after, rtol=1e-4, atol=1e-3)
         assert (after < 0) == (shift == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("morec-mopo", "f8ae7aaba49b"),
+        ("morec-published", "4f1e7030051b"),
+        ("mopo", "1874003a112f"),
+        ("bc", "a446081fbc0d"),
+    ],
+)
+def test_a_setting_that_came_later_leaves_the_names_of_what_was_fitted(name, want):
+    """Kept results name the settings of an earlier day: these are names from before the critics had regularisers."""
+    parts = FitConfig(), offline.EnsembleConfig()
+    preset = offline.PRESETS[name]
+    assert offline.digest(preset, *parts) == want
+    if isinstance(preset.agent, SacConfig):
+        other = replace(preset, agent=replace(preset.agent, robust=0.1))
+        assert offline.digest(other, *parts) != want
+    assert offline.digest(replace(preset, batch=7), *parts) != want

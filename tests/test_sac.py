@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mbrl.core import Spec
+from mbrl.core import Markov, Prediction, Spec
 from mbrl.data import Transitions
-from mbrl.sac import FlatMLP, SacConfig, log_density
+from mbrl.nets import power_iteration
+from mbrl.sac import FlatMLP, SacConfig, local_lipschitz, log_density, value_aware_error
 
 DOUBLE = torch.float64
 
@@ -305,6 +306,235 @@ def test_first_actor_step_goes_down_the_actor_loss():
     torch.testing.assert_close(agent.actor_adam.m, 0.1 * grad)
 
 
+# ---------------------------------------------------------------- regularisers of the critics
+
+
+def built(spec, seeds, g, **settings):
+    """In float64, with a normaliser of its own where it has one."""
+    agent = SacConfig(**{"hidden": (12, 10), **settings}).build(spec, g, seeds, DOUBLE)
+    if agent.normalize:
+        agent.set_normalizer(*(torch.rand(2, spec.obs, generator=g, dtype=DOUBLE) + 0.5))
+    return agent
+
+
+def steepest(agent, s, n, obs, act, eps):
+    """The definition for one critic of one seed, by torch.nn modules and autograd: s' [B, O] and pi(s') [B, A]."""
+    plain = Plain(agent, s)
+    policy = lambda x: plain.actor(x).chunk(2, -1)[0].tanh()
+    q = lambda x, a: plain.critics[n](torch.cat([x, a], -1))[:, 0]
+    x = obs.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((q(x, policy(x)) - q(obs, act)).square().sum(), x)
+    after = (obs + eps * slope.sign()).detach()
+    return after, policy(after).detach(), (q(after, policy(after)) - q(obs, act)).square().mean()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"normalize": True}, {"layer_norm": True}, {"critics": 3, "hidden": (9,)}, {"layer_norm": True, "critics": 3}],
+)
+def test_the_robust_gradient_is_autograds_of_the_published_loss(settings):
+    spec, seeds, g = Spec(4, 3), 2, gen(31)
+    agent = built(spec, seeds, g, robust=0.7, robust_eps=0.05, **settings)
+    if not settings.get("layer_norm"):  # which begins as 1 and 0: steepest knows no other
+        agent.critics.data += 0.1 * torch.randn(agent.critics.shape, generator=g, dtype=DOUBLE)
+    batch, noise = random_batch(spec, seeds, 20, g), random_noise(spec, seeds, 20, g)
+    obs, target = agent.scale(batch.obs), torch.randn(seeds, 20, generator=g, dtype=DOUBLE)
+    tape = agent.actor_net.forward(agent.layers(agent.actor_net, agent.actor), torch.cat([obs, obs + 1], 1))
+    before = [x.clone() for x in tape]
+    after, pi = agent.perturbed(obs, batch.act, tape[-1][:, :20, :3].tanh(), tape)
+    torch.testing.assert_close(tape, before)
+    torch.testing.assert_close((after, pi), agent.perturbed_plainly(agent.critics, obs, batch.act))
+    assert ((after - obs[:, None]).abs() - 0.05).abs().max() < 1e-12
+    total = 0.0
+    for s in range(seeds):
+        for n in range(agent.critics.shape[1]):
+            want, action, loss = steepest(agent, s, n, obs[s], batch.act[s], 0.05)
+            torch.testing.assert_close((after[s, n], pi[s, n]), (want, action))
+            total = total + loss
+    critics = agent.critics.detach().clone().requires_grad_()
+    loss, extra = agent.critic_loss(critics, batch, target), agent.robust_loss(critics, batch, after, pi)
+    torch.testing.assert_close(extra.sum(), total)
+    (grad,) = torch.autograd.grad((loss + 0.7 * extra).sum(), critics)
+    got, _, penalty = agent.robust_grad(batch, obs, target, after, pi)
+    torch.testing.assert_close((got, penalty), (loss.detach(), extra.detach()))
+    torch.testing.assert_close(agent.critic_adam.grad, grad.flatten(1))
+    agent.critic_adam.grad.zero_()
+    log = agent.update(batch, noise)  # the same in an update: Adam's first moment shows the gradient
+    torch.testing.assert_close(log["robust"], extra.detach())
+
+
+def test_an_update_takes_the_robust_gradient_where_the_policy_is_perturbed_with_the_state():
+    spec, g = Spec(4, 2), gen(32)
+    settings = {"robust": 0.7, "gamma": 0.0}  # the target is the reward
+    agent = built(spec, 2, g, **settings)
+    batch, noise = random_batch(spec, 2, 16, g), random_noise(spec, 2, 16, g)
+    critics = agent.critics.detach().clone().requires_grad_()
+    moved = agent.perturbed_plainly(agent.critics, batch.obs, batch.act)
+    loss = agent.critic_loss(critics, batch, batch.reward) + 0.7 * agent.robust_loss(critics, batch, *moved)
+    (grad,) = torch.autograd.grad(loss.sum(), critics)
+    agent.update(batch, noise)
+    torch.testing.assert_close(agent.critic_adam.m, 0.1 * grad.flatten(1))
+
+
+def test_a_robust_coefficient_of_zero_is_no_regulariser_bit_for_bit():
+    spec, g = Spec(3, 2), gen(33)
+    agents = [SacConfig(hidden=(8, 8), robust=r, robust_eps=e).build(spec, gen(1)) for r, e in ((0.0, 0.1), (0.0, 9.0))]
+    agents += [SacConfig(hidden=(8, 8)).build(spec, gen(1)), SacConfig(hidden=(8, 8), spectral=1e9).build(spec, gen(1))]
+    for _ in range(3):
+        batch, noise = random_batch(spec, 1, 8, g, torch.float32), random_noise(spec, 1, 8, g, torch.float32)
+        for agent in agents:
+            agent.update(batch, noise)
+    for agent in agents[1:]:
+        assert all(torch.equal(v, agent.state_dict()[k]) for k, v in agents[0].state_dict().items())
+    assert set(agents[0].state_dict()) == set(agents[2].state_dict())
+
+
+def test_the_robust_regulariser_makes_the_value_flatter():
+    def batch(g, n):
+        obs = torch.rand(1, n, 1, generator=g) * 4 - 2
+        return Transitions(obs, uniform(g, n), (3 * obs[..., 0]).sin(), obs, torch.ones(1, n))
+
+    obs = torch.linspace(-2, 2, 50)[None, :, None]
+    steep = [
+        local_lipschitz(learn(SacConfig(**FAST, robust=r, robust_eps=0.3), batch, 150)[0], obs)["l2_mean"].item()
+        for r in (0.0, 1.0)
+    ]
+    assert steep[1] < 0.7 * steep[0]
+
+
+def test_power_iteration_reaches_the_largest_singular_value():
+    g = gen(34)
+    for shape in ((5, 8, 6), (3, 4, 1), (2, 1, 7), (4, 16, 16)):
+        weight = torch.randn(shape, generator=g, dtype=DOUBLE)
+        start = torch.randn(shape[0], shape[2], generator=g, dtype=DOUBLE)
+        first = start / start.norm(dim=1, keepdim=True)
+        want = torch.linalg.svdvals(weight)[:, 0]
+        norm, vector = power_iteration(weight, first, 400)
+        torch.testing.assert_close(norm, want, rtol=1e-6, atol=0)
+        torch.testing.assert_close((weight @ vector[..., None]).norm(dim=1)[:, 0], want, rtol=1e-6, atol=0)
+        kept = first
+        for _ in range(400):  # one at a time from the vectors kept is the same
+            norm, kept = power_iteration(weight, kept)
+            assert (norm <= want * (1 + 1e-12)).all()
+        torch.testing.assert_close((norm, kept), power_iteration(weight, first, 400))
+    zero = torch.zeros(1, 3, 2)
+    assert power_iteration(zero, torch.tensor([[0.6, 0.8]]))[1].tolist() == [[0.6000000238418579, 0.800000011920929]]
+
+
+@pytest.mark.parametrize(("bound", "iterations", "slack"), [(0.4, 100, 1.002), (0.4, 5, 1.05), (1.5, 1, 1.1)])
+def test_critics_and_targets_keep_to_the_spectral_bound(bound, iterations, slack):
+    spec, seeds, g = Spec(3, 2), 2, gen(35)
+    agent = built(spec, seeds, g, spectral=bound, critic_lr=1e-2, tau=0.3, spectral_iterations=iterations)
+    free = built(spec, seeds, gen(35), critic_lr=1e-2)
+    norms = lambda flat: [
+        torch.linalg.svdvals(w)[:, 0] for w, *_ in agent.critic_net.views(flat.reshape(-1, flat.shape[-1]))
+    ]
+    for _ in range(40):
+        for layer in (*norms(agent.critics), *norms(agent.target)):
+            assert (layer <= bound * slack).all()
+        batch, noise = random_batch(spec, seeds, 16, g), random_noise(spec, seeds, 16, g)
+        agent.update(batch._replace(reward=5 * batch.obs.sum(-1)), noise)
+        free.update(batch._replace(reward=5 * batch.obs.sum(-1)), noise)
+    assert max(x.max() for x in norms(free.critics)) > 1.5 * bound
+    assert max(x.max() for x in norms(agent.critics)) > 0.9 * bound, "and no further down than to it"
+    obs = torch.randn(seeds, 100, 3, generator=g, dtype=DOUBLE)
+    assert (local_lipschitz(agent, obs)["l2_max"] <= (slack * bound) ** 3).all()
+
+
+REGULAR = {"hidden": (8, 8), "robust": 0.5, "spectral": 1.0, "critic_lr": 1e-2}
+
+
+def test_regularised_seeds_do_not_see_each_other_and_a_broken_one_stays():
+    spec, g = Spec(3, 2), gen(36)
+    many = SacConfig(**REGULAR).build(spec, gen(2), 3, DOUBLE)
+    few = SacConfig(**REGULAR).build(spec, gen(2), 2, DOUBLE)
+    for step in range(4):
+        batch, noise = random_batch(spec, 3, 8, g), random_noise(spec, 3, 8, g)
+        if step == 2:
+            batch.reward[1] = math.nan
+        before = {k: v.clone() for k, v in many.state_dict().items()}
+        many.update(batch, noise)
+        few.update(Transitions(*(x[:2] for x in batch)), noise[:, :2])
+        if step == 2:
+            assert torch.equal(many.critics[1], before["critics"][1])
+            assert torch.equal(many.vectors[1], before["vectors"][1])
+    for k, v in few.state_dict().items():
+        if v.ndim and k not in ("obs_mean", "obs_std"):
+            torch.testing.assert_close(many.state_dict()[k][:2], v, msg=k)
+    one = many.one(1)
+    torch.testing.assert_close(one.vectors, many.vectors[1:2])
+
+
+def test_a_reloaded_regularised_agent_continues_bit_for_bit():
+    spec, g = Spec(3, 2), gen(37)
+    agent, other = (SacConfig(**REGULAR).build(spec, gen(s), 2) for s in (0, 9))
+    data = [(random_batch(spec, 2, 8, g, torch.float32), random_noise(spec, 2, 8, g, torch.float32)) for _ in range(6)]
+    for batch, noise in data[:3]:
+        agent.update(batch, noise)
+    other.load_state_dict({k: v.clone() for k, v in agent.state_dict().items()})
+    assert "vectors" in agent.state_dict()
+    for batch, noise in data[3:]:
+        agent.update(batch, noise)
+        other.update(batch, noise)
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def linear_agent(obs_slope, act_slope, seeds=1, **settings):
+    """Q = obs_slope . s + act_slope . a + 5 where that is above -95; there the one unit of each critic is active."""
+    spec = Spec(len(obs_slope), len(act_slope))
+    agent = SacConfig(hidden=(1,), **settings).build(spec, gen(), seeds, DOUBLE)
+    for flat in (agent.critics, agent.target):
+        (w, b), (w2, b2) = agent.critic_net.views(flat.view(-1, flat.shape[-1]))
+        w[..., 0] = torch.tensor([*obs_slope, *act_slope], dtype=DOUBLE)
+        b[:], w2[:], b2[:] = 100.0, 1.0, -95.0
+    return agent
+
+
+def test_the_local_lipschitz_constant_of_a_linear_value_is_its_slope():
+    agent = linear_agent([3.0, -4.0], [10.0], seeds=2)
+    got = local_lipschitz(agent, torch.randn(2, 30, 2, generator=gen(), dtype=DOUBLE))
+    for name, value in got.items():
+        assert value.tolist() == pytest.approx([5.0, 5.0] if name.startswith("l2") else [7.0, 7.0]), name
+    assert len(got) == 4
+    scaled = linear_agent([3.0, -4.0], [10.0], normalize=True)
+    scaled.set_normalizer(torch.zeros(2), torch.tensor([3.0, 0.5]))
+    got = local_lipschitz(scaled, torch.randn(1, 30, 2, generator=gen(), dtype=DOUBLE))
+    assert got["l2_max"].item() == pytest.approx(math.hypot(1.0, 8.0)), "of the raw observation"
+    bent = linear_agent([100.0], [0.0])  # from obs < -1 on there is no slope: the mean is of both kinds, the max of one
+    got = local_lipschitz(bent, torch.tensor([[[-2.0], [0.0], [0.5], [-3.0]]], dtype=DOUBLE))
+    assert [got[k].item() for k in ("l2_mean", "l2_max", "linf_mean")] == [50.0, 100.0, 50.0]
+
+
+class Off(Markov):
+    """s' = s + (a, 0 ...) + shift."""
+
+    def __init__(self, spec, shift):
+        super().__init__()
+        self.spec, self.noise_dim, self.shift = spec, 0, nn.Parameter(shift)
+
+    def step(self, state, inp, cond):
+        obs = state + self.shift
+        return obs, Prediction(obs, obs[:, 0], {})
+
+    def loss(self, segment, noise):
+        raise NotImplementedError
+
+
+def test_the_value_aware_error_of_a_linear_value_is_the_slope_times_the_models_error():
+    agent = linear_agent([3.0, -4.0], [0.0], seeds=2)
+    agent.actor.data[1] += 1.0
+    batch = Transitions(*(x[0] for x in random_batch(agent.spec, 1, 40, gen(38))))
+    batch = batch._replace(next_obs=batch.obs)
+    at = lambda x, y: value_aware_error(agent, Off(agent.spec, torch.tensor([x, y], dtype=DOUBLE)), batch, gen())
+    torch.testing.assert_close(at(1.0, 1.0), torch.ones(2, dtype=DOUBLE))
+    torch.testing.assert_close(at(1.0, -1.0), torch.full((2,), 7.0, dtype=DOUBLE))
+    assert at(4.0, 3.0).max() < 1e-9, "an error that the value does not see is none"
+    wrong = torch.where(batch.terminal[:, None] > 0, 1000.0, batch.next_obs)  # no value follows an end
+    batch = batch._replace(next_obs=wrong)
+    torch.testing.assert_close(at(1.0, 1.0), torch.ones(2, dtype=DOUBLE))
+
+
 # ---------------------------------------------------------------- seeds
 
 
@@ -503,6 +733,9 @@ def test_linears_are_the_networks_on_raw_observations(normalize):
         (lambda: small().load_linears(0, **{**small().linears(0), "critics": []}), "0 critics"),
         (lambda: small().load_linears(0, **small(hidden=(5,)).linears(0)), r"\(5, 3\)"),
         (lambda: small(layer_norm=True).linears(0), "normalisation"),
+        (lambda: small(layer_norm=True, spectral=1.0), "undoes"),
+        (lambda: small(spectral=0.0), "positive bound"),
+        (lambda: small(robust=-1.0), "robust=-1.0"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, words):
