@@ -1,7 +1,13 @@
-"""Policies to and from stable-baselines3: a SAC checkpoint of either side runs on the other with the same actions.
+"""Between this library and gymnasium's and stable-baselines3's agents: learned models as their environments, and
+policies as their checkpoints.
 
-Both keep a ReLU network that gives mean and log standard deviation (in [-20, 2]), squashed by tanh, with actions in
-[-1, 1] rescaled to the action space's bounds at the border. Optimisers' states are not exchanged.
+Any `Dynamics` is an environment of theirs, in which an unmodified agent trains: `ModelVecEnv` for stable-baselines3,
+`ModelVectorEnv` for gymnasium's vector interface, `ModelEnv` as a single environment. All rows are stepped by one call
+of the model.
+
+A SAC checkpoint of either side runs on the other with the same actions. Both keep a ReLU network that gives mean and
+log standard deviation (in [-20, 2]), squashed by tanh, with actions in [-1, 1] rescaled to the action space's bounds at
+the border. Optimisers' states are not exchanged.
 """
 
 import io
@@ -10,22 +16,350 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
+import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from mbrl.core import Spec
+from mbrl.core import Dynamics, Spec, StepInput, choose
 from mbrl.sac import Layers, Sac, SacConfig
 from mbrl_envs.evaluate import EnvError, flatten_obs, make, quiet
 
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # (obs [B, O], act [B, A], next obs [B, O]) -> [B]
+
 
 class AdapterError(ValueError):
-    """A checkpoint, or an agent, that the other side cannot take."""
+    """A checkpoint, an agent or a model that the other side cannot take."""
+
+
+# ---------------------------------------------------------------- models as environments
+
+
+class _Outcome(NamedTuple):
+    """Of one step, [n, ...]."""
+
+    obs: np.ndarray  # [n, O] float32
+    reward: np.ndarray  # [n] float64
+    terminated: np.ndarray  # [n] bool
+    truncated: np.ndarray  # [n] bool
+    lost: np.ndarray  # [n] bool: the prediction was not finite
+
+
+class _Rows:
+    """n episodes in a model, side by side. A row's course depends on the seed, its number and its own actions alone:
+    every step draws the noise and the next first observation of every row, whether a row needs them or not."""
+
+    def __init__(
+        self,
+        model: Dynamics,
+        starts: Tensor,
+        horizon: int,
+        num_envs: int,
+        reward: Function | None,
+        terminal: Function | None,
+        seed: int,
+        ctx: Tensor | None,
+        dt: float,
+    ) -> None:
+        spec = model.spec
+        floats = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+        like = floats[0] if floats else starts
+        ctx = like.new_zeros(1, spec.ctx) if ctx is None else ctx.to(like)
+        problems = [
+            ("num_envs", num_envs, "at least 1", num_envs >= 1),
+            ("horizon", horizon, "at least 1", horizon >= 1),
+            ("starts", list(starts.shape), f"[N, {spec.obs}], N >= 1", _is_table(starts, spec.obs)),
+            ("starts that are not finite", int((~starts.isfinite()).sum()), "none", bool(starts.isfinite().all())),
+            (
+                "ctx",
+                list(ctx.shape),
+                f"[G, {spec.ctx}] with a G that divides the {num_envs} environments",
+                _is_table(ctx, spec.ctx) and num_envs % len(ctx) == 0,
+            ),
+            ("a model that takes actions of width", spec.act, "at least 1", spec.act >= 1),
+            ("dt", dt, "more than 0", dt > 0),
+        ]
+        if wrong := [f"got {name} {got}, expected {want}" for name, got, want, holds in problems if not holds]:
+            raise AdapterError(f"a model as an environment: {'; '.join(wrong)}")
+        self.model, self.starts, self.horizon, self.n = model, starts.to(like), horizon, num_envs
+        self.reward, self.terminal = reward, terminal
+        self.dt = like.new_full((num_envs, 1), dt)
+        with torch.no_grad():
+            self.cond = model.condition(ctx)
+        self.noise = torch.Generator(like.device)
+        self.lost = 0
+        self.seed(seed, seeding.np_random(seed)[0])
+        self.observation_space = spaces.Box(-np.inf, np.inf, (spec.obs,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (spec.act,), np.float32)
+
+    def seed(self, seed: int | None, rng: np.random.Generator) -> None:
+        """rng draws the first observations; the model's noise is that of a torch generator seeded with `seed`."""
+        self.rng = rng
+        if seed is not None:
+            self.noise.manual_seed(seed)
+        self.draw()
+
+    @torch.no_grad()
+    def begin(self, fresh: np.ndarray | None = None) -> np.ndarray:
+        """New episodes in the rows fresh [n], by default in all. Returns every row's observation [n, O]."""
+        first = self.starts[torch.as_tensor(self.next, device=self.starts.device)]
+        state = self.model.init(first, self.cond)
+        if fresh is None:
+            self.state, self.obs, self.steps = state, first, np.zeros(self.n, dtype=np.int64)
+        else:
+            mask = torch.as_tensor(fresh, device=first.device)
+            self.state, self.obs = choose(mask, (state, first), (self.state, self.obs))
+            self.steps[fresh] = 0
+        return self.seen()
+
+    def draw(self) -> None:
+        """Which first observations come next."""
+        self.next = self.rng.integers(len(self.starts), size=self.n)
+
+    def seen(self) -> np.ndarray:
+        return self.obs.float().cpu().numpy().copy()  # a copy: who gets it may write to it
+
+    @torch.no_grad()
+    def step(self, actions: Any, fresh: np.ndarray | None = None) -> _Outcome:
+        """actions [n, A]. Rows that are fresh [n] begin an episode instead."""
+        act = torch.as_tensor(np.asarray(actions), dtype=self.dt.dtype, device=self.dt.device)
+        if act.shape != (want := (self.n, self.model.spec.act)):
+            raise AdapterError(f"got actions {list(act.shape)}, expected {list(want)}")
+        act, obs = act.clamp(-1, 1), self.obs
+        noise = self.model.draw(self.n, 1, self.noise)
+        state, pred = self.model.step(self.state, StepInput(act, noise, self.dt), self.cond)
+        reward = pred.reward if self.reward is None else self.reward(obs, act, pred.obs)
+        sound = pred.obs.float().isfinite().all(-1) & reward.isfinite()
+        end = torch.zeros_like(sound) if self.terminal is None else sound & self.terminal(obs, act, pred.obs)
+        self.state, self.obs = choose(sound, (state, pred.obs), (self.state, obs))
+        self.draw()
+        self.steps += 1
+        flags = torch.stack([end, ~sound]).cpu().numpy()
+        out = _Outcome(
+            self.seen(),
+            torch.where(sound, reward, 0.0).double().cpu().numpy(),
+            flags[0],
+            flags[1] | (self.steps >= self.horizon),
+            flags[1],
+        )
+        if fresh is not None and fresh.any():
+            for x in out[1:]:
+                x[fresh] = 0
+            out = out._replace(obs=self.begin(fresh))
+        self.lost += int(out.lost.sum())
+        return out
+
+
+def _is_table(x: Tensor, width: int) -> bool:
+    return x.ndim == 2 and len(x) >= 1 and x.shape[1] == width
+
+
+class ModelEnv(gym.Env):
+    """A model as one gymnasium environment; arguments as for `ModelVectorEnv`."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: Dynamics,
+        starts: Tensor,
+        horizon: int,
+        *,
+        reward: Function | None = None,
+        terminal: Function | None = None,
+        seed: int = 0,
+        ctx: Tensor | None = None,
+        dt: float = 1.0,
+    ) -> None:
+        self.rows = _Rows(model, starts, horizon, 1, reward, terminal, seed, ctx, dt)
+        self.observation_space, self.action_space = self.rows.observation_space, self.rows.action_space
+        self.np_random = self.rows.rng
+
+    @property
+    def lost(self) -> int:
+        """Episodes that a prediction which is not finite has ended."""
+        return self.rows.lost
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.rows.seed(seed, self.np_random)
+        obs = self.rows.begin()[0]
+        self.rows.draw()
+        return obs, {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, lost = self.rows.step(np.asarray(action)[None])
+        info = {"lost": True} if lost[0] else {}
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+
+class ModelVectorEnv(VectorEnv):
+    """A model as num_envs gymnasium environments, stepped by one call of the model.
+
+    starts [N, O]: observations, one of which, drawn anew, begins each episode. horizon: steps after which an episode is
+    truncated. reward, terminal: functions of (obs [B, O], act [B, A], next obs [B, O]), as the loops take them; by
+    default the model's own reward, and no end but the horizon. seed: of starts and the model's noise, until `reset` is
+    given another. ctx [G, C]: the contexts of the rows, contiguous, G dividing num_envs; zeros by default. dt: the
+    length of a step, as stored with the model's data.
+
+    Actions are in [-1, 1], what leaves that is clipped; observations are raw, in float32. A prediction (observation or
+    reward) that is not finite truncates its row's episode: the row keeps its last observation, earns nothing, is
+    marked "lost" in the infos and counted in `lost`. A row's course depends on the seed, its number and its own
+    actions, not on other rows. As gymnasium prescribes: under NEXT_STEP the step after an end begins the next episode,
+    ignores the action and earns nothing; under SAME_STEP the end returns the first observation of the next, and
+    infos["final_obs"] holds the last of that which ended. reset(options={"reset_mask": [num_envs] bool}) begins anew
+    in some rows.
+
+    Raises AdapterError for arguments that do not fit the model or each other."""
+
+    def __init__(
+        self,
+        model: Dynamics,
+        starts: Tensor,
+        horizon: int,
+        num_envs: int = 1,
+        *,
+        reward: Function | None = None,
+        terminal: Function | None = None,
+        seed: int = 0,
+        ctx: Tensor | None = None,
+        dt: float = 1.0,
+        autoreset: AutoresetMode = AutoresetMode.NEXT_STEP,
+    ) -> None:
+        if autoreset not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+            raise AdapterError(f"ModelVectorEnv: got autoreset {autoreset}, expected NEXT_STEP or SAME_STEP")
+        self.rows = _Rows(model, starts, horizon, num_envs, reward, terminal, seed, ctx, dt)
+        self.metadata = {"render_modes": [], "autoreset_mode": autoreset}
+        self.num_envs = num_envs
+        self.single_observation_space = self.rows.observation_space
+        self.single_action_space = self.rows.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.np_random = self.rows.rng
+        self.ended = np.zeros(num_envs, dtype=np.bool_)
+
+    @property
+    def lost(self) -> int:
+        """Episodes that a prediction which is not finite has ended."""
+        return self.rows.lost
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.rows.seed(seed, self.np_random)
+        mask = (options or {}).get("reset_mask")
+        if mask is not None and (np.shape(mask) != (self.num_envs,) or np.asarray(mask).dtype != np.bool_):
+            got = f"{np.asarray(mask).dtype} of shape {np.shape(mask)}"
+            raise AdapterError(f"reset: got a reset_mask of {got}, expected bool of shape ({self.num_envs},)")
+        self.ended = np.zeros_like(self.ended) if mask is None else self.ended & ~mask
+        obs = self.rows.begin(mask)
+        self.rows.draw()
+        return obs, {}
+
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        same = self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+        out = self.rows.step(actions, None if same else self.ended)
+        obs, ended, infos = out.obs, out.terminated | out.truncated, {}
+        if same:
+            for i in np.flatnonzero(ended):
+                final = {"lost": True} if out.lost[i] else {}
+                infos = self._add_info(infos, {"final_obs": obs[i].copy(), "final_info": final}, int(i))
+            if ended.any():
+                obs = self.rows.begin(ended)
+        else:
+            self.ended = ended
+            if out.lost.any():
+                infos = {"lost": out.lost, "_lost": out.lost.copy()}
+        return obs, out.reward, out.terminated, out.truncated, infos
+
+
+class ModelVecEnv(VecEnv):
+    """A model as a stable-baselines3 `VecEnv`; arguments, units and what is lost as for `ModelVectorEnv`.
+
+    An end resets its row at once; infos[i] then holds the ended episode's last observation as "terminal_observation",
+    and "TimeLimit.truncated" says whether the horizon, or a prediction that is not finite, ended it, so that agents
+    bootstrap there. Wrap it in stable-baselines3's `VecMonitor` to log returns."""
+
+    render_mode = None
+
+    def __init__(
+        self,
+        model: Dynamics,
+        starts: Tensor,
+        horizon: int,
+        num_envs: int = 1,
+        *,
+        reward: Function | None = None,
+        terminal: Function | None = None,
+        seed: int = 0,
+        ctx: Tensor | None = None,
+        dt: float = 1.0,
+    ) -> None:
+        self.rows = _Rows(model, starts, horizon, num_envs, reward, terminal, seed, ctx, dt)
+        super().__init__(num_envs, self.rows.observation_space, self.rows.action_space)
+
+    @property
+    def lost(self) -> int:
+        """Episodes that a prediction which is not finite has ended."""
+        return self.rows.lost
+
+    def reset(self) -> np.ndarray:
+        """Rows share one seed, the first of those that `seed` set."""
+        if (seed := self._seeds[0]) is not None:
+            self.rows.seed(seed, seeding.np_random(seed)[0])
+        self._reset_seeds()
+        self._reset_options()
+        obs = self.rows.begin()
+        self.rows.draw()
+        return obs
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        obs, reward, terminated, truncated, lost = self.rows.step(self.actions)
+        done = terminated | truncated
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(x)} for x in truncated & ~terminated]
+        for i in np.flatnonzero(done):
+            infos[i]["terminal_observation"] = obs[i].copy()
+            if lost[i]:
+                infos[i]["lost"] = True
+        if done.any():
+            obs = self.rows.begin(done)
+        return obs, reward.astype(np.float32), done, infos
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """For all rows, which share what there is."""
+        setattr(self, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: int | Iterable[int] | None = None, **method_kwargs: Any
+    ) -> list[Any]:
+        raise AttributeError(f"the rows of a ModelVecEnv are one model's; there is no {method_name!r} of a single one")
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None
+    ) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+
+# ---------------------------------------------------------------- policies as checkpoints
 
 
 def to_sb3(agent: Sac, env_id: str | gym.Env, path: str | Path, seed: int = 0) -> Path:
