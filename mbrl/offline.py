@@ -253,7 +253,7 @@ def learn_model(data: Dataset, dynamics: Any, config: FitConfig, seed: int, reco
         return model.eval()
     keep = lambda state: record.save(f"{name}.partial", state, {})
     partial = record.load(f"{name}.partial")
-    told = lambda step, total, values: _tell(record, "model", step, total, values)
+    told = lambda step, total, values: tell(record, "model", step, total, values)
     report = fit(model, data, config, generator, progress=told, checkpoint=keep, resume=partial[0] if partial else None)
     record.save(name, model.state_dict(), dataclasses.asdict(report))
     return model.eval()
@@ -271,7 +271,7 @@ def learn_reward(
         return reward.eval()
     keep = lambda state: record.save(f"{name}.partial", state, {})
     partial = record.load(f"{name}.partial")
-    told = lambda step, total, values: _tell(record, "reward", step, total, values)
+    told = lambda step, total, values: tell(record, "reward", step, total, values)
     reward = fit_reward(
         model,
         data,
@@ -297,7 +297,8 @@ def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Rec
     return head
 
 
-def _tell(record: Record, stage: str, step: int, total: int | None, values: Mapping[str, float]) -> None:
+def tell(record: Record, stage: str, step: int, total: int | None, values: Mapping[str, float]) -> None:
+    """To the display and to the log."""
     record.progress(stage, step, total, values)
     record.log(stage, step, values)
 
@@ -607,7 +608,7 @@ def train(
                 buffer.keep(s, sum(counts[s]))
             if min(buffer.size) == 0:
                 raise ValueError("no imagined transition was kept: every rollout was cut, or not finite, at its start")
-            record.log("rollout", i, _means(logs))
+            record.log("rollout", i, means_of(logs))
             lap("rollout")
         pick = torch.randint(len(real), (len(seeds), n_real), generator=generator, device=device)
         uniform = torch.rand(len(seeds), config.batch - n_real, generator=generator, device=device)
@@ -615,7 +616,7 @@ def train(
             2, len(seeds), config.batch, spec.act, generator=generator, device=device, dtype=data.obs.dtype
         )
         if go is None:
-            go = _captured(update, agent, pick, uniform, noise)
+            go = captured(update, agent, pick, uniform, noise)
         for name, value in go(pick, uniform, noise).items():
             sums[name] = sums[name] + value if name in sums else value.clone()
         counted += 1
@@ -662,7 +663,7 @@ def _evaluate(evaluate: Evaluate, agent: Any, seed: int) -> list[float]:
     return [float(x) for x in evaluate(policy_of(agent, seed))]
 
 
-def _captured(update: Callable, agent: nn.Module, *example: Tensor) -> Callable:
+def captured(update: Callable, agent: nn.Module, *example: Tensor) -> Callable:
     """`update` as a graph where the device has such; the agent is left as it was."""
     if example[0].device.type == "cpu":
         return update
@@ -672,7 +673,8 @@ def _captured(update: Callable, agent: nn.Module, *example: Tensor) -> Callable:
     return go
 
 
-def _means(logs: Mapping[str, float]) -> dict[str, float]:
+def means_of(logs: Mapping[str, float]) -> dict[str, float]:
+    """The sums that `rollouts` logs, as means a transition or a start."""
     n, starts = max(logs.get("transitions", 0.0), 1.0), max(logs.get("starts", 0.0), 1.0)
     out = {k.removesuffix("_sum"): v / n for k, v in logs.items() if k.endswith("_sum")}
     cut = {"transitions": logs.get("transitions", 0.0), "cut": logs.get("cut", 0.0) / starts}

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from worlds import Constant, Line, line_data, never
+from worlds import Constant, Line, Memory, line_data, never
 
 from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput
 from mbrl.data import Transitions
 from mbrl.fit import FitConfig
-from mbrl.offline import Forget, Imagination, OfflineConfig, Penalty, Truncation, truncate
+from mbrl.offline import Imagination, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig
 
 SMALL = SacConfig(hidden=(32, 32), actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3)
@@ -166,25 +166,6 @@ def test_the_loop_learns_in_a_model_that_is_the_environment():
     assert best < 0
     assert result.last(1).item() > best + 0.15 * (nothing - best)
     assert [u for u, _ in result.returns] == [200, 400, 600]
-
-
-class Memory(Forget):
-    """Keeps what is saved, and can be made to fail after a number of saves."""
-
-    def __init__(self, saves=10**9):
-        self.kept, self.left, self.lines = {}, saves, []
-
-    def log(self, stage, step, values):
-        self.lines.append((stage, step, dict(values)))
-
-    def save(self, name, tensors, facts):
-        self.kept[name] = ({k: v.clone() for k, v in tensors.items()}, facts)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-    def load(self, name):
-        return self.kept.get(name)
 
 
 @pytest.mark.parametrize("seeds", [(3,), (3, 4)])

@@ -1,10 +1,12 @@
 """Small worlds and stand-ins that several tests share."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mbrl.core import Markov, Prediction, Spec, StepInput
 from mbrl.data import Dataset
+from mbrl.offline import Forget
 
 
 class Line(Markov):
@@ -60,3 +62,54 @@ class Constant:
 
     def q(self, obs, act, target=False):
         return torch.stack([obs.sum(-1), obs.sum(-1) + 1], 1)
+
+
+class Box:
+    """What a loop reads of a gymnasium Box."""
+
+    def __init__(self, low: list[float], high: list[float]) -> None:
+        self.low, self.high = np.array(low, np.float32), np.array(high, np.float32)
+        self.shape, self.dtype = self.low.shape, self.low.dtype
+
+
+class LineEnv:
+    """`Line` with gymnasium's interface: actions of [-2, 4] stand for [-1, 1]; an episode is cut after `length` steps
+    and ends beyond |x| > edge. What it was asked is kept: `seeds`, `acts`."""
+
+    def __init__(self, length: int = 20, edge: float = np.inf) -> None:
+        self.observation_space, self.action_space = Box([-np.inf], [np.inf]), Box([-2.0], [4.0])
+        self.length, self.edge = length, edge
+        self.seeds: list[int] = []
+        self.acts: list[np.ndarray] = []
+
+    def reset(self, *, seed: int | None = None):
+        assert seed is not None
+        self.seeds.append(seed)
+        self.x, self.t = np.random.default_rng(seed).normal(size=1).astype(np.float32), 0
+        return self.x, {}
+
+    def step(self, action):
+        self.acts.append(action)
+        self.x = (0.9 * self.x + 0.5 * ((action + 2) / 3 - 1)).astype(np.float32)
+        self.t += 1
+        ended = bool(abs(self.x[0]) > self.edge)
+        return self.x, -float(self.x[0] ** 2), ended, self.t == self.length and not ended, {}
+
+
+class Memory(Forget):
+    """Keeps what is saved, and can be made to fail after a number of saves."""
+
+    def __init__(self, saves=10**9):
+        self.kept, self.left, self.lines = {}, saves, []
+
+    def log(self, stage, step, values):
+        self.lines.append((stage, step, dict(values)))
+
+    def save(self, name, tensors, facts):
+        self.kept[name] = ({k: v.clone() for k, v in tensors.items()}, facts)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def load(self, name):
+        return self.kept.get(name)

@@ -1,0 +1,339 @@
+"""The online loop, in worlds whose answers are known and with models that are the environment."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from worlds import Box, Line, LineEnv, Memory, never
+
+from mbrl import online
+from mbrl.data import Transitions
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.single import SingleConfig
+from mbrl.fit import FitConfig
+from mbrl.online import Horizon, Met, OnlineConfig, World
+from mbrl.sac import SacConfig
+from mbrl.terminal import TerminalConfig
+
+AGENT = SacConfig(hidden=(32, 32), actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3)
+SMALL = OnlineConfig(
+    AGENT, steps=120, random=40, refit_every=20, rollouts=50, retain=2, updates=2, batch=32, evaluate_every=40,
+    log_every=30, save_every=1,
+)  # fmt: skip
+SINGLE = SingleConfig(hidden=(16,), weight_decay=(0.0, 0.0), gaussian=True)
+SHORT = FitConfig(max_epochs=2, batch=16)
+
+
+@dataclass(frozen=True)
+class True_:
+    """Builds a learner that is the environment."""
+
+    shift: float = 0.0
+
+    def build(self, spec, generator=None):
+        return Shifted(self.shift)
+
+
+class Shifted(Line):
+    """`Line`, and so far beside it."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def step(self, state, inp, cond):
+        x, pred = super().step(state, inp, cond)
+        return x + self.shift, pred._replace(obs=x + self.shift)
+
+
+def run(config=SMALL, env=None, **options):
+    options = {"dynamics": True_(), "fitting": SHORT, "terminal": never, **options}
+    return online.train(config, env or LineEnv(), **options)
+
+
+def earned(policy):
+    """The return of 20 steps of the line from x = 2."""
+    x, total = torch.full((1, 1), 2.0), 0.0
+    for _ in range(20):
+        x = 0.9 * x + 0.5 * policy(x).clamp(-1, 1)
+        total -= (x**2).item()
+    return [total]
+
+
+def test_it_learns_to_hold_the_line_at_zero():
+    config = replace(SMALL, steps=200, updates=8, horizon=Horizon(1, 3, 40, 120), batch=64)
+    result = run(config, evaluate=earned, seed=1)
+    best, nothing = (earned(p)[0] for p in (lambda x: -0.9 * x / 0.5, lambda x: 0 * x))
+    assert result.last(1).item() > best + 0.2 * (nothing - best)
+    assert [n for n, _ in result.returns] == [40, 80, 120, 160, 200]
+    assert result.agent.updates == 160 * 8
+    assert set(result.seconds) >= {"fit", "rollout", "update", "environment", "evaluate", "probe"}
+
+
+def test_actions_are_rescaled_at_the_border_and_kept_as_they_were():
+    env, memory = LineEnv(), Memory()
+    run(env=env, record=memory)
+    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec)
+    assert len(t.obs) == 120 == len(env.acts)
+    assert (t.act.abs() <= 1).all()
+    assert t.act[:40].std() > 0.4, "the first are uniform"
+    sent = torch.tensor(np.stack(env.acts))
+    torch.testing.assert_close(sent, t.act * 3 + 1)
+    torch.testing.assert_close(t.next_obs, 0.9 * t.obs + 0.5 * t.act)
+    torch.testing.assert_close(t.reward, -(t.next_obs[:, 0] ** 2))
+    torch.testing.assert_close(t.obs[1:20], t.next_obs[:19])
+    assert (t.obs[20] != t.next_obs[19]).all(), "an episode of 20 steps, then another"
+
+
+def test_what_is_cut_is_not_an_end():
+    memory = Memory()
+    result = run(env=LineEnv(length=7, edge=1.2), record=memory, seed=2)
+    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec)
+    over = t.next_obs[:, 0].abs() > 1.2
+    assert 0 < over.sum() < len(result.episodes)
+    assert torch.equal(t.terminal > 0, over)
+    lengths = np.diff([0, *(n for n, _ in result.episodes)])
+    assert lengths.max() == 7
+    ends = memory.kept["online.partial"][1]["starts"]
+    assert ends == [0, *(n for n, _ in result.episodes if n <= ends[-1])]
+    total = sum(r for n, r in result.episodes)
+    assert t.reward.sum().item() == pytest.approx(total, rel=1e-4)
+
+
+def test_a_fit_pairs_nothing_across_the_end_of_an_episode():
+    met = Met(Line().spec, 10, LineEnv(), torch.device("cpu"))
+    for i in range(7):
+        met.add(np.array([i]), np.array([0.0]), 0.0, np.array([i + 1]), False)
+        if i == 2:
+            met.starts.append(3)
+    data = met.dataset()
+    assert data.starts.tolist() == [0, 3, 7]
+    met.starts.append(7)  # an episode that has not begun
+    assert met.dataset().starts.tolist() == [0, 3, 7]
+    assert data.windows(3).obs[:, 0, 0].tolist() == [0, 3, 4]
+    assert (data.act_low.tolist(), data.act_high.tolist()) == ([-2.0], [4.0])
+
+
+def test_every_episode_has_a_seed_of_its_own_that_the_runs_seed_determines():
+    envs = [LineEnv() for _ in range(3)]
+    for env, seed in zip(envs, (0, 0, 1), strict=True):
+        run(env=env, seed=seed)
+    assert envs[0].seeds == envs[1].seeds == [online.episode_seed(0, i) for i in range(6)]
+    assert len({*envs[0].seeds, *envs[2].seeds}) == 12
+
+
+@pytest.mark.parametrize(
+    ("horizon", "want"),
+    [
+        (Horizon(), {0: 1, 10**6: 1}),
+        (Horizon(1, 15, 20, 90), {0: 1, 20: 1, 24: 1, 25: 2, 55: 8, 89: 14, 90: 15, 1000: 15}),
+        (Horizon(5, 1, 0, 4), {0: 5, 1: 4, 2: 3, 4: 1}),
+        (Horizon(2, 7, 50, 50), {49: 2, 50: 7}),
+    ],
+)
+def test_the_horizon_is_linear_between_two_steps(horizon, want):
+    assert {step: horizon.at(step) for step in want} == want
+
+
+def test_rollouts_have_the_schedules_length_and_the_last_batches_are_kept():
+    memory = Memory()
+    config = replace(SMALL, horizon=Horizon(1, 5, 40, 80))
+    run(config, record=memory)
+    lines = {n: v for stage, n, v in memory.lines if stage == "rollout"}
+    assert {n: v["transitions"] for n, v in lines.items()} == {40: 50.0, 60: 150.0, 80: 250.0, 100: 250.0}
+    assert memory.kept["online.partial"][0]["buffer.size"].tolist() == [500]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+def test_a_batch_holds_the_real_share(ratio, monkeypatch):
+    """Real rewards are -x^2, imagined ones are told apart by the task's function."""
+    seen = []
+    inner = online.Sac.update
+    monkeypatch.setattr(
+        online.Sac, "update", lambda agent, batch, noise: (seen.append(batch), inner(agent, batch, noise))[1]
+    )
+    run(replace(SMALL, real_ratio=ratio), reward=lambda obs, act, after: 0 * obs[:, 0] + 7.0)
+    assert len(seen) == 160
+    assert {int((batch.reward != 7.0).sum()) for batch in seen} == {int(32 * ratio)}
+
+
+def interrupted(go, saves):
+    memory = Memory(saves)
+    with pytest.raises(KeyboardInterrupt):
+        go(memory)
+    memory.left = 10**9
+    return memory, go(memory)
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "agent"),
+    [
+        (SINGLE, replace(AGENT, robust=0.1, spectral=2.0, normalize=True)),
+        (EnsembleConfig(3, 2, (8,), (0.0, 0.0), uncertainty=()), AGENT),
+    ],
+)
+@pytest.mark.parametrize("saves", [1, 5, 9])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(dynamics, agent, saves):
+    """Episodes of 13 steps: neither a refit, a log nor an evaluation falls on their ends."""
+    config = replace(SMALL, agent=agent)
+    go = lambda record: run(config, LineEnv(13, 2.0), dynamics=dynamics, evaluate=earned, record=record, seed=4)
+    first = Memory()
+    whole = go(first)
+    memory, again = interrupted(go, saves)
+    saved = [n for stage, n, _ in first.lines if stage == "episode"][saves - 1]
+    assert (again.returns, again.episodes, again.probes) == (whole.returns, whole.episodes, whole.probes)
+    for one, two in ((whole.agent, again.agent), (whole.models[0], again.models[0])):
+        assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
+    after = lambda lines: [x for x in lines if x[1] > saved]
+    tail = after(memory.lines)[-len(after(first.lines)) :]
+    assert tail == after(first.lines)
+    assert all(torch.equal(v, memory.kept["online.partial"][0][k]) for k, v in first.kept["online.partial"][0].items())
+
+
+def test_state_is_saved_at_ends_of_episodes_so_many_steps_apart():
+    class Count(Memory):
+        def save(self, name, tensors, facts):
+            super().save(name, tensors, facts)
+            self.steps = [*getattr(self, "steps", []), *([facts["steps"]] if name == "online.partial" else [])]
+
+    memory = Count()
+    run(replace(SMALL, save_every=30), LineEnv(length=20), record=memory)
+    assert memory.steps == [40, 80, 120]
+
+
+def test_a_refit_goes_on_from_the_weights_of_the_last():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Spy:
+        def build(self, spec, generator=None):
+            model = SINGLE.build(spec, generator)
+            inner = model.prepare
+            model.prepare = lambda segment: (seen.append(model.net.weights[0].detach().clone()), inner(segment))[1]
+            finish = model.finish
+            model.finish = lambda errors: (finish(errors), seen.append(model.net.weights[0].detach().clone()))[0]
+            return model
+
+    run(dynamics=Spy())
+    begins, ends = seen[0::2], seen[1::2]
+    assert len(begins) == len(ends) == 4
+    for end, begin in zip(ends[:-1], begins[1:], strict=True):
+        assert torch.equal(end, begin)
+    assert not torch.equal(begins[0], ends[0])
+
+
+def test_the_probes_tell_the_models_error_on_what_it_has_not_seen():
+    right, wrong = (run(dynamics=True_(shift), seed=5) for shift in (0.0, 0.3))
+    assert [n for n, _ in right.probes] == [60, 80, 100]
+    assert all(p["value_error"] < 1e-5 for _, p in right.probes)
+    assert all(p["value_error"] > 1e-3 for _, p in wrong.probes)
+    for _, p in right.probes:
+        assert p["linf_max"] >= p["linf_mean"] > 0
+        assert p["l2_max"] == pytest.approx(p["linf_max"]), "of one dimension the norms are one"
+
+
+def test_probing_changes_no_number(monkeypatch):
+    whole = run(dynamics=SINGLE, seed=6)
+    monkeypatch.setattr(online, "value_aware_error", lambda *args: torch.zeros(1))
+    blind = run(dynamics=SINGLE, seed=6)
+    assert torch.equal(whole.agent.actor, blind.agent.actor)
+
+
+def test_without_the_tasks_termination_it_is_learned(monkeypatch):
+    monkeypatch.setattr(online, "TerminalConfig", lambda: TerminalConfig(steps=300))
+    memory = Memory()
+    config = replace(SMALL, horizon=Horizon(5, 5), steps=100, random=80)
+    run(config, LineEnv(length=20, edge=0.8), terminal=None, record=memory)
+    (line,) = [v for stage, _, v in memory.lines if stage == "rollout"]
+    assert line["ended"] > 0.05
+
+
+class Sick(LineEnv):
+    """Returns what it should not at its fifth step."""
+
+    def __init__(self, obs=None, reward=None, start=None):
+        super().__init__()
+        self.bad, self.start = (obs, reward), start
+
+    def reset(self, *, seed=None):
+        obs, info = super().reset(seed=seed)
+        return (obs if self.start is None else self.start), info
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        if self.t == 5:
+            obs = obs if self.bad[0] is None else np.array(self.bad[0], np.float32)
+            reward = reward if self.bad[1] is None else self.bad[1]
+        return obs, reward, *rest
+
+
+def spaces(**spaces):
+    env = LineEnv()
+    for name, space in spaces.items():
+        setattr(env, name, space)
+    return env
+
+
+class Discrete:
+    n, shape = 3, ()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (spaces(action_space=Discrete()), "action space.*flat Box"),
+        (spaces(action_space=Box([-np.inf], [1.0])), "finite bounds"),
+        (spaces(action_space=Box([[-1.0]], [[1.0]])), "action space.*flat Box"),
+        (spaces(observation_space=Box([[-1.0]], [[1.0]])), "observation space.*flat Box"),
+        (spaces(observation_space=Discrete()), "observation space.*flat Box"),
+        (spaces(num_envs=3), "expected a single one"),
+        (Sick(obs=[np.nan]), "step 5 returned the observation"),
+        (Sick(reward=np.nan), "step 5 returned a reward of nan"),
+        (Sick(obs=[1.0, 2.0]), r"step 5 returned shape \(2,\), expected \(1,\)"),
+        (Sick(start=np.array([np.inf])), "reset returned the observation"),
+    ],
+)
+def test_an_environment_that_does_not_fit_is_one_error(env, message):
+    with pytest.raises(ValueError, match=message):
+        run(env=env)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"real_ratio": 1.5}, r"share in \[0, 1\]"),
+        ({"random": 1}, "2 <= random"),
+        ({"random": 121}, "2 <= random"),
+        ({"retain": 0, "batch": 0}, "retain=0, batch=0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        run(replace(SMALL, **change))
+
+
+@pytest.mark.parametrize("bad", [{"first": 0}, {"begin": 5, "end": 4}])
+def test_a_schedule_that_makes_no_sense_is_refused(bad):
+    with pytest.raises(ValueError, match="Horizon"):
+        Horizon(**bad)
+
+
+def test_a_model_that_is_nowhere_finite_is_one_error():
+    with pytest.raises(ValueError, match="no imagined transition was kept"):
+        run(dynamics=True_(float("nan")))
+
+
+def test_the_border_serves_gymnasiums_own_environments():
+    gym = pytest.importorskip("gymnasium")
+    world = World(gym.make("Pendulum-v1"))
+    assert (world.spec.obs, world.spec.act) == (3, 1)
+    world.reset(3)
+    obs, reward, terminated, truncated = world.step(np.ones(1, np.float32))
+    other = gym.make("Pendulum-v1")
+    other.reset(seed=3)
+    want = other.step(np.array([2.0], np.float32))
+    assert (obs == want[0]).all()
+    assert (reward, terminated, truncated) == (pytest.approx(float(want[1])), want[2], want[3])
+    with pytest.raises(ValueError, match="flat Box"):
+        online.spec_of(gym.make("CartPole-v1"))
