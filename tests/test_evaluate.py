@@ -283,3 +283,13 @@ def test_a_film_that_cannot_be_made(tmp_path):
     with pytest.raises(EnvError, match=r"cannot write .*film\.what.*use a name that ends in \.gif"):
         video(constant(0.0), Counter(render_mode="rgb_array"), tmp_path / "film.what")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_that_remembers_is_told_which_rows_go_on():
+    """Two copies, five episodes of one length each: at each end both rows leave and new ones come, the last alone."""
+    told = []
+    evaluate = evaluator("Pendulum-v1", episodes=5, seed=0, copies=2, max_steps=3)
+    plain = evaluate(lambda obs: torch.zeros(len(obs), 1))
+    again = evaluate(lambda obs: torch.zeros(len(obs), 1), rows=lambda kept, begun: told.append((kept, begun)))
+    assert told == [([], 2), ([], 2), ([], 1), ([], 0)]
+    assert (plain == again).all()

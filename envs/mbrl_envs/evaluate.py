@@ -79,28 +79,34 @@ class Evaluator:
         self.given, self.width = (act_low, act_high), obs
         self.envs: list[gym.Env] = []
 
-    def __call__(self, policy: Policy, round: int = 0) -> np.ndarray:
+    def __call__(
+        self, policy: Policy, round: int = 0, rows: Callable[[list[int], int], None] | None = None
+    ) -> np.ndarray:
+        """rows: told (kept, begun) whenever episodes end or begin, for a policy that remembers: of the rows of the
+        last call those of the indices `kept` go on, in this order, and `begun` new ones follow them."""
+        told = rows or (lambda kept, begun: None)
         envs = self.open()
         low, high = self.bounds
         box, view = envs[0].action_space, _view(envs[0].observation_space, self.width, self.name)
         returns = np.zeros(self.episodes)
         waiting = iter(range(self.episodes))
         live: list[tuple[gym.Env, int]] = []
-        rows: list[np.ndarray] = []
+        seen: list[np.ndarray] = []
         steps: list[int] = []
 
         def begin(env: gym.Env) -> None:
             i = next(waiting, None)
             if i is not None:
                 live.append((env, i))
-                rows.append(view(env.reset(seed=self.seed + round * self.episodes + i)[0]))
+                seen.append(view(env.reset(seed=self.seed + round * self.episodes + i)[0]))
                 steps.append(0)
 
         with quiet():
             for env in envs:
                 begin(env)
+            told([], len(live))
             while live:
-                act = _actions(policy, np.stack(rows), low.shape[0])
+                act = _actions(policy, np.stack(seen), low.shape[0])
                 sent = to_env(act, low, high, box)
                 freed = []
                 for j, (env, i) in enumerate(live):
@@ -109,7 +115,7 @@ class Evaluator:
                     else:
                         obs, reward, terminated, truncated, _ = env.step(sent[j])
                         returns[i] += float(reward)
-                        rows[j] = view(obs)
+                        seen[j] = view(obs)
                         steps[j] += 1
                         ended = terminated or truncated or steps[j] == self.max_steps
                     if ended:
@@ -121,9 +127,12 @@ class Evaluator:
                         )
                 done = [live[j][0] for j in freed]
                 for j in reversed(freed):
-                    del live[j], rows[j], steps[j]
+                    del live[j], seen[j], steps[j]
+                kept = [j for j in range(len(seen) + len(freed)) if j not in freed]
                 for env in done:
                     begin(env)
+                if freed:
+                    told(kept, len(live) - len(kept))
         return returns
 
     @property

@@ -1,0 +1,391 @@
+"""Environment <-> planner <-> learner: model-predictive control with any learner, and PETS (Chua et al., NeurIPS 2018),
+which fits the learner to what the control has seen, episode after episode.
+
+Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mbrl import device as devices
+from mbrl.core import Dynamics, StepInput, Tree, choose, rows
+from mbrl.data import Dataset
+from mbrl.fit import FitConfig, fit
+from mbrl.planner import (
+    ICEM,
+    Critic,
+    Found,
+    Plan,
+    Planner,
+    Reward,
+    Terminal,
+    Worth,
+    fresh,
+    propose,
+    reset,
+    search,
+    shift,
+    value,
+)
+from mbrl.terminal import TerminalConfig, fit_terminal
+
+Act = Callable[[Tensor], Tensor]  # obs [E, O] -> act [E, A]
+
+
+@final
+class Mpc:
+    """Plans anew at each step, for E environments at once, from the last plan moved on by a step.
+
+        mpc = Mpc(ICEM, Worth(), model, reward=task)
+        mpc.begin(E)            # E new episodes
+        act = mpc(obs)          # [E, O] -> [E, A] in [-1, 1]; once a step
+        mpc.rows(kept, n)       # some episodes ended, n new ones came
+
+    A learner with a hidden state is stepped under the executed action and corrected by the next observation. reward and
+    terminal are the task's functions (the learner's reward head, and no end, where None); critic is the value after the
+    horizon; policy (obs [B, O], noise [B, A]) -> act offers the planner's proposals. ctx [1, C]: the system's context.
+    `counts` says how many candidates were not finite, of how many, and in how many plans none was finite."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        worth: Worth,
+        model: Dynamics,
+        *,
+        generator: torch.Generator | None = None,
+        reward: Reward | None = None,
+        terminal: Terminal | None = None,
+        critic: Critic | None = None,
+        policy: Callable[[Tensor, Tensor], Tensor] | None = None,
+        ctx: Tensor | None = None,
+        dt: float = 1.0,
+    ) -> None:
+        if planner.proposals and policy is None:
+            raise ValueError(f"Mpc: the planner wants {planner.proposals} proposals a plan, and there is no policy")
+        self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
+        self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
+        self.like = next(model.parameters())
+        self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
+        self.ctx = self.like.new_zeros(1, model.spec.ctx) if ctx is None else ctx.to(self.like)
+        self.pins = worth.pinned and model.parts > 1
+        self.counts = {"bad": 0, "seen": 0, "lost": 0}
+        self.found: Found | None = None
+        self._graphs: dict[int, Callable] = {}
+        self.begin(0)
+
+    def begin(self, envs: int) -> None:
+        """Forget everything: E new episodes."""
+        self.plan = fresh(self.planner, envs, self.model.spec.act, self.like)
+        self.state: Tree = None
+        self.new = torch.ones(envs, dtype=torch.bool, device=self.like.device)
+
+    def rows(self, kept: Sequence[int], begun: int = 0) -> None:
+        """Only the environments `kept` go on, in this order, and `begun` new ones follow them."""
+        index = torch.as_tensor(list(kept), dtype=torch.int64, device=self.like.device)
+        old = Plan(*rows(tuple(self.plan), index))
+        new = fresh(self.planner, begun, self.model.spec.act, self.like)
+        self.plan = Plan(*(torch.cat(x) for x in zip(old, new, strict=True)))
+        self.new = torch.cat([self.new[index], self.new.new_ones(begun)])
+        if self.state is not None:
+            pad = lambda x: torch.cat([x[index], x.new_zeros(begun, *x.shape[1:])])
+            self.state = pytree.tree_map(pad, self.state)
+
+    def clear(self, ended: Tensor) -> None:
+        """The environments where ended [E] holds begin a new episode: nothing of the old plan survives there."""
+        self.plan = reset(self.planner, self.plan, ended)
+        self.new = self.new | ended
+
+    @torch.no_grad()
+    def __call__(self, obs: Tensor) -> Tensor:
+        obs = obs.to(self.like)
+        envs, width = obs.shape
+        if envs != len(self.new) or width != self.model.spec.obs:
+            raise ValueError(
+                f"Mpc: got observations {[envs, width]}, expected {[len(self.new), self.model.spec.obs]}; say "
+                "`begin(E)` first, and `rows` or `clear` where episodes end"
+            )
+        cond = self.model.condition(self.ctx)
+        first = self.model.init(obs, cond)
+        state = first if self.state is None else choose(self.new, first, self.model.correct(self.state, obs, 1.0, cond))
+        p, w = self.planner, self.worth
+        draw = lambda n, k: [self.model.draw(n, k, self.generator) for _ in range(p.horizon)]
+        given = {
+            "state": state,
+            "plan": self.plan,
+            "white": p.noise(envs, self.model.spec.act, self.generator, self.like),
+            "noise": draw(envs, w.particles),
+            "part": self._parts(envs),
+            "proposals": [],
+        }
+        if p.proposals:
+            n = envs * p.proposals
+            like = dict(generator=self.generator, dtype=self.like.dtype, device=self.like.device)
+            acts = [torch.randn(n, self.model.spec.act, **like) for _ in range(p.horizon)]
+            given["proposals"] = list(zip(acts, draw(n, 1), strict=True))
+        if envs not in self._graphs:
+            self._graphs[envs] = devices.graphed(self._whole, given)
+        found, plan, state = self._graphs[envs](given)
+        self.found = Found(*(x.clone() if isinstance(x, Tensor) else x for x in found))
+        self.plan, self.state = pytree.tree_map(torch.clone, (Plan(*plan), state))
+        self.new = torch.zeros_like(self.new)
+        self.counts["bad"] += int(self.found.bad.sum())
+        self.counts["seen"] += self.found.seen * envs
+        self.counts["lost"] += int((~self.found.some).sum())
+        return self.found.acts[:, 0]
+
+    def _parts(self, envs: int) -> Tensor:
+        """Which part each particle keeps: all in turn, from one that is drawn."""
+        shape = dict(generator=self.generator, device=self.like.device)
+        begin = torch.randint(self.model.parts, (envs, 1), **shape)
+        return (begin + torch.arange(self.worth.particles, device=self.like.device)).flatten()
+
+    def _whole(self, given: dict[str, Any]) -> tuple[tuple, tuple, Tree]:
+        """A plan and what follows from executing its first action: one graph where there is an accelerator."""
+        state, model = given["state"], self.model
+        one = model.condition(self.ctx)
+        cond = model.pinned(given["part"]) if self.pins else one
+        envs = given["plan"].mean.shape[0]
+        dt = torch.full((envs, 1), self.dt, dtype=self.like.dtype, device=self.like.device)
+        others = None
+        if self.planner.proposals and self.policy is not None:
+            others = propose(model, state, one, self.policy, given["proposals"], dt, self.planner.proposals)
+        worth = lambda acts: value(
+            self.worth, model, state, cond, acts, given["noise"], dt,
+            reward=self.reward, terminal=self.terminal, critic=self.critic,
+        )  # fmt: skip
+        found, plan = search(self.planner, worth, given["plan"], given["white"], others)
+        mean = torch.zeros(envs, model.noise_dim, dtype=dt.dtype, device=dt.device)
+        state, _ = model.step(state, StepInput(found.acts[:, 0], mean, dt), one)
+        return tuple(found), tuple(shift(self.planner, plan)), state
+
+
+# ---------------------------------------------------------------- the environment's border
+
+
+class Env(Protocol):
+    """A gymnasium environment of flat observations and box actions, or anything that acts like one."""
+
+    action_space: Any
+    observation_space: Any
+
+    def reset(self, *, seed: int | None = None) -> tuple[Any, dict]: ...
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]: ...
+
+
+def bounds(env: Env) -> tuple[Tensor, Tensor]:
+    """The actions [A] that -1 and 1 stand for. Raises ValueError for an action space that is not a bounded box of one
+    axis, or observations that are not a flat box."""
+    for name, space in (("action", env.action_space), ("observation", env.observation_space)):
+        shape = getattr(space, "shape", None)
+        if not hasattr(space, "low") or shape is None or len(shape) != 1:
+            raise ValueError(f"{name} space is {space}, expected a Box of one axis; wrap the environment")
+    low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (env.action_space.low, env.action_space.high))
+    if not (low.isfinite().all() and high.isfinite().all() and (low < high).all()):
+        raise ValueError(f"action space is {env.action_space}, expected finite bounds, low below high; rescale it")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Episode:
+    """T steps of one environment: what a dataset is made of."""
+
+    obs: Tensor  # [T + 1, O]
+    act: Tensor  # [T, A] in [-1, 1]
+    reward: Tensor  # [T]
+    terminal: bool
+
+    @property
+    def total(self) -> float:
+        """The undiscounted return."""
+        return float(self.reward.double().sum())
+
+
+def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
+    """One episode from reset(seed=seed), to its end or for so many steps. act: obs [1, O] -> [1, A] in [-1, 1].
+
+    Raises ValueError where the environment gives an observation or a reward that is not finite."""
+    low, high = bounds(env)
+    first, _ = env.reset(seed=seed)
+    seen, acts, rewards, done = [_checked(first, 0)], [], [], False
+    while not done and (steps is None or len(acts) < steps):
+        a = act(seen[-1][None])[0].detach().cpu().clamp(-1, 1)
+        sent = low + (a.double() + 1) / 2 * (high - low)
+        obs, reward, terminated, truncated, _ = env.step(sent.numpy().astype(env.action_space.dtype))
+        if not math.isfinite(float(reward)):
+            raise ValueError(f"the environment's reward is {reward} at step {len(acts) + 1}, expected a finite number")
+        acts.append(a.float())
+        rewards.append(float(reward))
+        seen.append(_checked(obs, len(acts)))
+        done = terminated or truncated
+        if terminated:
+            return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), True)
+    return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), False)
+
+
+def _checked(obs: Any, step: int) -> Tensor:
+    x = torch.as_tensor(obs, dtype=torch.float32)
+    if not x.isfinite().all():
+        wrong = (~x.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the environment's observation is not finite at step {step} (entries {wrong}), expected finite numbers; "
+            "its simulation has diverged"
+        )
+    return x
+
+
+def gathered(episodes: Sequence[Episode], low: Tensor, high: Tensor, name: str = "") -> Dataset:
+    """Episodes as one dataset, on the CPU."""
+    lengths = torch.tensor([0] + [len(e.act) for e in episodes])
+    ends = lengths.cumsum(0)
+    n = int(ends[-1])
+    terminal = torch.zeros(n, dtype=torch.bool)
+    for e, end in zip(episodes, ends[1:].tolist(), strict=True):
+        terminal[end - 1] = e.terminal
+    join = lambda f: torch.cat([f(e) for e in episodes])
+    return Dataset(
+        join(lambda e: e.obs[:-1]), join(lambda e: e.act), join(lambda e: e.reward), join(lambda e: e.obs[1:]),
+        terminal, torch.ones(n, dtype=torch.bool), ends, low.float(), high.float(), name=name, sha256="",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- PETS
+
+
+@dataclass(frozen=True)
+class PetsConfig:
+    """Random episodes, then: fit, plan for an episode, and again. The learner is fitted anew from where it stands."""
+
+    planner: Planner = ICEM
+    worth: Worth = field(default_factory=lambda: Worth(particles=5))
+    random: int = 1
+    """Episodes of random actions at first."""
+    episodes: int = 10
+    """Episodes under the planner."""
+    fitting: FitConfig = field(default_factory=lambda: FitConfig(holdout=0.1, max_epochs=60))
+
+    def __post_init__(self) -> None:
+        if self.random < 1 or self.episodes < 0:
+            raise ValueError(f"PetsConfig: got random {self.random}, episodes {self.episodes}; expected >= 1 and >= 0")
+
+
+@dataclass(frozen=True)
+class PetsResult:
+    """returns: of every episode, the random ones first, as (environment steps so far, return)."""
+
+    model: Dynamics
+    data: Dataset
+    returns: list[tuple[int, float]]
+    mpc: Mpc
+
+
+class Keep(Protocol):
+    """Where numbers and state go: `mbrl.run.Run` is one on disk."""
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None: ...
+    def progress(self, stage: str, step: int, total: int | None, values: dict[str, float]) -> None: ...
+    def save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None: ...
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
+
+
+def pets(
+    config: PetsConfig,
+    env: Env,
+    dynamics: Any,
+    *,
+    seed: int,
+    record: Keep,
+    reward: Reward | None = None,
+    terminal: Terminal | None = None,
+    ends: bool = True,
+    device: torch.device | str = "cpu",
+) -> PetsResult:
+    """Learn to control an environment with a model that is fitted to what the control has seen.
+
+    dynamics: a learner's config, `build(spec, generator)`. reward, terminal: the task's functions; without a reward
+    the learner's head serves, without a termination one is learned where `ends` and some episode has ended. After each
+    episode the state goes to the record; a record that holds one makes this call go on from there to the same numbers
+    (episode i starts from reset(seed + i), and has its own random stream).
+
+    Raises ValueError for spaces that do not fit, and where the environment gives what is not finite."""
+    low, high = bounds(env)
+    width = low.shape[0]
+    done: list[Episode] = []
+    spec = None
+    model: Any = None
+    kept = record.load("pets")
+    if kept is not None:
+        done = _unpacked(*kept)
+    total = config.random + config.episodes
+    steps = sum(len(e.act) for e in done)
+    mpc: Any = None
+
+    def planned() -> Mpc:
+        data = gathered(done, low, high).to(device)
+        stream = devices.generator(seed + 7919 * len(done), device)
+        model.train()
+        report = fit(model, data, config.fitting, stream, lambda i, n, x: record.progress("model", i, n, x))
+        model.eval()
+        record.log("model", steps, {"error": min(report.best), "epochs": float(report.epochs)})
+        end = terminal
+        if end is None and ends and data.terminal.any():
+            head = fit_terminal(data, TerminalConfig(), devices.generator(seed, device))
+            end = head
+        return Mpc(config.planner, config.worth, model, generator=stream, reward=reward, terminal=end)
+
+    for i in range(len(done), total):
+        if i < config.random:
+            stream = devices.generator(seed + 7919 * i)
+            act = lambda obs, stream=stream: 2 * torch.rand(1, width, generator=stream) - 1
+            new = episode(env, act, seed + i)
+        else:
+            if model is None:
+                spec = replace(gathered(done, low, high).spec)
+                model = dynamics.build(spec, devices.generator(seed)).to(device)
+                if kept is not None and (weights := _weights(kept[0])):
+                    model.load_state_dict(weights)
+            mpc = planned()
+            mpc.begin(1)
+            new = episode(env, lambda obs, mpc=mpc: mpc(obs.to(device)), seed + i)
+        done.append(new)
+        steps += len(new.act)
+        figures = {"return": new.total, "length": float(len(new.act))}
+        if i >= config.random:
+            seen = max(mpc.counts["seen"], 1)
+            figures |= {"not_finite": mpc.counts["bad"] / seen, "lost": float(mpc.counts["lost"])}
+        record.log("episode", steps, figures)
+        record.progress("episode", i + 1, total, {"return": new.total})
+        tensors, facts = _packed(done)
+        if model is not None:
+            tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
+        record.save("pets", tensors, facts)
+    if model is None:
+        model = dynamics.build(gathered(done, low, high).spec, devices.generator(seed)).to(device)
+        if kept is not None and (weights := _weights(kept[0])):
+            model.load_state_dict(weights)
+    if mpc is None:
+        mpc = Mpc(config.planner, config.worth, model.eval(), reward=reward, terminal=terminal)
+    lengths = torch.tensor([len(e.act) for e in done]).cumsum(0).tolist()
+    returns = [(n, e.total) for n, e in zip(lengths, done, strict=True)]
+    return PetsResult(model, gathered(done, low, high), returns, mpc)
+
+
+def _packed(episodes: Sequence[Episode]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    join = lambda f: torch.cat([f(e) for e in episodes])
+    tensors = {"obs": join(lambda e: e.obs), "act": join(lambda e: e.act), "reward": join(lambda e: e.reward)}
+    return tensors, {"lengths": [len(e.act) for e in episodes], "terminal": [e.terminal for e in episodes]}
+
+
+def _unpacked(tensors: dict[str, Tensor], facts: dict[str, Any]) -> list[Episode]:
+    n = facts["lengths"]
+    obs = tensors["obs"].split([x + 1 for x in n])
+    parts = zip(obs, tensors["act"].split(n), tensors["reward"].split(n), facts["terminal"], strict=True)
+    return [Episode(o.clone(), a.clone(), r.clone(), bool(t)) for o, a, r, t in parts]
+
+
+def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}

@@ -1,0 +1,315 @@
+"""Environment, planner and learner together: on a line whose best control is known, and with stand-ins."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from worlds import Line
+
+from mbrl import device as devices
+from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.fit import FitConfig
+from mbrl.mpc import Episode, Mpc, PetsConfig, bounds, episode, gathered, pets
+from mbrl.planner import CEM, ICEM, Planner, Worth
+
+SMALL = replace(CEM, horizon=4, samples=64, elites=8, iterations=4)
+BOX = spaces.Box(-1, 1, (1,), np.float32)
+
+
+class LineEnv:
+    """x' = 0.9 x + 0.5 a with a in [-2, 2] / 2, reward -x'^2, eight steps; ends beyond |x| = 5."""
+
+    def __init__(self, length=8, low=-2.0, high=2.0):
+        self.length = length
+        self.action_space = spaces.Box(low, high, (1,), np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.spoil: dict[int, str] = {}
+
+    def reset(self, *, seed=None):
+        self.x, self.t = np.random.default_rng(seed).uniform(-1, 1), 0
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.x = 0.9 * self.x + 0.5 * float(action[0]) / 2
+        self.t += 1
+        obs, reward = np.array([self.x], np.float32), -(self.x**2)
+        if self.spoil.get(self.t) == "obs":
+            obs[:] = np.nan
+        if self.spoil.get(self.t) == "reward":
+            reward = np.inf
+        return obs, reward, abs(self.x) > 5, self.t >= self.length, {}
+
+
+class Memory:
+    """A record in memory that a test can end after so many saves."""
+
+    def __init__(self, ends_after=None):
+        self.kept, self.logged, self.left = {}, [], ends_after
+
+    def log(self, stage, step, values):
+        self.logged.append((stage, step, dict(values)))
+
+    def progress(self, stage, step, total, values): ...
+
+    def save(self, name, tensors, facts):
+        self.kept[name] = ({k: v.clone() for k, v in tensors.items()}, facts)
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    def load(self, name):
+        return self.kept.get(name)
+
+
+def controller(model=None, planner=SMALL, seed=0, **kw):
+    return Mpc(planner, Worth(), model or Line(), generator=devices.generator(seed), **kw)
+
+
+# ---------------------------------------------------------------- control
+
+
+def test_it_drives_the_line_to_where_the_reward_is():
+    mpc = controller()
+    mpc.begin(3)
+    x = torch.tensor([[0.5], [-0.5], [0.2]])
+    for _ in range(4):
+        act = mpc(x)
+        x = 0.9 * x + 0.5 * act
+    assert x.abs().max() < 0.06
+    assert mpc.counts["lost"] == 0
+    assert mpc.counts["seen"] == 4 * 3 * 64 * 4
+
+
+@pytest.mark.parametrize("planner", [SMALL, replace(ICEM, horizon=4)])
+def test_begin_and_clear_leave_nothing_of_the_past(planner):
+    x = torch.tensor([[0.5], [0.5]])
+    mpc = controller(planner=planner)
+    mpc.begin(2)
+    first = mpc(x)
+    mpc(x)
+    mpc.begin(2)
+    mpc.generator.manual_seed(0)
+    assert torch.equal(mpc(x), first)
+    mpc.clear(torch.tensor([True, False]))
+    mpc.generator.manual_seed(0)
+    again = mpc(x)
+    assert torch.equal(again[0], first[0])
+    assert not torch.equal(again[1], first[1])
+
+
+class Counter(Dynamics):
+    """Its state remembers how often it was stepped, and the observation: what correction cannot see must be carried."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec, self.noise_dim = Spec(1, 1), 0
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+    def init(self, obs, cond):
+        return obs, torch.zeros_like(obs)
+
+    def observe(self, state, cond):
+        return state[0]
+
+    def step(self, state, inp, cond):
+        obs, n = state[0] + inp.act, state[1] + 1
+        return (obs, n), Prediction(obs, -(obs[:, 0] ** 2), {})
+
+    def correct(self, state, obs, alpha, cond):
+        return pull(state[0], obs, alpha), state[1]
+
+    def loss(self, segment, noise):
+        raise NotImplementedError
+
+
+def test_a_hidden_state_goes_with_its_episode():
+    mpc = controller(Counter())
+    mpc.begin(3)
+    for _ in range(2):
+        mpc(torch.zeros(3, 1))
+    assert mpc.state[1].flatten().tolist() == [2, 2, 2]
+    mpc.rows([2, 0], 1)
+    mpc(torch.tensor([[0.1], [0.2], [0.3]]))
+    assert mpc.state[1].flatten().tolist() == [3, 3, 1]
+    mpc.clear(torch.tensor([False, True, False]))
+    mpc(torch.tensor([[0.1], [0.2], [0.3]]))
+    assert mpc.state[1].flatten().tolist() == [4, 1, 2]
+
+
+def test_the_state_is_corrected_to_what_was_observed():
+    mpc = controller(Counter())
+    mpc.begin(1)
+    mpc(torch.zeros(1, 1))
+    act = mpc(torch.tensor([[0.7]]))
+    torch.testing.assert_close(mpc.state[0], 0.7 + act)
+
+
+def test_rows_keep_their_own_plans():
+    mpc = controller()
+    mpc.begin(3)
+    mpc(torch.tensor([[0.9], [0.0], [-0.9]]))
+    before = mpc.plan
+    mpc.rows([2, 0], 1)
+    assert torch.equal(mpc.plan.mean[:2], before.mean[[2, 0]])
+    assert (mpc.plan.mean[2] == 0).all()
+    assert mpc.new.tolist() == [False, False, True]
+
+
+def test_every_particle_keeps_another_part_and_the_first_is_drawn():
+    model = EnsembleConfig(members=4, elites=4, hidden=(8,), weight_decay=(0.0, 0.0)).build(Spec(1, 1))
+    mpc = Mpc(SMALL, Worth(particles=3), model, generator=devices.generator(0))
+    seen = []
+    plain = model.pinned
+    model.pinned = lambda part: (seen.append(part.tolist()), plain(part))[1]
+    mpc.begin(2)
+    for _ in range(6):
+        mpc(torch.zeros(2, 1))
+    for part in seen:
+        rows = np.array(part).reshape(2, 3)
+        assert ((rows - rows[:, :1]) == [0, 1, 2]).all()
+    assert len({part[0] for part in seen}) > 1
+
+
+def test_a_policys_proposal_is_taken_where_it_is_best():
+    planner = Planner(horizon=3, samples=8, elites=2, iterations=1, std=0.01, proposals=2, execute="best")
+    mpc = controller(planner=planner, policy=lambda obs, z: (-1.8 * obs + 0 * z).clamp(-1, 1))
+    mpc.begin(1)
+    act = mpc(torch.tensor([[0.5]]))
+    torch.testing.assert_close(act, torch.tensor([[-0.9]]))
+    with pytest.raises(ValueError, match="there is no policy"):
+        controller(planner=planner)
+
+
+def test_the_critic_looks_beyond_the_horizon():
+    """One step, no reward: only the value of the end speaks, and 0.9 x + 0.5 a = 0.4 is the best."""
+    planner = Planner(horizon=1, samples=256, elites=8, iterations=8, min_std=1e-3)
+    mpc = controller(planner=planner, reward=lambda o, a, x: 0 * x[:, 0], critic=lambda o: -((o[:, 0] - 0.4) ** 2))
+    mpc.begin(1)
+    torch.testing.assert_close(mpc(torch.tensor([[0.5]])), torch.tensor([[-0.1]]), atol=0.01, rtol=0)
+
+
+def test_observations_of_another_number_or_width_are_refused():
+    mpc = controller()
+    mpc.begin(2)
+    for wrong in (torch.zeros(1, 1), torch.zeros(2, 3)):
+        with pytest.raises(ValueError, match=r"expected \[2, 1\]"):
+            mpc(wrong)
+
+
+# ---------------------------------------------------------------- the border
+
+
+def test_an_episode_rescales_actions_and_keeps_what_happened():
+    seen = []
+    env = LineEnv(low=-1.0, high=3.0)
+    plain = env.step
+    env.step = lambda a: (seen.append(float(a[0])), plain(a))[1]
+    e = episode(env, lambda obs: torch.full((1, 1), 0.5), seed=3)
+    assert seen == [2.0] * 8
+    assert e.obs.shape == (9, 1)
+    assert e.act.flatten().tolist() == [0.5] * 8
+    assert not e.terminal
+    np.testing.assert_allclose(e.total, -(e.obs[1:] ** 2).sum(), rtol=1e-6)
+    low, high = bounds(env)
+    assert (low.item(), high.item()) == (-1, 3)
+
+
+def test_gathered_never_pairs_across_an_end():
+    one = Episode(torch.arange(4.0)[:, None], torch.zeros(3, 1), torch.ones(3), True)
+    two = Episode(10 + torch.arange(3.0)[:, None], torch.zeros(2, 1), torch.ones(2), False)
+    data = gathered([one, two], -torch.ones(1), torch.ones(1))
+    assert data.obs.flatten().tolist() == [0, 1, 2, 10, 11]
+    assert data.next_obs.flatten().tolist() == [1, 2, 3, 11, 12]
+    assert data.terminal.tolist() == [False, False, True, False, False]
+    assert data.starts.tolist() == [0, 3, 5]
+    assert data.paired.all()
+
+
+@pytest.mark.parametrize("what", ["obs", "reward"])
+def test_an_environment_that_is_not_finite_is_named(what):
+    env = LineEnv()
+    env.spoil = {3: what}
+    with pytest.raises(ValueError, match=r"the environment's .* step 3"):
+        episode(env, lambda obs: torch.zeros(1, 1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("act", "obs"),
+    [
+        (spaces.Discrete(3), BOX),
+        (spaces.Box(-np.inf, np.inf, (1,)), BOX),
+        (spaces.Box(-1, 1, (2, 2)), BOX),
+        (BOX, spaces.Dict({"a": BOX})),
+    ],
+)
+def test_a_space_that_is_no_flat_box_is_refused(act, obs):
+    with pytest.raises(ValueError, match=r"space is .*expected"):
+        bounds(SimpleNamespace(action_space=act, observation_space=obs))
+
+
+# ---------------------------------------------------------------- PETS
+
+FIT = FitConfig(batch=32, holdout=0.2, max_epochs=30, patience=30, lr=3e-3)
+LEARNER = EnsembleConfig(members=3, elites=2, hidden=(32, 32), weight_decay=(0.0, 0.0, 0.0), uncertainty=())
+PETS = PetsConfig(planner=SMALL, worth=Worth(particles=2), random=2, episodes=3, fitting=FIT)
+
+
+def test_pets_learns_the_line():
+    env = LineEnv(length=25)
+    result = pets(replace(PETS, episodes=4), env, LEARNER, seed=0, record=Memory())
+    returns = [r for _, r in result.returns]
+    best = []
+    for i in range(6):
+        x, total = np.random.default_rng(i).uniform(-1, 1), 0.0
+        for _ in range(25):
+            x = 0.9 * x + 0.5 * np.clip(-1.8 * x, -1, 1)
+            total -= x**2
+        best.append(total)
+    assert np.mean(returns[-2:]) > np.mean(best[-2:]) - 0.6
+    assert np.mean(returns[:2]) < np.mean(best[:2]) - 1
+    assert [n for n, _ in result.returns] == [25 * (i + 1) for i in range(6)]
+    assert len(result.data) == 150
+
+
+@pytest.mark.parametrize("saves", [1, 3, 5])
+def test_pets_resumes_to_the_same_numbers(saves):
+    whole = pets(PETS, LineEnv(), LEARNER, seed=1, record=Memory())
+    record = Memory(ends_after=saves)
+    with pytest.raises(KeyboardInterrupt):
+        pets(PETS, LineEnv(), LEARNER, seed=1, record=record)
+    record.left = None
+    again = pets(PETS, LineEnv(), LEARNER, seed=1, record=record)
+    assert again.returns == whole.returns
+    for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(whole.data.obs, again.data.obs)
+
+
+def test_pets_plans_with_the_tasks_reward_where_it_is_given():
+    seen = []
+    away = lambda o, a, x: (seen.append(1), x[:, 0])[1]
+    result = pets(replace(PETS, episodes=1), LineEnv(), LEARNER, seed=0, record=Memory(), reward=away)
+    assert seen
+    assert result.data.act[-6:].mean() > 0.8
+    with pytest.raises(ValueError, match="random 0"):
+        PetsConfig(random=0)
+
+
+def test_inputs_of_the_step_are_whole():
+    """The model is stepped under the executed action with the noise's mean."""
+    model = Line(noise_dim=2)
+    seen = []
+    step = model.step
+    model.step = lambda s, i, c: (seen.append(i), step(s, i, c))[1]
+    mpc = controller(model)
+    mpc.begin(1)
+    act = mpc(torch.tensor([[0.3]]))
+    last: StepInput = seen[-1]
+    assert torch.equal(last.act, act)
+    assert (last.noise == 0).all()
