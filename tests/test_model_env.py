@@ -268,6 +268,15 @@ def test_rows_can_be_begun_anew():
         env.reset(options={"reset_mask": [0, 1]})
 
 
+@pytest.mark.parametrize("mask", [None, np.array([True, True])])
+def test_a_reset_after_an_end_is_not_followed_by_another(mask):
+    env = ModelVectorEnv(Counter(0), ONE, 1, 2)
+    env.reset()
+    env.step(np.ones((2, 1)))
+    env.reset(options={} if mask is None else {"reset_mask": mask})
+    assert env.step(np.ones((2, 1)))[0][:, 0].tolist() == [1, 1]
+
+
 # ---------------------------------------------------------------- seeds and rows
 
 

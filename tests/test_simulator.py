@@ -164,6 +164,26 @@ def test_what_diverges_is_worth_minus_infinity(name, tmp_path, monkeypatch):
     assert Simulator(env).rollout(plans(2, 3, env.unwrapped.model.nu)).reward.isnan().all()
 
 
+def test_nothing_ends_after_it_diverged():
+    env = started("Hopper", steps=0)
+    acts = plans(4, 100, 3)
+    assert Simulator(env).rollout(acts).terminal.any(1).all()
+    acts[:, 1] = torch.inf
+    reward, end = Simulator(env).rollout(acts)
+    assert not end.any()
+    assert reward[:, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["Walker2d", "Ant"])
+def test_the_solver_begins_where_the_environments_would(name):
+    """With one iteration, what it starts from shows."""
+    env = started(name, steps=0)
+    env.unwrapped.model.opt.iterations = 1
+    for _ in range(25):
+        env.step(env.action_space.sample())
+    check(env, plans(3, 10, env.unwrapped.model.nu))
+
+
 class Other(HopperEnv):
     """One whose reward may be another."""
 

@@ -72,14 +72,14 @@ class Simulator:
         if 0 in acts.shape:
             raise EnvError(f"Simulator: got actions {list(acts.shape)}, expected at least one step of one plan")
         plans = acts.detach().float().cpu().numpy().reshape(len(self.envs), -1, *acts.shape[-2:])  # [E, N, H, A]
-        known = np.isfinite(plans).all(-1)
+        known = np.asarray(np.isfinite(plans).all(-1))
         ctrl = np.stack([_scaled(env, np.nan_to_num(x)) for env, x in zip(self.envs, plans, strict=True)])
         fields = self._native(ctrl) if {"qpos", "qvel"}.issuperset(self.rule.fields) else self._stepped(ctrl)
         found = []
         for i, env in enumerate(self.envs):
             rows = {k: x[i] for k, x in fields.items()}
-            held: np.ndarray = (rows["time"][:, 1:] > env.data.time + LATER / 2) & known[i]
-            sound = np.logical_and.accumulate(held, 1)
+            held = (rows["time"][:, 1:] > env.data.time + LATER / 2) & known[i]
+            sound = np.minimum.accumulate(held, axis=1)
             end = self.rule.terminal(env, rows)
             reward = np.where(sound, self.rule.reward(env, rows, ctrl[i], end), np.nan)
             found.append((reward, end & sound))
