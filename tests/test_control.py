@@ -240,6 +240,15 @@ def test_the_cart_pole_moves_as_gymnasiums():
     torch.testing.assert_close(model.step(seen(states), held(3 * act), ())[0], state)  # the force is clipped
 
 
+def test_a_prediction_off_the_circle_is_read_by_its_angle():
+    for model, columns in ((TrueCartPole(), [2, 3]), (TruePendulum(), [0, 1]), (TrueReacher(), [0, 1, 2, 3])):
+        obs = model.double().starts(4, torch.Generator().manual_seed(0))
+        act = torch.full((4, model.spec.act), 0.7, dtype=torch.float64)
+        off = obs.clone()
+        off[:, columns] *= 1.3
+        torch.testing.assert_close(model.step(off, held(act), ())[0], model.step(obs, held(act), ())[0])
+
+
 def test_a_free_pole_gains_no_energy_and_half_a_force_is_half_a_push():
     model = TrueCartPole().double()
     state, heights = model.hanging(torch.tensor([[0.0, 0.0, 0.5, 0.0]], dtype=torch.float64)), []
