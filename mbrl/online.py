@@ -162,7 +162,7 @@ class World:
     def step(self, act: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """act [A] in [-1, 1] -> observation [O], reward, terminated, truncated."""
         raw = self.low + (act.astype(np.float64) + 1) / 2 * (self.high - self.low)
-        obs, reward, terminated, truncated, _ = self.env.step(np.clip(raw, self.low, self.high).astype(self.dtype))
+        obs, reward, terminated, truncated, _ = self.env.step(raw.astype(self.dtype))
         self.steps += 1
         if not math.isfinite(float(reward)):
             raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite one")

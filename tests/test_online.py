@@ -138,11 +138,28 @@ def test_the_horizon_is_linear_between_two_steps(horizon, want):
 
 def test_rollouts_have_the_schedules_length_and_the_last_batches_are_kept():
     memory = Memory()
-    config = replace(SMALL, horizon=Horizon(1, 5, 40, 80))
+    config = replace(SMALL, horizon=Horizon(1, 5, 40, 80), steps=100)
     run(config, record=memory)
     lines = {n: v for stage, n, v in memory.lines if stage == "rollout"}
-    assert {n: v["transitions"] for n, v in lines.items()} == {40: 50.0, 60: 150.0, 80: 250.0, 100: 250.0}
-    assert memory.kept["online.partial"][0]["buffer.size"].tolist() == [500]
+    assert {n: v["transitions"] for n, v in lines.items()} == {40: 50.0, 60: 150.0, 80: 250.0}
+    assert memory.kept["online.partial"][0]["buffer.size"].tolist() == [400], "the last two, of room for 500"
+
+
+def test_the_first_fit_is_after_the_random_steps():
+    memory = Memory()
+    run(replace(SMALL, random=50), record=memory)
+    assert [n for stage, n, _ in memory.lines if stage == "model"] == [50, 70, 90, 110]
+
+
+def test_every_step_so_far_is_learned_from(monkeypatch):
+    seen, memory = [], Memory()
+    inner = online.Sac.update
+    spy = lambda agent, batch, noise: (seen.append(batch.obs.clone()), inner(agent, batch, noise))[1]
+    monkeypatch.setattr(online.Sac, "update", spy)
+    run(replace(SMALL, real_ratio=1.0), record=memory)
+    rows = memory.kept["online.partial"][0]["rows"][:, 0]
+    assert torch.isin(rows, torch.cat(seen, 1).flatten()).float().mean() > 0.97
+    assert torch.isin(torch.cat(seen[:2], 1), rows[:41]).all()
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
@@ -193,13 +210,20 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(dynamics, agent, saves):
 
 def test_state_is_saved_at_ends_of_episodes_so_many_steps_apart():
     class Count(Memory):
-        def save(self, name, tensors, facts):
-            super().save(name, tensors, facts)
-            self.steps = [*getattr(self, "steps", []), *([facts["steps"]] if name == "online.partial" else [])]
+        steps: tuple = ()
 
-    memory = Count()
-    run(replace(SMALL, save_every=30), LineEnv(length=20), record=memory)
-    assert memory.steps == [40, 80, 120]
+        def save(self, name, tensors, facts):
+            if name == "online.partial":
+                self.steps = (*self.steps, facts["steps"])
+            super().save(name, tensors, facts)
+
+    memory = Count(saves=1)
+    go = lambda: run(replace(SMALL, save_every=30), LineEnv(length=20), record=memory)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    memory.left = 10**9
+    go()
+    assert memory.steps == (40, 80, 120)
 
 
 def test_a_refit_goes_on_from_the_weights_of_the_last():
@@ -231,6 +255,24 @@ def test_the_probes_tell_the_models_error_on_what_it_has_not_seen():
     for _, p in right.probes:
         assert p["linf_max"] >= p["linf_mean"] > 0
         assert p["l2_max"] == pytest.approx(p["linf_max"]), "of one dimension the norms are one"
+
+
+def test_probes_are_of_the_transitions_since_the_last_fit(monkeypatch):
+    seen, memory = [], Memory()
+    monkeypatch.setattr(online, "value_aware_error", lambda *args: (seen.append(args[2]), torch.zeros(1))[1])
+    run(record=memory)
+    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec)
+    assert len(seen) == 3
+    for i, batch in enumerate(seen):
+        torch.testing.assert_close(batch.next_obs, t.next_obs[40 + 20 * i : 60 + 20 * i])
+
+
+def test_observations_are_standardised_by_the_random_steps():
+    memory = Memory()
+    result = run(replace(SMALL, agent=replace(AGENT, normalize=True)), record=memory)
+    obs = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec).obs[:40]
+    torch.testing.assert_close(result.agent.obs_mean, obs.mean(0))
+    torch.testing.assert_close(result.agent.obs_std, obs.std(0, correction=0) + 1e-3)
 
 
 def test_probing_changes_no_number(monkeypatch):

@@ -1,0 +1,206 @@
+"""Online with one model or seven: the return against an ensemble's, with and without a regulariser of the critic, and
+where the time goes (Zheng et al., ICLR 2023, arXiv 2302.01244, in MBPO).
+
+    python experiments/online.py [--envs InvertedPendulum-v5 Hopper-v5] [--variants ...] [--seeds 0 1]
+
+All variants standardise observations and targets, and differ in nothing but the model and the critic. A finished run is
+a row of experiments/results/online.json, and one that is there already with today's settings is not run again; one that
+was interrupted goes on from its folder under --out. Several processes with other --variants or --seeds may share both.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+import tyro
+from mbrl_envs import evaluate as worlds
+from mbrl_envs import tasks
+from rich.console import Console
+from rich.table import Table
+
+from mbrl import device as devices
+from mbrl import offline, online
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.single import SingleConfig
+from mbrl.fit import FitConfig
+from mbrl.online import Horizon, OnlineConfig
+from mbrl.run import Run, git_hash, machine, to_plain, versions, write_json
+from mbrl.sac import SacConfig
+
+AGENT = SacConfig(actor_lr=3e-4, alpha_lr=3e-4, normalize=True)
+# The published entropy targets and schedules of the horizon; steps, random steps and updates are of a smaller budget.
+ENVS: dict[str, OnlineConfig] = {
+    "InvertedPendulum-v5": OnlineConfig(
+        replace(AGENT, target_entropy=-0.05), steps=5_000, random=500, evaluate_every=250, log_every=250
+    ),
+    "Hopper-v5": OnlineConfig(
+        replace(AGENT, target_entropy=-1.0), steps=30_000, random=1_000, horizon=Horizon(1, 15, 20_000, 150_000)
+    ),
+}
+ROBUST = {"robust": 0.1, "robust_eps": 0.1}  # neither is published
+SPECTRAL = {"spectral": 4.0}
+VARIANTS: dict[str, tuple[Any, dict[str, float]]] = {
+    "single": (SingleConfig(), {}),
+    "single-spectral": (SingleConfig(), SPECTRAL),
+    "single-robust": (SingleConfig(), ROBUST),
+    "single-gaussian": (SingleConfig(gaussian=True), {}),
+    "ensemble": (EnsembleConfig(scale_targets=True, uncertainty=()), {}),
+}
+EXPECTED = 0.76  # of the ensemble's time, in which the robust single model is to reach its return
+
+
+@dataclass(frozen=True)
+class Args:
+    envs: tuple[str, ...] = tuple(ENVS)
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1)
+    out: Path = Path("runs/online")
+    results: Path = Path(__file__).parent / "results" / "online.json"
+    device: str = "auto"
+    episodes: int = 5
+    """Of each evaluation."""
+    steps: int | None = None
+    """Of the environment, instead of each one's own number."""
+    robust: float = ROBUST["robust"]
+    robust_eps: float = ROBUST["robust_eps"]
+    spectral: float = SPECTRAL["spectral"]
+    report: bool = False
+    """Show what is there and run nothing."""
+
+
+def settings(args: Args, env: str, variant: str) -> tuple[OnlineConfig, Any, FitConfig]:
+    config, (dynamics, changes) = ENVS[env], VARIANTS[variant]
+    changed = {k: getattr(args, k) for k in changes}
+    config = replace(config, agent=replace(config.agent, **changed), steps=args.steps or config.steps)
+    return config, dynamics, FitConfig()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def one(args: Args, env: str, variant: str, seed: int) -> dict[str, Any]:
+    """A row: started anew, or gone on with."""
+    config, dynamics, fitting = settings(args, env, variant)
+    digest = offline.digest(config, dynamics, fitting, args.episodes)
+    folder = args.out / env / variant / f"{seed}-{digest}"
+    if (folder / "config.json").exists():
+        run = Run.open(folder)
+        run.rewind()
+    else:
+        facts = {"online": to_plain(config), "dynamics": to_plain(dynamics), "fitting": to_plain(fitting)}
+        run = Run.create(folder, {"env": env, "seed": seed, **facts}, {})
+    task = tasks.task(env)
+    assert task is not None
+    device = devices.pick(args.device)
+    started = time.perf_counter()
+    with run, gym.make(env) as world:
+        result = online.train(
+            config,
+            world,
+            dynamics=dynamics,
+            fitting=fitting,
+            terminal=task.terminal,
+            evaluate=worlds.evaluator(env, episodes=args.episodes, seed=10_000 + seed),
+            seed=seed,
+            device=device,
+            record=run,
+        )
+    wall = time.perf_counter() - started
+    seconds = {k: round(v, 2) for k, v in result.seconds.items()}
+    return {
+        "env": env,
+        "variant": variant,
+        "seed": seed,
+        "settings": digest,
+        "config": {"online": to_plain(config), "dynamics": to_plain(dynamics), "fitting": to_plain(fitting)},
+        "returns": [(n, torch.tensor(x).mean().item()) for n, x in result.returns],
+        "last5": result.last(5).item(),
+        "probes": result.probes,
+        "seconds": seconds,
+        "seconds_total": round(sum(seconds.values()), 2),  # of all sittings
+        "wall_s": round(wall, 2),  # of this one
+        "device": devices.describe(device),
+        "git": git_hash(),
+        "versions": versions(),
+        **machine(),
+    }
+
+
+def main(args: Args) -> None:
+    for env in args.envs:
+        for seed in args.seeds:
+            for variant in args.variants:
+                digest = offline.digest(*settings(args, env, variant), args.episodes)
+                name = {"env": env, "variant": variant, "seed": seed}
+                same = lambda row, name=name: all(row[k] == v for k, v in name.items())
+                if args.report or any(same(r) and r["settings"] == digest for r in rows(args.results)):
+                    continue
+                row = one(args, env, variant, seed)
+                with locked(args.results):
+                    kept = [r for r in rows(args.results) if not same(r)]
+                    order = lambda r: (list(ENVS).index(r["env"]), list(VARIANTS).index(r["variant"]), r["seed"])
+                    write_json(args.results, {"runs": sorted([*kept, row], key=order)})
+    show(rows(args.results))
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """What came of it, beside the ensemble."""
+    parts = ("fit", "rollout", "update", "environment")
+    columns = (
+        "env",
+        "variant",
+        "seeds",
+        "last-5 return",
+        "time",
+        *parts,
+        "of the ensemble's",
+        "Lipschitz",
+        "value error",
+    )
+    table = Table(*columns)
+    mean = lambda values: sum(values) / max(len(values), 1)
+    whole = {}
+    for env in ENVS:
+        for variant in reversed(VARIANTS):  # the ensemble first
+            runs = [r for r in found if (r["env"], r["variant"]) == (env, variant)]
+            if not runs:
+                continue
+            seconds = mean([r["seconds_total"] - r["seconds"].get("evaluate", 0.0) for r in runs])
+            whole.setdefault(env, seconds if variant == "ensemble" else None)
+            share = f"{seconds / whole[env]:.2f}" if whole[env] else "-"
+            last = lambda name, runs=runs: mean([r["probes"][-1][1][name] for r in runs if r["probes"]])
+            table.add_row(
+                env,
+                variant,
+                str(len(runs)),
+                f"{mean([r['last5'] for r in runs]):.0f}",
+                f"{seconds:.0f} s",
+                *(f"{mean([r['seconds'].get(p, 0.0) for r in runs]):.0f}" for p in parts),
+                share,
+                f"{last('l2_mean'):.3g}",
+                f"{last('value_error'):.3g}",
+            )
+    console = Console()
+    console.print(table)
+    console.print(f"expected: single-robust at least the ensemble's return, in at most {EXPECTED} of its time")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
