@@ -506,6 +506,7 @@ class Sac(ActorCritic):
             self.find_vectors()
             self.bound(self.critics.new_ones(seeds))
             self.target.copy_(self.critics)
+            self._cache.clear()  # it names what the agent owns so far
         log_alpha = torch.full_like(self.actor[:, 0], config.init_alpha).log()
         self.log_alpha = nn.Parameter(log_alpha, requires_grad=False)  # [S]
         self.alpha_adam = Adam(self.log_alpha)

@@ -18,6 +18,8 @@ CONFIGS = [
     SacConfig(total=20),
     SacConfig(layer_norm=True),
     SacConfig(normalize=True, deterministic_backup=True, target_min=0.0),
+    SacConfig(robust=0.1, robust_eps=0.05, spectral=2.0),
+    SacConfig(robust=0.1, layer_norm=True),
     BcConfig(),
     Td3BcConfig(),
 ]
