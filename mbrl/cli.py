@@ -5,12 +5,10 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,71 +22,14 @@ from rich.table import Table
 import mbrl
 from mbrl import device as devices
 from mbrl import offline, suite
-from mbrl.baselines import BcConfig, Td3BcConfig
+from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console
+from mbrl.cli_control import Online, Plan, run_online, run_plan
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.fit import FitConfig
 from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
-
-console = Console()
-
-# ---------------------------------------------------------------- what can be chosen
-
-
-def learners() -> dict[str, Any]:
-    """Name -> default config of every dynamics learner: ours, and those that other packages announce under the entry
-    point group "mbrl.learners" (a name and a frozen dataclass with `build(spec, generator)`, all fields defaulted)."""
-    found: dict[str, Any] = {"ensemble": EnsembleConfig(), "ensemble-scaled": EnsembleConfig(scale_targets=True)}
-    for point in metadata.entry_points(group="mbrl.learners"):
-        try:
-            cls = point.load()
-        except Exception as error:  # another package's fault must not take the command line down
-            warnings.warn(f"learner {point.name!r} of {point.value} cannot be loaded: {error!r}", stacklevel=2)
-            continue
-        if not is_dataclass(cls) or not hasattr(cls, "build"):
-            warnings.warn(
-                f"learner {point.name!r}: {point.value} is not a dataclass with build(); passed over", stacklevel=2
-            )
-            continue
-        found[point.name] = cls()  # type: ignore[operator]
-    return found
-
-
-LEARNERS = learners()
-KNOWN = (
-    *{type(x) for x in LEARNERS.values()},
-    *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
-    *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
-)
-
-
-WORDS = {
-    "morec-mopo": "A dynamics reward chooses among the model's candidates and cuts rollouts; MOPO's penalty.",
-    "morec-mobile": "The same with MOBILE's penalty.",
-    "morec-published": "MOREC-MOPO with the dynamics reward as the paper has it, for ablations.",
-    "mopo": "Rewards less the model's uncertainty; short rollouts.",
-    "morel": "Rollouts end where the model's members disagree.",
-    "mobile": "Rewards less the spread of the members' values; short rollouts.",
-    "bc": "Behaviour cloning: no model.",
-    "td3-bc": "TD3 with a cloning term: no model.",
-    "ensemble": "Gaussian networks, to the published recipe.",
-    "ensemble-scaled": "The same with standardised targets: for observations of very different magnitudes.",
-}
-
-
-def _union(options: dict[str, tuple[Any, Any]]) -> Any:
-    """A union of (type, default) by name, each a subcommand."""
-    avoid = tyro.conf.AvoidSubcommands  # a preset fixes which parts it has; their settings stay open
-    sub = lambda name, default: tyro.conf.subcommand(name, default=default, description=WORDS.get(name))
-    made = [Annotated[t, sub(name, d), avoid] for name, (t, d) in options.items()]
-    return reduce(operator.or_, made)
-
-
-Algorithm: Any = _union({name: (offline.OfflineConfig, preset) for name, preset in offline.PRESETS.items()})
-Learner: Any = _union({name: (type(x), x) for name, x in LEARNERS.items()})
-
 
 # ---------------------------------------------------------------- commands
 
@@ -735,6 +676,8 @@ def _commands() -> Any:
         "data": Data,
         "collect": CollectConfig,
         "suite": Suite,
+        "plan": Plan,
+        "online": Online,
         "list": List,
         "demo": Demo,
     }
@@ -759,6 +702,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Scores: run_scores,
         List: run_list,
         Suite: run_suite,
+        Plan: run_plan,
+        Online: run_online,
         Demo: run_demo,
     }
     try:

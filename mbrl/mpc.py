@@ -3,6 +3,7 @@ which fits the learner to what the control has seen, episode after episode.
 
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
-from mbrl.core import Dynamics, StepInput, Tree, choose, rows
+from mbrl.core import Dynamics, Spec, StepInput, Tree, choose, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.planner import (
@@ -24,6 +25,7 @@ from mbrl.planner import (
     Planner,
     Reward,
     Terminal,
+    Value,
     Worth,
     fresh,
     propose,
@@ -69,7 +71,7 @@ class Mpc:
             raise ValueError(f"Mpc: the planner wants {planner.proposals} proposals a plan, and there is no policy")
         self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
-        self.like = next(model.parameters())
+        self.like = next(itertools.chain(model.parameters(), model.buffers()))
         self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
         self.ctx = self.like.new_zeros(1, model.spec.ctx) if ctx is None else ctx.to(self.like)
         self.pins = worth.pinned and model.parts > 1
@@ -124,13 +126,14 @@ class Mpc:
         }
         if p.proposals:
             n = envs * p.proposals
-            like = dict(generator=self.generator, dtype=self.like.dtype, device=self.like.device)
+            like: dict[str, Any] = {"generator": self.generator, "dtype": self.like.dtype, "device": self.like.device}
             acts = [torch.randn(n, self.model.spec.act, **like) for _ in range(p.horizon)]
             given["proposals"] = list(zip(acts, draw(n, 1), strict=True))
         if envs not in self._graphs:
             self._graphs[envs] = devices.graphed(self._whole, given)
         found, plan, state = self._graphs[envs](given)
-        self.found = Found(*(x.clone() if isinstance(x, Tensor) else x for x in found))
+        acts, worth, some, bad = (x.clone() for x in found[:4])
+        self.found = Found(acts, worth, some, bad, found[4])
         self.plan, self.state = pytree.tree_map(torch.clone, (Plan(*plan), state))
         self.new = torch.zeros_like(self.new)
         self.counts["bad"] += int(self.found.bad.sum())
@@ -140,8 +143,7 @@ class Mpc:
 
     def _parts(self, envs: int) -> Tensor:
         """Which part each particle keeps: all in turn, from one that is drawn."""
-        shape = dict(generator=self.generator, device=self.like.device)
-        begin = torch.randint(self.model.parts, (envs, 1), **shape)
+        begin = torch.randint(self.model.parts, (envs, 1), generator=self.generator, device=self.like.device)
         return (begin + torch.arange(self.worth.particles, device=self.like.device)).flatten()
 
     def _whole(self, given: dict[str, Any]) -> tuple[tuple, tuple, Tree]:
@@ -162,6 +164,38 @@ class Mpc:
         mean = torch.zeros(envs, model.noise_dim, dtype=dt.dtype, device=dt.device)
         state, _ = model.step(state, StepInput(found.acts[:, 0], mean, dt), one)
         return tuple(found), tuple(shift(self.planner, plan)), state
+
+
+@final
+class ByValue:
+    """Control of one environment by whatever can value plans: value(acts [1, N, H, A]) -> [1, N], from the state in
+    which the environment is now. With a true simulator it is the upper bound of what a planner can reach. Used as `Mpc`
+    is, on the CPU."""
+
+    def __init__(
+        self, planner: Planner, value: Callable[[Tensor], Tensor], act: int, generator: torch.Generator
+    ) -> None:
+        if planner.proposals:
+            raise ValueError(f"ByValue: the planner wants {planner.proposals} proposals a plan, and there is no policy")
+        self.planner, self.value, self.act, self.generator = planner, value, act, generator
+        self.counts = {"bad": 0, "seen": 0, "lost": 0}
+        self.begin()
+
+    def begin(self, envs: int = 1) -> None:
+        """Forget everything: a new episode."""
+        if envs != 1:
+            raise ValueError(f"ByValue: got {envs} environments, expected 1")
+        self.plan = fresh(self.planner, 1, self.act, torch.zeros(()))
+
+    @torch.no_grad()
+    def __call__(self, obs: Tensor) -> Tensor:
+        noise = self.planner.noise(1, self.act, self.generator, self.plan.mean)
+        found, plan = search(self.planner, lambda acts: self.value(acts).to(acts), self.plan, noise)
+        self.plan = shift(self.planner, plan)
+        self.counts["bad"] += int(found.bad.sum())
+        self.counts["seen"] += found.seen
+        self.counts["lost"] += int((~found.some).sum())
+        return found.acts[:, 0]
 
 
 # ---------------------------------------------------------------- the environment's border
@@ -188,6 +222,11 @@ def bounds(env: Env) -> tuple[Tensor, Tensor]:
     if not (low.isfinite().all() and high.isfinite().all() and (low < high).all()):
         raise ValueError(f"action space is {env.action_space}, expected finite bounds, low below high; rescale it")
     return low, high
+
+
+def spec_of(env: Env) -> Spec:
+    """Its widths."""
+    return Spec(env.observation_space.shape[0], bounds(env)[0].shape[0])
 
 
 @dataclass(frozen=True)
@@ -266,7 +305,7 @@ class PetsConfig:
     """Episodes of random actions at first."""
     episodes: int = 10
     """Episodes under the planner."""
-    fitting: FitConfig = field(default_factory=lambda: FitConfig(holdout=0.1, max_epochs=60))
+    fitting: FitConfig = field(default_factory=lambda: FitConfig(batch=32, holdout=0.1, patience=20, max_epochs=100))
 
     def __post_init__(self) -> None:
         if self.random < 1 or self.episodes < 0:

@@ -8,7 +8,7 @@ synchronisation, so that a whole plan is one graph."""
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Planner:
 
     def noise(self, envs: int, act: int, generator: torch.Generator, like: Tensor) -> list[Tensor]:
         """One plan's white noise: per iteration, [E, N_i, H, A]."""
-        draw = dict(generator=generator, dtype=like.dtype, device=like.device)
+        draw: dict[str, Any] = {"generator": generator, "dtype": like.dtype, "device": like.device}
         return [torch.randn(envs, n, self.horizon, act, **draw) for n in self.sizes()]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mbrl import cli, offline
+from mbrl import choices, cli, offline
 from mbrl.run import Run
 
 SMALL = (
@@ -297,11 +297,11 @@ class Point:
 
 def test_learners_of_other_packages_are_found(monkeypatch):
     points = [Point("mine", lambda: MineConfig), Point("broken", lambda: 1 / 0), Point("no", lambda: int)]
-    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: points if group == "mbrl.learners" else [])
+    monkeypatch.setattr(choices.metadata, "entry_points", lambda group: points if group == "mbrl.learners" else [])
     with pytest.warns(UserWarning, match="learner") as warned:
-        found = cli.learners()
+        found = choices.learners()
     assert found["mine"] == MineConfig()
-    assert set(found) == {"ensemble", "ensemble-scaled", "mine"}
+    assert set(found) == {"ensemble", "ensemble-scaled", "single", "single-gaussian", "mine"}
     assert len(warned) == 2
 
 

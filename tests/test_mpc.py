@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -161,12 +162,12 @@ def test_rows_keep_their_own_plans():
     assert mpc.new.tolist() == [False, False, True]
 
 
-def test_every_particle_keeps_another_part_and_the_first_is_drawn():
+def test_every_particle_keeps_another_part_and_the_first_is_drawn(monkeypatch):
     model = EnsembleConfig(members=4, elites=4, hidden=(8,), weight_decay=(0.0, 0.0)).build(Spec(1, 1))
     mpc = Mpc(SMALL, Worth(particles=3), model, generator=devices.generator(0))
     seen = []
     plain = model.pinned
-    model.pinned = lambda part: (seen.append(part.tolist()), plain(part))[1]
+    monkeypatch.setattr(model, "pinned", lambda part: (seen.append(part.tolist()), plain(part))[1])
     mpc.begin(2)
     for _ in range(6):
         mpc(torch.zeros(2, 1))
@@ -205,11 +206,11 @@ def test_observations_of_another_number_or_width_are_refused():
 # ---------------------------------------------------------------- the border
 
 
-def test_an_episode_rescales_actions_and_keeps_what_happened():
+def test_an_episode_rescales_actions_and_keeps_what_happened(monkeypatch):
     seen = []
     env = LineEnv(low=-1.0, high=3.0)
     plain = env.step
-    env.step = lambda a: (seen.append(float(a[0])), plain(a))[1]
+    monkeypatch.setattr(env, "step", lambda a: (seen.append(float(a[0])), plain(a))[1])
     e = episode(env, lambda obs: torch.full((1, 1), 0.5), seed=3)
     assert seen == [2.0] * 8
     assert e.obs.shape == (9, 1)
@@ -250,7 +251,7 @@ def test_an_environment_that_is_not_finite_is_named(what):
 )
 def test_a_space_that_is_no_flat_box_is_refused(act, obs):
     with pytest.raises(ValueError, match=r"space is .*expected"):
-        bounds(SimpleNamespace(action_space=act, observation_space=obs))
+        bounds(cast(Any, SimpleNamespace(action_space=act, observation_space=obs)))
 
 
 # ---------------------------------------------------------------- PETS
@@ -301,12 +302,12 @@ def test_pets_plans_with_the_tasks_reward_where_it_is_given():
         PetsConfig(random=0)
 
 
-def test_inputs_of_the_step_are_whole():
+def test_inputs_of_the_step_are_whole(monkeypatch):
     """The model is stepped under the executed action with the noise's mean."""
     model = Line(noise_dim=2)
     seen = []
     step = model.step
-    model.step = lambda s, i, c: (seen.append(i), step(s, i, c))[1]
+    monkeypatch.setattr(model, "step", lambda s, i, c: (seen.append(i), step(s, i, c))[1])
     mpc = controller(model)
     mpc.begin(1)
     act = mpc(torch.tensor([[0.3]]))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def riccati(a, b, q, r, horizon):
 
 
 def test_lqr_gain_and_cost_are_recovered():
-    d = dict(dtype=torch.float64)
+    d: dict[str, Any] = {"dtype": torch.float64}
     a, b = torch.tensor([[1.0, 0.2], [0.0, 1.0]], **d), torch.tensor([[0.02], [0.2]], **d)
     q, r, horizon = torch.eye(2, **d), 0.5 * torch.eye(1, **d), 8
     gain, cost = riccati(a, b, q, r, horizon)
@@ -315,7 +316,7 @@ def test_coloured_noise_has_unit_variance(steps, color):
 def test_the_spectrum_falls_with_the_colour(color):
     """A line through log power against log frequency, by scipy's periodogram, has the slope -color."""
     x = colored(torch.randn(4000, 64, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64), color)
-    f, power = scipy.signal.periodogram(x[..., 0].numpy(), detrend=False)
+    f, power = scipy.signal.periodogram(x[..., 0].numpy(), detrend=False)  # pyright: ignore[reportArgumentType]
     f, power = f[1:-1], power.mean(0)[1:-1]
     slope = np.polyfit(np.log(f), np.log(power), 1)[0]
     assert abs(slope + color) < 0.03
@@ -453,10 +454,10 @@ def test_a_whole_plan_compiles_as_one_graph(p):
     torch.testing.assert_close(got, whole(start, plan, z))
 
 
-def test_a_condition_is_never_copied():
+def test_a_condition_is_never_copied(monkeypatch):
     model, seen = Line(), []
     step = model.step
-    model.step = lambda s, i, c: (seen.append((len(s), c)), step(s, i, c))[1]
+    monkeypatch.setattr(model, "step", lambda s, i, c: (seen.append((len(s), c)), step(s, i, c))[1])
     cond = (torch.zeros(2, 1),)
     value(Worth(particles=2), model, torch.zeros(2, 1), cond, torch.zeros(2, 5, 3, 1), [torch.zeros(2, 0)] * 3,
           torch.ones(2, 1))  # fmt: skip
@@ -465,6 +466,7 @@ def test_a_condition_is_never_copied():
 
 
 def test_worth_refuses_what_cannot_be():
-    for wrong in ({"discount": 0.0}, {"particles": 0}, {"limit": -1.0}):
+    wrongs: list[dict[str, Any]] = [{"discount": 0.0}, {"particles": 0}, {"limit": -1.0}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="Worth: got"):
             Worth(**wrong)

@@ -1,0 +1,85 @@
+"""What can be chosen on the command line, by name: learners, algorithms, planners."""
+
+import operator
+import warnings
+from dataclasses import is_dataclass
+from functools import reduce
+from importlib import metadata
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from mbrl import offline, planner
+from mbrl.baselines import BcConfig, Td3BcConfig
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.filtered import FilterConfig, RewardConfig
+from mbrl.dynamics.single import SingleConfig
+from mbrl.fit import FitConfig
+from mbrl.mpc import PetsConfig
+from mbrl.planner import Planner, Worth
+from mbrl.sac import SacConfig
+
+console = Console()
+
+
+def learners() -> dict[str, Any]:
+    """Name -> default config of every dynamics learner: ours, and those that other packages announce under the entry
+    point group "mbrl.learners" (a name and a frozen dataclass with `build(spec, generator)`, all fields defaulted)."""
+    found: dict[str, Any] = {"ensemble": EnsembleConfig(), "ensemble-scaled": EnsembleConfig(scale_targets=True)}
+    found |= {"single": SingleConfig(), "single-gaussian": SingleConfig(gaussian=True, scale_targets=False)}
+    for point in metadata.entry_points(group="mbrl.learners"):
+        try:
+            cls = point.load()
+        except Exception as error:  # another package's fault must not take the command line down
+            warnings.warn(f"learner {point.name!r} of {point.value} cannot be loaded: {error!r}", stacklevel=2)
+            continue
+        if not is_dataclass(cls) or not hasattr(cls, "build"):
+            warnings.warn(
+                f"learner {point.name!r}: {point.value} is not a dataclass with build(); passed over", stacklevel=2
+            )
+            continue
+        found[point.name] = cls()  # type: ignore[operator]
+    return found
+
+
+LEARNERS = learners()
+KNOWN = (
+    *{type(x) for x in LEARNERS.values()},
+    *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
+    *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
+    *(PetsConfig, Planner, Worth),
+)
+
+
+WORDS = {
+    "morec-mopo": "A dynamics reward chooses among the model's candidates and cuts rollouts; MOPO's penalty.",
+    "morec-mobile": "The same with MOBILE's penalty.",
+    "morec-published": "MOREC-MOPO with the dynamics reward as the paper has it, for ablations.",
+    "mopo": "Rewards less the model's uncertainty; short rollouts.",
+    "morel": "Rollouts end where the model's members disagree.",
+    "mobile": "Rewards less the spread of the members' values; short rollouts.",
+    "bc": "Behaviour cloning: no model.",
+    "td3-bc": "TD3 with a cloning term: no model.",
+    "ensemble": "Gaussian networks, to the published recipe.",
+    "ensemble-scaled": "The same with standardised targets: for observations of very different magnitudes.",
+    "single": "One deterministic network.",
+    "single-gaussian": "One Gaussian network: an ensemble of one.",
+    "cem": "Cross-entropy method: white noise, all elites alike.",
+    "icem": "Coloured noise, kept elites, few candidates; the best seen is executed.",
+    "mppi": "One iteration; every candidate weighs exp(return / temperature).",
+    "tdmpc": "TD-MPC2's mixture: short horizon, elites weigh by their return.",
+}
+
+
+def union(options: dict[str, tuple[Any, Any]]) -> Any:
+    """A union of (type, default) by name, each a subcommand."""
+    avoid = tyro.conf.AvoidSubcommands  # a preset fixes which parts it has; their settings stay open
+    sub = lambda name, default: tyro.conf.subcommand(name, default=default, description=WORDS.get(name))
+    made = [Annotated[t, sub(name, d), avoid] for name, (t, d) in options.items()]
+    return reduce(operator.or_, made)
+
+
+Algorithm: Any = union({name: (offline.OfflineConfig, preset) for name, preset in offline.PRESETS.items()})
+Learner: Any = union({name: (type(x), x) for name, x in LEARNERS.items()})
+Search: Any = union({name: (Planner, x) for name, x in planner.PRESETS.items()})

@@ -1,0 +1,329 @@
+"""The commands that drive an environment: `mbrl plan` (PETS, or planning with a model that is there) and `mbrl online`
+(MBPO). With `mbrl.cli` the only modules of `mbrl` that reach for the environments."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+from mbrl import device as devices
+from mbrl import mpc, online
+from mbrl.choices import KNOWN, Learner, Search, console
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.fit import FitConfig
+from mbrl.mpc import ByValue, Mpc, PetsConfig
+from mbrl.planner import ICEM, Worth
+from mbrl.run import Run, RunError, from_plain, machine, to_plain, versions, write_json
+
+KINDS = (*KNOWN, online.OnlineConfig, online.Horizon)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Control an environment by planning: learn its model on the way (PETS), or plan with one that is there."""
+
+    env: str | None = None
+    """A gymnasium id."""
+    model: str | None = None
+    """Plan with this instead of learning: the folder of a finished `mbrl plan`, or "true", the simulator itself."""
+    resume: Path | None = None
+    """Continue this run folder after its last whole episode, to the same numbers."""
+    out: Path | None = None
+    """The run folder; runs/<env>/plan-<seed> by default."""
+    seed: int | None = None
+    random: int = 1
+    """Episodes of random actions at first."""
+    episodes: int = 10
+    """Episodes under the planner."""
+    reward: Literal["task", "learned"] = "task"
+    """The task's own reward where it is known (else, or with "learned", the learner's head)."""
+    worth: Worth = field(default_factory=lambda: Worth(particles=5))
+    fitting: FitConfig = field(default_factory=lambda: PetsConfig().fitting)
+    video: Path | None = None
+    """Write an .mp4 or .gif of one more episode (MUJOCO_GL=egl where there is no screen)."""
+    device: str = "auto"
+    threads: int = 0
+    quiet: bool = False
+    planner: Search = ICEM  # pyright: ignore[reportInvalidTypeForm]
+    """How to search; its settings follow its name."""
+    dynamics: Learner = field(default_factory=lambda: EnsembleConfig(members=5, uncertainty=()))  # pyright: ignore[reportInvalidTypeForm]
+    """The model of the world; its settings follow its name."""
+
+
+@dataclass(frozen=True)
+class Online:
+    """Learn a policy in an environment through a model of it (MBPO)."""
+
+    env: str | None = None
+    """A gymnasium id."""
+    resume: Path | None = None
+    """Continue this run folder after the last episode that it saved, to the same numbers."""
+    out: Path | None = None
+    """The run folder; runs/<env>/online-<seed> by default."""
+    seed: int | None = None
+    steps: int | None = None
+    """Of the environment, instead of the setting's own number."""
+    episodes: int = 10
+    """Episodes an evaluation."""
+    reward: Literal["learned", "task"] = "learned"
+    device: str = "auto"
+    threads: int = 0
+    quiet: bool = False
+    setting: online.OnlineConfig = field(default_factory=online.OnlineConfig)
+    fitting: FitConfig = field(default_factory=FitConfig)
+    dynamics: Learner = field(default_factory=EnsembleConfig)  # pyright: ignore[reportInvalidTypeForm]
+    """The model of the world; its settings follow its name."""
+
+
+# ---------------------------------------------------------------- what is known of an environment
+
+
+def opened(env_id: str | None) -> Any:
+    """The environment. Raises ValueError for a name that is none."""
+    from mbrl_envs import evaluate as worlds
+
+    if env_id is None:
+        raise ValueError("--env is missing; expected a gymnasium id, e.g. Pendulum-v1")
+    return worlds.make(env_id)
+
+
+def functions(env_id: str, env: Any, reward: str) -> tuple[Any, Any]:
+    """(reward, terminal) of the task where they are known, else None. Raises ValueError where the task's reward is
+    asked for and not known; "task" of `mbrl plan` takes the learned one then."""
+    from mbrl_envs import tasks
+
+    try:
+        task = tasks.task(env_id, env.observation_space.shape[0])
+    except ValueError:  # a variant with other observations: what it lacks is learned
+        task = None
+    return (task.reward if task and reward == "task" else None), (task.terminal if task else None)
+
+
+def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int) -> Any:
+    """A controller that plans in the simulator itself."""
+    from mbrl_envs import control
+    from mbrl_envs.simulator import Simulator
+
+    exact: dict[str, Callable[[], Any]] = {
+        "Pendulum-v1": control.TruePendulum,
+        "mbrl_envs/CartPoleSwingUp-v0": control.TrueCartPole,
+    }
+    stream = devices.generator(seed)
+    if env_id in exact:
+        _, terminal = functions(env_id, env, "task")
+        one = replace(worth, particles=1)
+        return Mpc(planner, one, exact[env_id](), generator=stream, terminal=terminal)
+    simulator = Simulator(env)
+    width = env.action_space.shape[0]
+
+    def value(acts: torch.Tensor) -> torch.Tensor:
+        return simulator.value(acts[0], worth.discount)[None]
+
+    return ByValue(planner, value, width, stream)
+
+
+# ---------------------------------------------------------------- mbrl plan
+
+
+def run_plan(args: Plan) -> Run:
+    """The command `mbrl plan`; returns the finished run."""
+    run, args = _begin(args, Plan, "plan")
+    assert args.env is not None
+    assert args.seed is not None
+    device = devices.pick(args.device)
+    env = opened(args.env)
+    try:
+        mpc.bounds(env)
+        reward, terminal = functions(args.env, env, args.reward)
+        began = time.perf_counter()
+        config = PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
+        with run:
+            if args.model is None:
+                result = mpc.pets(
+                    config, env, args.dynamics, seed=args.seed, record=run, reward=reward, terminal=terminal,
+                    device=device,
+                )  # fmt: skip
+                returns, controller = result.returns, result.mpc
+            else:
+                controller = _given(args, env, reward, terminal, device)
+                returns = _driven(args, env, controller, run, device)
+            wall = time.perf_counter() - began
+            last = torch.tensor([r for _, r in returns[-max(1, min(10, args.episodes)) :]])
+            out = {
+                "env": args.env, "seed": args.seed, "model": args.model or type(args.dynamics).__name__,
+                "planner": to_plain(args.planner), "returns": returns, "last10": last.mean().item(),
+                "steps": returns[-1][0], "wall_s": round(wall, 1), **machine(), "versions": versions(),
+            }  # fmt: skip
+            draw(run.folder / "report.png", f"{args.env}, seed {args.seed}", returns, args.random * (not args.model))
+            write_json(run.folder / "result.json", out)
+        if not args.quiet:
+            words = Table("episode", "environment steps", "return", title=f"{args.env}, planning")
+            for i, (n, r) in enumerate(returns):
+                words.add_row(f"{i + 1}{' (random)' if not args.model and i < args.random else ''}", str(n), f"{r:.1f}")
+            console.print(words)
+            console.print(f"{wall:.0f} s; figure: {run.folder / 'report.png'}")
+        if args.video:
+            _film(args, controller, device)
+    finally:
+        env.close()
+    return run
+
+
+def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.device) -> Any:
+    """A controller with a model that is there."""
+    assert args.env is not None
+    assert args.seed is not None
+    if args.model == "true":
+        return truth(args.env, env, args.planner, args.worth, args.seed)
+    other = Run.open(Path(str(args.model)))
+    kept = other.load("pets")
+    weights = {} if kept is None else {k[6:]: v for k, v in kept[0].items() if k.startswith("model.")}
+    if not weights:
+        raise RunError(f"--model {args.model}: holds no model; expected the folder of a finished `mbrl plan`, or true")
+    settings = from_plain(other.config["arguments"], (*KINDS, Plan))
+    spec = mpc.spec_of(env)
+    model = settings.dynamics.build(spec, devices.generator(0))
+    want, got = ({k: tuple(v.shape) for k, v in x.items()} for x in (model.state_dict(), weights))
+    if want != got:
+        raise RunError(
+            f"--model {args.model}: its model is of {settings.env}; {args.env} has {spec.obs} observations and "
+            f"{spec.act} actions, which do not fit it"
+        )
+    model.load_state_dict(weights)
+    stream = devices.generator(args.seed, device)
+    return Mpc(args.planner, args.worth, model.eval().to(device), generator=stream, reward=reward, terminal=terminal)
+
+
+def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.device) -> list[tuple[int, float]]:
+    """Episodes under a controller that does not learn. Those that the run holds are not driven again."""
+    kept = run.load("driven")
+    returns = [(int(n), float(r)) for n, r in kept[1]["returns"]] if kept else []
+    assert args.seed is not None
+    for i in range(len(returns), args.episodes):
+        controller.generator.manual_seed(args.seed + 7919 * (i + 1))
+        controller.begin(1)
+        e = mpc.episode(env, lambda obs: controller(obs.to(device)), args.seed + i)
+        returns.append(((returns[-1][0] if returns else 0) + len(e.act), e.total))
+        run.log("episode", returns[-1][0], {"return": e.total, "length": float(len(e.act))})
+        run.progress("episode", i + 1, args.episodes, {"return": e.total})
+        run.save("driven", {"n": torch.tensor(len(returns))}, {"returns": returns})
+    return returns
+
+
+def _film(args: Plan, controller: Any, device: torch.device) -> None:
+    from mbrl_envs import evaluate as worlds
+
+    if isinstance(controller, ByValue):
+        raise RunError("--video: a plan in the true simulator is of one environment alone; leave --video out")
+    controller.begin(1)
+    assert args.video is not None
+    total = worlds.video(lambda obs: controller(torch.as_tensor(obs).to(device)), str(args.env), args.video)
+    console.print(f"video: {args.video}, return {total:.1f}")
+
+
+# ---------------------------------------------------------------- mbrl online
+
+
+def run_online(args: Online) -> Run:
+    """The command `mbrl online`; returns the finished run."""
+    from mbrl_envs import evaluate as worlds
+
+    if args.steps is not None:
+        args = replace(args, setting=replace(args.setting, steps=args.steps))
+    run, args = _begin(args, Online, "online")
+    assert args.env is not None
+    assert args.seed is not None
+    env = opened(args.env)
+    try:
+        low, high = mpc.bounds(env)
+        reward, terminal = functions(args.env, env, args.reward)
+        if args.reward == "task" and reward is None:
+            raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")
+        width = env.observation_space.shape[0]
+        evaluate = worlds.evaluator(
+            args.env, episodes=args.episodes, seed=10_000 + 1_000 * args.seed, act_low=low.numpy(),
+            act_high=high.numpy(), obs=width,
+        )  # fmt: skip
+        began = time.perf_counter()
+        with run:
+            result = online.train(
+                args.setting, env, dynamics=args.dynamics, fitting=args.fitting, terminal=terminal, reward=reward,
+                evaluate=evaluate, seed=args.seed, device=devices.pick(args.device), record=run,
+            )  # fmt: skip
+            wall = time.perf_counter() - began
+            curve = [(n, float(torch.tensor(r).mean())) for n, r in result.returns]
+            out = {
+                "env": args.env, "seed": args.seed, "model": type(args.dynamics).__name__, "returns": result.returns,
+                "episodes": result.episodes, "seconds": {k: round(v, 2) for k, v in result.seconds.items()},
+                "wall_s": round(wall, 1), **machine(), "versions": versions(),
+            }  # fmt: skip
+            if curve:
+                out |= {"final": curve[-1][1], "last10": sum(r for _, r in curve[-10:]) / len(curve[-10:])}
+                draw(run.folder / "report.png", f"{args.env}, seed {args.seed}", curve, 0)
+            write_json(run.folder / "result.json", out)
+        if not args.quiet:
+            for key in ("final", "last10"):
+                if key in out:
+                    console.print(f"{key}: {out[key]:.1f}")
+            console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in result.seconds.items())}")
+            console.print(f"figure: {run.folder / 'report.png'}    curves: tensorboard --logdir {run.folder}")
+    finally:
+        env.close()
+    return run
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def _begin(args: Any, kind: type, name: str) -> tuple[Run, Any]:
+    """The run folder, new or resumed, and the settings that hold there."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.resume is not None:
+        run = Run.open(args.resume, quiet=args.quiet)
+        if run.result is not None:
+            raise RunError(f"{args.resume}: has finished")
+        if run.config.get("algorithm") != name:
+            raise RunError(f"{args.resume}: is of `mbrl {run.config.get('algorithm')}`, expected one of `mbrl {name}`")
+        old = from_plain(run.config["arguments"], (*KINDS, kind))
+        if not args.threads and run.local["threads"] != torch.get_num_threads():
+            torch.set_num_threads(run.local["threads"])
+        run.rewind()
+        return run, replace(old, quiet=args.quiet, device=run.local["device"], out=run.folder)
+    seed = devices.fresh_seed() if args.seed is None else args.seed
+    env = opened(args.env)  # a wrong name is found before there is a folder
+    try:
+        mpc.bounds(env)
+    finally:
+        env.close()
+    stem = str(args.env).replace("/", "_")
+    out = args.out or Path("runs") / stem / f"{name}-{seed}"
+    kept = replace(args, seed=seed, out=None, quiet=False)
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in to_plain(kept).items()}
+    config = {"algorithm": name, "arguments": plain}
+    local = {"device": str(devices.pick(args.device)), "threads": torch.get_num_threads()}
+    return Run.create(out, config, local, quiet=args.quiet), replace(args, seed=seed, out=out)
+
+
+def draw(path: Path, title: str, returns: Sequence[tuple[int, float]], random: int) -> None:
+    """Return against environment steps; the first `random` points are of random actions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    steps, values = zip(*returns, strict=True)
+    ax.plot(steps, values, marker="o", ms=4)
+    if random:
+        ax.plot(steps[:random], values[:random], "o", color="gray", label="random actions")
+        ax.legend()
+    ax.set(title=title, xlabel="environment steps", ylabel="undiscounted return")
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)

@@ -1,0 +1,118 @@
+"""`mbrl plan` and `mbrl online` on small settings: what they leave behind, resuming, and what they refuse."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from mbrl import cli, cli_control, mpc
+from mbrl.run import Run
+
+PLAN = ["plan", "--env", "Pendulum-v1", "--seed", "0", "--threads", "1", "--fitting.max-epochs", "3", "--quiet",
+        "--worth.particles", "2"]  # fmt: skip
+SMALL = ["planner:icem", "--planner.horizon", "4", "--planner.samples", "12", "--planner.elites", "4",
+         "dynamics:single", "--dynamics.hidden", "16", "--dynamics.weight-decay", "0.0", "0.0"]  # fmt: skip
+
+
+def plan(*options):
+    cli.main([*PLAN, *options, *SMALL])
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Episodes of 25 steps."""
+    make = cli_control.opened
+    monkeypatch.setattr(cli_control, "opened", lambda env: gym.wrappers.TimeLimit(make(env).unwrapped, 25))
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path):
+    plan("--episodes", "2", "--out", str(tmp_path / "a"))
+    got = result(tmp_path / "a")
+    assert [n for n, _ in got["returns"]] == [25, 50, 75]
+    assert got["last10"] == pytest.approx(np.mean([r for _, r in got["returns"][1:]]))
+    assert (tmp_path / "a/report.png").stat().st_size > 5000
+    stages = {x["stage"] for x in Run.open(tmp_path / "a").metrics()}
+    assert {"model", "episode"} <= stages
+    plan("--episodes", "1", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"))
+    assert len(result(tmp_path / "b")["returns"]) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--env", "InvertedPendulum-v5", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "c")])
+
+
+def test_plan_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+    plan("--episodes", "3", "--out", str(tmp_path / "whole"))
+    real, count = mpc.episode, []
+
+    def stopping(*args, **kw):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kw)
+
+    monkeypatch.setattr(mpc, "episode", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        plan("--episodes", "3", "--out", str(tmp_path / "cut"))
+    assert stopped.value.code == 130
+    cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
+    assert result(tmp_path / "cut")["returns"] == result(tmp_path / "whole")["returns"]
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "InvertedPendulum-v5"])
+def test_the_true_model_is_the_upper_bound(tmp_path, env):
+    """In the truth itself a planner holds what a random policy cannot."""
+    torch.manual_seed(0)
+    cli.main(["plan", "--env", env, "--seed", "0", "--model", "true", "--episodes", "1", "--quiet", "--threads", "1",
+              "--out", str(tmp_path / "t"), "planner:icem", "--planner.horizon", "12"])  # fmt: skip
+    got = result(tmp_path / "t")["returns"][0][1]
+    made = gym.wrappers.TimeLimit(gym.make(env).unwrapped, 25)
+    chance = mpc.episode(made, lambda obs: 2 * torch.rand(1, 1) - 1, 0).total
+    assert got > chance
+    if env.startswith("Inverted"):
+        assert got == 25
+
+
+def test_online_leaves_a_run(tmp_path):
+    cli.main(["online", "--env", "InvertedPendulum-v5", "--seed", "0", "--steps", "120", "--quiet", "--threads", "1",
+              "--episodes", "1", "--out", str(tmp_path / "o"), "--setting.random", "60", "--setting.refit-every", "30",
+              "--setting.rollouts", "50", "--setting.updates", "1", "--setting.evaluate-every", "60",
+              "--setting.agent.hidden", "16", "--fitting.max-epochs", "2", "dynamics:single", "--dynamics.hidden",
+              "16", "--dynamics.weight-decay", "0.0", "0.0"])  # fmt: skip
+    got = result(tmp_path / "o")
+    assert {"fit", "rollout", "update", "environment"} <= set(got["seconds"])
+    assert [n for n, _ in got["returns"]] == [60, 120] or got["returns"][-1][0] == 120
+    assert got["final"] == pytest.approx(np.mean(got["returns"][-1][1]))
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["online", "--resume", str(tmp_path / "o")])
+    assert refused.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["plan"], "--env is missing"),
+        (["plan", "--env", "Nowhere-v1"], "Nowhere"),
+        (["plan", "--env", "CartPole-v1"], "action space"),
+        (["plan", "--env", "Pendulum-v1", "--model", "missing"], "missing"),
+        (["online", "--env", "CartPole-v1"], "action space"),
+        (["online", "--env", "Pendulum-v1", "--reward", "task", "--steps", "0"], "steps"),
+    ],
+)
+def test_what_cannot_be_is_one_error(argv, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        cli.main([*argv, "--quiet"])
+    assert refused.value.code == 2
+    said = capsys.readouterr().err
+    assert word in said
+    assert "Traceback" not in said
+
+
+def test_the_figure_is_drawn_whole(tmp_path):
+    cli_control.draw(tmp_path / "x.png", "t", [(1, 2.0), (2, 3.0)], 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
