@@ -292,10 +292,11 @@ def test_gradients_by_hand_are_those_of_the_losses():
     torch.testing.assert_close((got, dact), (best.detach(), want))
 
 
-def test_first_actor_step_goes_down_the_actor_loss():
+@pytest.mark.parametrize("settings", [{}, {"robust": 0.5}])
+def test_first_actor_step_goes_down_the_actor_loss(settings):
     """Adam's first step is the gradient's sign times the rate: it shows the gradient of `actor_loss`."""
     spec, g = Spec(4, 2), gen(6)
-    agent = SacConfig(hidden=(8,), critic_lr=0.0).build(spec, g, 2, DOUBLE)
+    agent = SacConfig(hidden=(8,), critic_lr=0.0, **settings).build(spec, g, 2, DOUBLE)
     batch, noise = random_batch(spec, 2, 16, g), random_noise(spec, 2, 16, g)
     actor = agent.actor.detach().clone().requires_grad_()
     loss, log_prob = agent.actor_loss(actor, batch.obs, noise[0])
@@ -439,6 +440,16 @@ def test_critics_and_targets_keep_to_the_spectral_bound(bound, iterations, slack
     assert max(x.max() for x in norms(agent.critics)) > 0.9 * bound, "and no further down than to it"
     obs = torch.randn(seeds, 100, 3, generator=g, dtype=DOUBLE)
     assert (local_lipschitz(agent, obs)["l2_max"] <= (slack * bound) ** 3).all()
+
+
+def test_critics_that_are_loaded_keep_to_the_bound_as_well():
+    """One step of the power iteration, from the vectors of other weights, would not see how large these are."""
+    agent = SacConfig(hidden=(32, 32), spectral=1.0, critic_lr=0.0, tau=1.0).build(Spec(3, 2), gen(1), 1, DOUBLE)
+    other = SacConfig(hidden=(32, 32)).build(Spec(3, 2), gen(2), 1, DOUBLE)
+    agent.load_linears(0, **other.linears(0))
+    agent.update(random_batch(Spec(3, 2), 1, 8, gen(3)), random_noise(Spec(3, 2), 1, 8, gen(3)))
+    for weight, *_ in agent.critic_net.views(agent.critics[0]):
+        assert (torch.linalg.svdvals(weight)[:, 0] <= 1 + 1e-9).all()
 
 
 REGULAR = {"hidden": (8, 8), "robust": 0.5, "spectral": 1.0, "critic_lr": 1e-2}

@@ -125,6 +125,15 @@ def test_the_variance_of_noisy_data_is_learned():
     assert drawn.std().item() == pytest.approx(0.3, rel=0.15)
 
 
+def test_a_doubt_that_is_not_a_number_is_infinite():
+    model = make(gaussian=True)
+    obs = normal(2, 3)
+    obs[1] = torch.nan
+    doubt = model.step(obs, StepInput(normal(2, 2), normal(2, 4), normal(2, 1)), ())[1].uncertainty["aleatoric"]
+    assert doubt.isfinite().tolist() == [True, False]
+    assert doubt[1] == torch.inf
+
+
 def test_branches_evaluate_once():
     model, seen = make(gaussian=True), []
     inner = model._moments
