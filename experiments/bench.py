@@ -99,6 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    devices.keep_memory()
     device = devices.pick(args.device)
     start = time.perf_counter()
     rows = importlib.import_module(f"benches.{args.name}").run(Harness(args.seconds, device))

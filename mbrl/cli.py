@@ -21,7 +21,7 @@ from rich.table import Table
 
 import mbrl
 from mbrl import device as devices
-from mbrl import offline, suite
+from mbrl import mpc, offline, suite
 from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console
 from mbrl.cli_control import Online, Plan, run_online, run_plan
 from mbrl.core import Spec
@@ -62,6 +62,8 @@ class Offline:
     """A folder of fitted models that several runs on the same data share."""
     start: Path | None = None
     """Start from this policy: a stable-baselines3 SAC checkpoint, or a run folder."""
+    plan: bool = False
+    """At the end, evaluate planning over the policy as well (LOOP), from the same initial states."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 is torch's own choice."""
@@ -85,6 +87,8 @@ class Evaluate:
     """Of the episodes' initial states; another than training's."""
     env: str | None = None
     """Instead of the run's own."""
+    plan: bool = False
+    """Plan over the policy in the run's fitted model (LOOP), and show the gain."""
     export: Path | None = None
     """Write the policy as a stable-baselines3 SAC checkpoint."""
     video: Path | None = None
@@ -250,6 +254,7 @@ def run_offline(args: Offline) -> Run:
         raise ValueError(f"--start {args.start}: {name_of(algorithm)} starts from no SAC policy; leave --start out")
     seeds = args.seeds or (devices.fresh_seed(),)
     world = World.of(replace(args, seeds=seeds), data)
+    _check_plan(replace(args, algorithm=algorithm), world)
     if args.start is not None:
         _start(Path(args.start), replace(args, seeds=seeds), data)
     label = name_of(algorithm)
@@ -339,8 +344,46 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
             start=start,
             record=run,
         )
-        finish(run, args, data, result, world, time.perf_counter() - began)
+        planned = None
+        if args.plan:
+            models = [_fitted(run, args, s, data.spec) for s in args.seeds]
+            planned = _planned(result.agent, models, args.seeds, world.evaluate, world.terminal, world.reward)
+        finish(run, args, data, result, world, time.perf_counter() - began, planned)
     return run
+
+
+def _check_plan(args: Offline, world: "World") -> None:
+    """Before anything is learned. Raises ValueError for what --plan cannot plan over."""
+    if not args.plan:
+        return
+    if args.algorithm.imagination is None or not isinstance(args.algorithm.agent, SacConfig):
+        raise ValueError(f"--plan: {name_of(args.algorithm)} has no model or no critic to plan with; leave --plan out")
+    if world.evaluate is None:
+        raise ValueError("--plan: there is no environment to plan in; leave --plan or --env none out")
+
+
+def _fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
+    """The model that a run was learned in. Raises RunError where it is gone."""
+    facts = run.config["data"]
+    name = f"model-{offline.digest(facts['sha256'], facts['steps'], args.dynamics, args.fitting, seed)}"
+    kept = run.load(name)
+    if kept is None:
+        raise RunError(f"{run.folder}: its fitted model ({name}) is not there any more; it cannot be planned with")
+    model = args.dynamics.build(spec, devices.generator(0))
+    model.load_state_dict(kept[0])
+    return model.eval().to(devices.pick(args.device))
+
+
+def _planned(agent: Any, models: Any, seeds: Any, evaluate: Any, terminal: Any, reward: Any) -> list[list[float]]:
+    """Returns [seeds][episodes] of planning over each seed's policy."""
+    found = []
+    for i, (seed, model) in enumerate(zip(seeds, models, strict=True)):
+        device = next(model.parameters()).device
+        stream = devices.generator(seed, device)
+        control = mpc.over(agent, i, model, generator=stream, terminal=terminal, reward=reward)
+        act = lambda obs, control=control: control(obs).to(obs.device)
+        found.append([float(x) for x in evaluate(act, rows=lambda kept, begun, c=control: c.rows(kept, begun))])
+    return found
 
 
 def _start(path: Path, args: Offline, data: Any) -> dict[str, torch.Tensor]:
@@ -375,7 +418,9 @@ def scale_of(id: str, data: Any = None) -> tuple[float, float] | None:
         return None
 
 
-def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: World, wall: float) -> None:
+def finish(
+    run: Run, args: Offline, data: Any, result: offline.Result, world: World, wall: float, planned: Any = None
+) -> None:
     """result.json, report.png and the words at the end."""
     scale = world.scale
     out: dict[str, Any] = {
@@ -400,6 +445,8 @@ def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: Wo
         if scale:
             score = lambda x: (100 * (x - scale[0]) / (scale[1] - scale[0])).tolist()
             out |= {"score_final": score(final), "score_last10": score(last)}
+    if planned is not None:
+        out |= {"planned": [[round(x, 2) for x in row] for row in planned]}
     title = f"{data.name}, {run.config['algorithm']}, seeds {', '.join(map(str, args.seeds))}"
     draw_report(run, run.folder / "report.png", title, data.returns.tolist(), scale)
     write_json(run.folder / "result.json", out)
@@ -415,6 +462,10 @@ def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: Wo
         cells += [out["behaviour_mean"], out["behaviour_best"]]
         words.add_row(str(seed), *("-" if x is None else f"{x:.1f}" for x in cells))
     console.print(words)
+    if planned is not None:
+        for seed, row, own in zip(args.seeds, planned, result.returns[-1][1], strict=True):
+            with_, without = sum(row) / len(row), sum(own) / len(own)
+            console.print(f"seed {seed}: planning over the policy {with_:.1f}, a gain of {with_ - without:+.1f}")
     console.print("last-10: mean over the last ten evaluations; never the best one. ", end="")
     console.print(f"scale: {scale}" if scale else "no reference scores are known for this environment")
     console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in result.seconds.items())}")
@@ -426,7 +477,7 @@ def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: Wo
 
 def run_evaluate(args: Evaluate) -> list[list[float]]:
     """The command `mbrl eval`; returns [seeds][episodes]."""
-    from mbrl_envs import adapters
+    from mbrl_envs import adapters, tasks
     from mbrl_envs import evaluate as worlds
 
     run = Run.open(args.run)
@@ -440,13 +491,23 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     bounds = {k: facts[k] for k in ("act_low", "act_high")} if args.env is None else {}
     evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed, obs=agent.spec.obs, **bounds)
     rows = [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(settings.seeds))]
+    named = [(str(seed), row) for seed, row in zip(settings.seeds, rows, strict=True)]
+    if args.plan:
+        if settings.algorithm.imagination is None or not isinstance(settings.algorithm.agent, SacConfig):
+            raise RunError(f"--plan: {args.run} has no model or no critic to plan with; leave --plan out")
+        run.shared = Path(run.local["models"]) if run.local.get("models") else None
+        models = [_fitted(run, settings, s, agent.spec) for s in settings.seeds]
+        task = tasks.task(env, agent.spec.obs)
+        reward = task.reward if task and settings.reward == "task" else None
+        planned = _planned(agent, models, settings.seeds, evaluate, task.terminal if task else None, reward)
+        named += [(f"{seed}, planned", row) for seed, row in zip(settings.seeds, planned, strict=True)]
     scale = result.get("scale")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=f"{env}, {args.episodes} episodes, {data}")
-    for seed, row in zip(settings.seeds, rows, strict=True):
+    for seed, row in named:
         x = torch.tensor(row)
         score = f"{100 * (x.mean() - scale[0]) / (scale[1] - scale[0]):.1f}" if scale else "-"
         cells = (x.mean(), x.std(correction=0), x.min(), x.max())
-        words.add_row(str(seed), *(f"{v:.1f}" for v in cells), score)
+        words.add_row(seed, *(f"{v:.1f}" for v in cells), score)
     console.print(words)
     if args.export:
         adapters.to_sb3(agent, env, args.export)
@@ -688,6 +749,7 @@ def _commands() -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script `mbrl`. Exit status: 0 done, 2 for input that cannot be used, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    devices.keep_memory()
     if argv[:1] == ["--version"]:
         print(f"mbrl-suite {mbrl.__version__}")
         return

@@ -19,13 +19,13 @@ from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.planner import (
     ICEM,
+    LOOP,
     Critic,
     Found,
     Plan,
     Planner,
     Reward,
     Terminal,
-    Value,
     Worth,
     fresh,
     propose,
@@ -164,6 +164,29 @@ class Mpc:
         mean = torch.zeros(envs, model.noise_dim, dtype=dt.dtype, device=dt.device)
         state, _ = model.step(state, StepInput(found.acts[:, 0], mean, dt), one)
         return tuple(found), tuple(shift(self.planner, plan)), state
+
+
+def over(
+    agent: Any,
+    seed: int,
+    model: Dynamics,
+    *,
+    generator: torch.Generator,
+    planner: Planner = LOOP,
+    worth: Worth | None = None,
+    reward: Reward | None = None,
+    terminal: Terminal | None = None,
+) -> Mpc:
+    """Planning over a policy that was learned, at test time (LOOP: Sikchi et al., CoRL 2021): the agent, a
+    `mbrl.sac.Sac`, proposes, and the least of its critics values what comes after the horizon. seed: which of the
+    agent's seeds. worth: by default the agent's discount, 5 particles and mean - std over them."""
+    one = agent.one(seed)
+    worth = worth or Worth(discount=agent.config.gamma, particles=5 if model.parts > 1 else 1, pessimism=1.0)
+    policy = lambda obs, noise: one.act(obs[None], noise[None])[0]
+    critic = lambda obs: one.q(obs[None], one.act(obs[None])).amin(1)[0]
+    return Mpc(
+        planner, worth, model, generator=generator, reward=reward, terminal=terminal, critic=critic, policy=policy
+    )
 
 
 @final

@@ -108,6 +108,8 @@ ICEM = Planner(
 MPPI = Planner(iterations=1, elites=256, temperature=1.0)
 # TD-MPC2 multiplies returns by 0.5 where `temperature` divides. Its policy's trajectories come as proposals.
 TDMPC = Planner(horizon=3, samples=512, iterations=6, elites=64, temperature=2.0, std=2.0)
+# Around a learned policy, with its critic behind the horizon (LOOP: Sikchi et al., CoRL 2021).
+LOOP = Planner(horizon=4, samples=100, iterations=4, elites=20, keep=0.25, momentum=0.1, std=0.3, proposals=5)
 PRESETS: dict[str, Planner] = {"cem": CEM, "icem": ICEM, "mppi": MPPI, "tdmpc": TDMPC}
 
 

@@ -129,7 +129,7 @@ def test_a_run_that_was_killed_continues_to_the_same_numbers(pendulum, tmp_path)
 def finished(pendulum, tmp_path_factory):
     """A finished run, made in this process."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    cli.main(["offline", "--dataset", str(pendulum), "--out", str(folder), "--seeds", "5", *small("--quiet")])
+    cli.main(["offline", "--dataset", str(pendulum), "--out", str(folder), "--seeds", "5", *small("--quiet", "--plan")])
     return folder
 
 
@@ -149,6 +149,8 @@ def test_a_run_folder_says_what_was_done(finished, pendulum):
     assert result["last10"][0] == pytest.approx(np.mean([r[1][0] for r in result["returns"]]), abs=0.01)
     assert {m["stage"] for m in run.metrics()} >= {"model", "reward", "rollout", "policy", "evaluate"}
     assert not list(finished.rglob("*.tmp"))
+    assert np.shape(result["planned"]) == (1, 2)
+    assert result["planned"] != result["returns"][-1][1]
 
 
 def test_eval_gives_actions_the_meaning_that_they_have_in_the_data(finished, monkeypatch):
@@ -174,6 +176,22 @@ def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
     ours = offline.policy_of(agent)(obs)
     theirs, _ = SAC.load(path, device="cpu").predict(obs.numpy(), deterministic=True)
     np.testing.assert_allclose(2 * ours.numpy(), theirs, atol=1e-5)
+
+
+def test_eval_plans_over_the_policy(finished, monkeypatch, capsys):
+    """With the agent's own seed and model, from the same initial states; what comes out is shown beside the policy."""
+    seen = []
+    real = cli.mpc.over
+    monkeypatch.setattr(
+        cli.mpc, "over", lambda agent, i, model, **kw: (seen.append(model), real(agent, i, model, **kw))[1]
+    )
+    monkeypatch.setattr(cli.mpc.Mpc, "__call__", lambda self, obs: torch.full((len(obs), 1), 0.3))
+    constant = cli.run_evaluate(cli.Evaluate(finished, episodes=2, plan=True))
+    assert "5, planned" in capsys.readouterr().out
+    kept = Run.open(finished).load(next(p.stem for p in (finished / "checkpoints").glob("model-*.safetensors")))
+    assert kept is not None
+    assert all(torch.equal(kept[0][k], v) for k, v in seen[0].state_dict().items())
+    assert len(constant) == 1
 
 
 @pytest.mark.parametrize("kind", ["run", "stable-baselines3"])
@@ -212,6 +230,8 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "bc@3"], "no penalty"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo@x"], "'x' is not a number"),
         (["data", "scores", "no-such-id"], "no-such-id"),
+        (["offline", "--dataset", "embedded:pendulum", "--plan", "algorithm:bc"], "bc has no model"),
+        (["offline", "--dataset", "embedded:pendulum", "--plan", "--env", "none"], "no environment to plan in"),
     ],
 )
 def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):

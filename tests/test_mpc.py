@@ -14,8 +14,9 @@ from mbrl import device as devices
 from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
-from mbrl.mpc import Episode, Mpc, PetsConfig, bounds, episode, gathered, pets
+from mbrl.mpc import Episode, Mpc, PetsConfig, bounds, episode, gathered, over, pets
 from mbrl.planner import CEM, ICEM, Planner, Worth
+from mbrl.sac import SacConfig
 
 SMALL = replace(CEM, horizon=4, samples=64, elites=8, iterations=4)
 BOX = spaces.Box(-1, 1, (1,), np.float32)
@@ -201,6 +202,20 @@ def test_observations_of_another_number_or_width_are_refused():
     for wrong in (torch.zeros(1, 1), torch.zeros(2, 3)):
         with pytest.raises(ValueError, match=r"expected \[2, 1\]"):
             mpc(wrong)
+
+
+def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
+    agent = SacConfig(hidden=(8,)).build(Spec(1, 1), devices.generator(0), seeds=2)
+    mpc = over(agent, 1, Line(), generator=devices.generator(0))
+    obs, noise = torch.randn(5, 1), torch.randn(5, 1)
+    two = lambda x: torch.stack([x, x])
+    assert mpc.policy is not None
+    assert mpc.critic is not None
+    torch.testing.assert_close(mpc.policy(obs, noise), agent.act(two(obs), two(noise))[1])
+    torch.testing.assert_close(mpc.critic(obs), agent.q(two(obs), agent.act(two(obs)))[1].min(0).values)
+    assert mpc.worth == Worth(discount=0.99, particles=1, pessimism=1.0)
+    mpc.begin(2)
+    assert mpc(torch.zeros(2, 1)).shape == (2, 1)
 
 
 # ---------------------------------------------------------------- the border
