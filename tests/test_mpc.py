@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from test_contract import SUBJECTS
 from worlds import Line
 
 from mbrl import device as devices
@@ -202,6 +203,23 @@ def test_observations_of_another_number_or_width_are_refused():
     for wrong in (torch.zeros(1, 1), torch.zeros(2, 3)):
         with pytest.raises(ValueError, match=r"expected \[2, 1\]"):
             mpc(wrong)
+
+
+@pytest.mark.parametrize("name", ["hyper", "latent", "single", "single-gaussian", "ensemble", "filtered-single"])
+def test_any_learner_is_planned_with(name):
+    """Whatever its state and its condition, and to the same plans under the same stream of noise."""
+    subject = SUBJECTS[name]
+    model, planner = subject.fresh(), replace(ICEM, horizon=3, samples=12, elites=4)
+    obs = torch.randn(2, subject.spec.obs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mpc = Mpc(planner, Worth(particles=2), model, generator=devices.generator(0))
+    mpc.begin(2)
+    first, second = mpc(obs), mpc(obs + 0.1)
+    assert first.shape == (2, subject.spec.act)
+    assert first.isfinite().all()
+    assert second.isfinite().all()
+    again = Mpc(planner, Worth(particles=2), model, generator=devices.generator(0))
+    again.begin(2)
+    assert torch.equal(again(obs), first)
 
 
 def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
