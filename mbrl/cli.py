@@ -1,5 +1,6 @@
 """The command line: `mbrl --help`. The only module of `mbrl` that reaches for the environments."""
 
+import copy
 import operator
 import os
 import sys
@@ -227,6 +228,8 @@ def run_offline(args: Offline) -> Run:
         if run.result is not None:
             raise RunError(f"{args.resume}: has finished; `mbrl eval {args.resume}` runs its policy")
         config = run.config
+        if config["arguments"].get("_type") != "Offline":
+            raise RunError(f"{args.resume}: is of `mbrl {config.get('algorithm')}`, expected one of `mbrl offline`")
         source = args.dataset or run.local["source"]
         args = replace(from_plain(config["arguments"], (*KNOWN, Offline)), threads=args.threads, quiet=args.quiet)
         args = replace(args, device=run.local["device"], models=run.local["models"] and Path(run.local["models"]))
@@ -496,10 +499,21 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
         if settings.algorithm.imagination is None or not isinstance(settings.algorithm.agent, SacConfig):
             raise RunError(f"--plan: {args.run} has no model or no critic to plan with; leave --plan out")
         run.shared = Path(run.local["models"]) if run.local.get("models") else None
+        settings = replace(settings, device="auto")  # the run may be from another machine
         models = [_fitted(run, settings, s, agent.spec) for s in settings.seeds]
-        task = tasks.task(env, agent.spec.obs)
+        try:
+            task = tasks.task(env, agent.spec.obs)
+        except ValueError:  # as in `World.of`
+            task = None
         reward = task.reward if task and settings.reward == "task" else None
-        planned = _planned(agent, models, settings.seeds, evaluate, task.terminal if task else None, reward)
+        planned = _planned(
+            copy.deepcopy(agent).to(devices.pick()),
+            models,
+            settings.seeds,
+            evaluate,
+            task.terminal if task else None,
+            reward,
+        )
         named += [(f"{seed}, planned", row) for seed, row in zip(settings.seeds, planned, strict=True)]
     scale = result.get("scale")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=f"{env}, {args.episodes} episodes, {data}")
@@ -771,7 +785,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt:
-        console.print("\ninterrupted; `mbrl offline --resume <run folder>` continues a run to the same numbers")
+        name = {Plan: "plan", Online: "online"}.get(type(command), "offline")
+        console.print(f"\ninterrupted; `mbrl {name} --resume <run folder>` continues a run to the same numbers")
         sys.exit(130)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)

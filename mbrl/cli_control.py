@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mbrl import device as devices
 from mbrl import mpc, online
+from mbrl.border import World, spec_of
 from mbrl.choices import KNOWN, Learner, Search, console
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
@@ -131,13 +132,12 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int) -> Any:
 
 def run_plan(args: Plan) -> Run:
     """The command `mbrl plan`; returns the finished run."""
-    run, args = _begin(args, Plan, "plan")
+    run, args = _begin(args, Plan, "plan", _check_plan)
     assert args.env is not None
     assert args.seed is not None
     device = devices.pick(args.device)
     env = opened(args.env)
     try:
-        mpc.bounds(env)
         reward, terminal = functions(args.env, env, args.reward)
         began = time.perf_counter()
         config = PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
@@ -173,6 +173,24 @@ def run_plan(args: Plan) -> Run:
     return run
 
 
+def _check_plan(args: Plan, env: Any) -> None:
+    """Before there is a folder. Raises ValueError for what cannot be planned."""
+    PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
+    if args.planner.proposals:
+        raise ValueError(
+            f"--planner.proposals {args.planner.proposals}: there is no policy to propose; `mbrl offline --plan` plans "
+            "over one"
+        )
+    if args.model is None:
+        args.dynamics.build(spec_of(env), devices.generator(0))
+        return
+    if args.episodes < 1:
+        raise ValueError(f"--episodes: got {args.episodes}, expected at least 1 where nothing is learned")
+    controller = _given(replace(args, seed=0), env, None, None, devices.pick("cpu"))
+    if args.video and isinstance(controller, ByValue):
+        raise ValueError("--video: a plan in the true simulator is of one environment alone; leave --video out")
+
+
 def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.device) -> Any:
     """A controller with a model that is there."""
     assert args.env is not None
@@ -185,7 +203,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
     if not weights:
         raise RunError(f"--model {args.model}: holds no model; expected the folder of a finished `mbrl plan`, or true")
     settings = from_plain(other.config["arguments"], (*KINDS, Plan))
-    spec = mpc.spec_of(env)
+    spec = spec_of(env)
     model = settings.dynamics.build(spec, devices.generator(0))
     want, got = ({k: tuple(v.shape) for k, v in x.items()} for x in (model.state_dict(), weights))
     if want != got:
@@ -217,8 +235,6 @@ def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.devic
 def _film(args: Plan, controller: Any, device: torch.device) -> None:
     from mbrl_envs import evaluate as worlds
 
-    if isinstance(controller, ByValue):
-        raise RunError("--video: a plan in the true simulator is of one environment alone; leave --video out")
     controller.begin(1)
     assert args.video is not None
     total = worlds.video(lambda obs: controller(torch.as_tensor(obs).to(device)), str(args.env), args.video)
@@ -234,19 +250,16 @@ def run_online(args: Online) -> Run:
 
     if args.steps is not None:
         args = replace(args, setting=replace(args.setting, steps=args.steps))
-    run, args = _begin(args, Online, "online")
+    run, args = _begin(args, Online, "online", _check_online)
     assert args.env is not None
     assert args.seed is not None
     env = opened(args.env)
     try:
-        low, high = mpc.bounds(env)
+        world = World(env)
         reward, terminal = functions(args.env, env, args.reward)
-        if args.reward == "task" and reward is None:
-            raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")
-        width = env.observation_space.shape[0]
         evaluate = worlds.evaluator(
-            args.env, episodes=args.episodes, seed=10_000 + 1_000 * args.seed, act_low=low.numpy(),
-            act_high=high.numpy(), obs=width,
+            args.env, episodes=args.episodes, seed=10_000 + 1_000 * args.seed, act_low=world.low,
+            act_high=world.high, obs=world.spec.obs,
         )  # fmt: skip
         began = time.perf_counter()
         with run:
@@ -276,10 +289,22 @@ def run_online(args: Online) -> Run:
     return run
 
 
+def _check_online(args: Online, env: Any) -> None:
+    """Before there is a folder. Raises ValueError for what cannot be learned."""
+    assert args.env is not None
+    online.check(args.setting)
+    if args.episodes < 1:
+        raise ValueError(f"--episodes: got {args.episodes}, expected at least 1")
+    if args.reward == "task" and functions(args.env, env, args.reward)[0] is None:
+        raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")
+    for part in (args.dynamics, args.setting.agent):
+        part.build(spec_of(env), devices.generator(0))
+
+
 # ---------------------------------------------------------------- run folders
 
 
-def _begin(args: Any, kind: type, name: str) -> tuple[Run, Any]:
+def _begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -> tuple[Run, Any]:
     """The run folder, new or resumed, and the settings that hold there."""
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -293,11 +318,15 @@ def _begin(args: Any, kind: type, name: str) -> tuple[Run, Any]:
         if not args.threads and run.local["threads"] != torch.get_num_threads():
             torch.set_num_threads(run.local["threads"])
         run.rewind()
+        if getattr(old, "video", None):
+            old = replace(old, video=Path(old.video))
         return run, replace(old, quiet=args.quiet, device=run.local["device"], out=run.folder)
     seed = devices.fresh_seed() if args.seed is None else args.seed
-    env = opened(args.env)  # a wrong name is found before there is a folder
+    device = devices.pick(args.device)
+    env = opened(args.env)  # what is wrong is found before there is a folder
     try:
-        mpc.bounds(env)
+        spec_of(env)
+        check(args, env)
     finally:
         env.close()
     stem = str(args.env).replace("/", "_")
@@ -305,7 +334,7 @@ def _begin(args: Any, kind: type, name: str) -> tuple[Run, Any]:
     kept = replace(args, seed=seed, out=None, quiet=False)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in to_plain(kept).items()}
     config = {"algorithm": name, "arguments": plain}
-    local = {"device": str(devices.pick(args.device)), "threads": torch.get_num_threads()}
+    local = {"device": str(device), "threads": torch.get_num_threads()}
     return Run.create(out, config, local, quiet=args.quiet), replace(args, seed=seed, out=out)
 
 

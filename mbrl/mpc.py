@@ -4,9 +4,8 @@ which fits the learner to what the control has seen, episode after episode.
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
-from mbrl.core import Dynamics, Spec, StepInput, Tree, choose, rows
+from mbrl.border import Env, World
+from mbrl.core import Dynamics, StepInput, Tree, choose, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.planner import (
@@ -99,6 +99,7 @@ class Mpc:
 
     def clear(self, ended: Tensor) -> None:
         """The environments where ended [E] holds begin a new episode: nothing of the old plan survives there."""
+        ended = ended.to(self.new.device)
         self.plan = reset(self.planner, self.plan, ended)
         self.new = self.new | ended
 
@@ -200,6 +201,11 @@ class ByValue:
     ) -> None:
         if planner.proposals:
             raise ValueError(f"ByValue: the planner wants {planner.proposals} proposals a plan, and there is no policy")
+        if planner.gradient_steps:
+            raise ValueError(
+                f"ByValue: the planner wants {planner.gradient_steps} gradient steps, and a value from outside torch "
+                "has no gradient"
+            )
         self.planner, self.value, self.act, self.generator = planner, value, act, generator
         self.counts = {"bad": 0, "seen": 0, "lost": 0}
         self.begin()
@@ -221,35 +227,7 @@ class ByValue:
         return found.acts[:, 0]
 
 
-# ---------------------------------------------------------------- the environment's border
-
-
-class Env(Protocol):
-    """A gymnasium environment of flat observations and box actions, or anything that acts like one."""
-
-    action_space: Any
-    observation_space: Any
-
-    def reset(self, *, seed: int | None = None) -> tuple[Any, dict]: ...
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]: ...
-
-
-def bounds(env: Env) -> tuple[Tensor, Tensor]:
-    """The actions [A] that -1 and 1 stand for. Raises ValueError for an action space that is not a bounded box of one
-    axis, or observations that are not a flat box."""
-    for name, space in (("action", env.action_space), ("observation", env.observation_space)):
-        shape = getattr(space, "shape", None)
-        if not hasattr(space, "low") or shape is None or len(shape) != 1:
-            raise ValueError(f"{name} space is {space}, expected a Box of one axis; wrap the environment")
-    low, high = (torch.as_tensor(x, dtype=torch.float64) for x in (env.action_space.low, env.action_space.high))
-    if not (low.isfinite().all() and high.isfinite().all() and (low < high).all()):
-        raise ValueError(f"action space is {env.action_space}, expected finite bounds, low below high; rescale it")
-    return low, high
-
-
-def spec_of(env: Env) -> Spec:
-    """Its widths."""
-    return Spec(env.observation_space.shape[0], bounds(env)[0].shape[0])
+# ---------------------------------------------------------------- episodes
 
 
 @dataclass(frozen=True)
@@ -271,37 +249,21 @@ def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
     """One episode from reset(seed=seed), to its end or for so many steps. act: obs [1, O] -> [1, A] in [-1, 1].
 
     Raises ValueError where the environment gives an observation or a reward that is not finite."""
-    low, high = bounds(env)
-    first, _ = env.reset(seed=seed)
-    seen, acts, rewards, done = [_checked(first, 0)], [], [], False
-    while not done and (steps is None or len(acts) < steps):
-        a = act(seen[-1][None])[0].detach().cpu().clamp(-1, 1)
-        sent = low + (a.double() + 1) / 2 * (high - low)
-        obs, reward, terminated, truncated, _ = env.step(sent.numpy().astype(env.action_space.dtype))
-        if not math.isfinite(float(reward)):
-            raise ValueError(f"the environment's reward is {reward} at step {len(acts) + 1}, expected a finite number")
-        acts.append(a.float())
-        rewards.append(float(reward))
-        seen.append(_checked(obs, len(acts)))
-        done = terminated or truncated
+    world = World(env)
+    seen, acts, rewards, ended = [torch.from_numpy(world.reset(seed))], [], [], False
+    while not ended and (steps is None or len(acts) < steps):
+        acts.append(act(seen[-1][None])[0].detach().cpu().clamp(-1, 1).float())
+        obs, reward, terminated, truncated = world.step(acts[-1].numpy())
+        rewards.append(reward)
+        seen.append(torch.from_numpy(obs))
         if terminated:
             return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), True)
+        ended = truncated
     return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), False)
 
 
-def _checked(obs: Any, step: int) -> Tensor:
-    x = torch.as_tensor(obs, dtype=torch.float32)
-    if not x.isfinite().all():
-        wrong = (~x.isfinite()).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the environment's observation is not finite at step {step} (entries {wrong}), expected finite numbers; "
-            "its simulation has diverged"
-        )
-    return x
-
-
-def gathered(episodes: Sequence[Episode], low: Tensor, high: Tensor, name: str = "") -> Dataset:
-    """Episodes as one dataset, on the CPU."""
+def gathered(episodes: Sequence[Episode], world: World, name: str = "") -> Dataset:
+    """Episodes of an environment as one dataset, on the CPU."""
     lengths = torch.tensor([0] + [len(e.act) for e in episodes])
     ends = lengths.cumsum(0)
     n = int(ends[-1])
@@ -309,9 +271,10 @@ def gathered(episodes: Sequence[Episode], low: Tensor, high: Tensor, name: str =
     for e, end in zip(episodes, ends[1:].tolist(), strict=True):
         terminal[end - 1] = e.terminal
     join = lambda f: torch.cat([f(e) for e in episodes])
+    bound = lambda x: torch.as_tensor(x, dtype=torch.float32)
     return Dataset(
         join(lambda e: e.obs[:-1]), join(lambda e: e.act), join(lambda e: e.reward), join(lambda e: e.obs[1:]),
-        terminal, torch.ones(n, dtype=torch.bool), ends, low.float(), high.float(), name=name, sha256="",
+        terminal, torch.ones(n, dtype=torch.bool), ends, bound(world.low), bound(world.high), name=name, sha256="",
     )  # fmt: skip
 
 
@@ -374,10 +337,9 @@ def pets(
     (episode i starts from reset(seed + i), and has its own random stream).
 
     Raises ValueError for spaces that do not fit, and where the environment gives what is not finite."""
-    low, high = bounds(env)
-    width = low.shape[0]
+    world = World(env)
+    width = world.spec.act
     done: list[Episode] = []
-    spec = None
     model: Any = None
     kept = record.load("pets")
     if kept is not None:
@@ -387,7 +349,7 @@ def pets(
     mpc: Any = None
 
     def planned() -> Mpc:
-        data = gathered(done, low, high).to(device)
+        data = gathered(done, world).to(device)
         stream = devices.generator(seed + 7919 * len(done), device)
         model.train()
         report = fit(model, data, config.fitting, stream, lambda i, n, x: record.progress("model", i, n, x))
@@ -406,8 +368,7 @@ def pets(
             new = episode(env, act, seed + i)
         else:
             if model is None:
-                spec = replace(gathered(done, low, high).spec)
-                model = dynamics.build(spec, devices.generator(seed)).to(device)
+                model = dynamics.build(world.spec, devices.generator(seed)).to(device)
                 if kept is not None and (weights := _weights(kept[0])):
                     model.load_state_dict(weights)
             mpc = planned()
@@ -426,14 +387,14 @@ def pets(
             tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
         record.save("pets", tensors, facts)
     if model is None:
-        model = dynamics.build(gathered(done, low, high).spec, devices.generator(seed)).to(device)
+        model = dynamics.build(world.spec, devices.generator(seed)).to(device)
         if kept is not None and (weights := _weights(kept[0])):
             model.load_state_dict(weights)
     if mpc is None:
         mpc = Mpc(config.planner, config.worth, model.eval(), reward=reward, terminal=terminal)
     lengths = torch.tensor([len(e.act) for e in done]).cumsum(0).tolist()
     returns = [(n, e.total) for n, e in zip(lengths, done, strict=True)]
-    return PetsResult(model, gathered(done, low, high), returns, mpc)
+    return PetsResult(model, gathered(done, world), returns, mpc)
 
 
 def _packed(episodes: Sequence[Episode]) -> tuple[dict[str, Tensor], dict[str, Any]]:

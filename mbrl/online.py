@@ -9,13 +9,14 @@ and evaluation as functions, as in `mbrl.offline`, whose rollouts these are.
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mbrl import device as devices
+from mbrl.border import Env, World
 from mbrl.core import Spec
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -110,35 +111,7 @@ class OnlineResult(Result):
     probes: list[tuple[int, dict[str, float]]]
 
 
-# ---------------------------------------------------------------- the environment
-
-
-class Environment(Protocol):
-    """What is asked of an environment: gymnasium's interface, with a flat Box of observations and a bounded flat Box
-    of actions, and episodes that end."""
-
-    @property
-    def observation_space(self) -> Any: ...
-    @property
-    def action_space(self) -> Any: ...
-    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]: ...
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]: ...
-
-
-def spec_of(env: Environment) -> Spec:
-    """The widths of an environment. Raises ValueError for one that the loop cannot use."""
-    if hasattr(env, "num_envs"):
-        raise ValueError("environment: got a vector of environments, expected a single one")
-    act, obs = env.action_space, env.observation_space
-    if not (hasattr(act, "low") and hasattr(act, "high") and len(act.shape) == 1 and act.shape[0] > 0):
-        raise ValueError(f"environment: its action space is {act}, expected a flat Box: wrap it in one that has it")
-    if not (np.isfinite(act.low).all() and np.isfinite(act.high).all() and (act.low < act.high).all()):
-        raise ValueError(f"environment: its action space is {act}, expected finite bounds, low < high: rescale it")
-    if not (hasattr(obs, "low") and hasattr(obs, "high") and len(obs.shape) == 1 and obs.shape[0] > 0):
-        raise ValueError(
-            f"environment: its observation space is {obs}, expected a flat Box: wrap it in FlattenObservation"
-        )
-    return Spec(int(obs.shape[0]), int(act.shape[0]))
+# ---------------------------------------------------------------- what was met
 
 
 def episode_seed(seed: int, episode: int) -> int:
@@ -146,41 +119,10 @@ def episode_seed(seed: int, episode: int) -> int:
     return int(digest([seed, episode]), 16) % 2**31
 
 
-class World:
-    """An environment at the border: actions in [-1, 1] to its own, what it returns checked. Raises ValueError, once,
-    for an observation of another shape or anything that is not finite."""
-
-    def __init__(self, env: Environment) -> None:
-        self.env, self.spec = env, spec_of(env)
-        space = env.action_space
-        self.low, self.high, self.dtype = np.float64(space.low), np.float64(space.high), space.dtype
-        self.steps = 0
-
-    def reset(self, seed: int) -> np.ndarray:
-        return self._checked(self.env.reset(seed=seed)[0], "reset")
-
-    def step(self, act: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-        """act [A] in [-1, 1] -> observation [O], reward, terminated, truncated."""
-        raw = self.low + (act.astype(np.float64) + 1) / 2 * (self.high - self.low)
-        obs, reward, terminated, truncated, _ = self.env.step(raw.astype(self.dtype))
-        self.steps += 1
-        if not math.isfinite(float(reward)):
-            raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite one")
-        return self._checked(obs, f"step {self.steps}"), float(reward), bool(terminated), bool(truncated)
-
-    def _checked(self, obs: Any, where: str) -> np.ndarray:
-        obs = np.asarray(obs)
-        if obs.shape != (self.spec.obs,):
-            raise ValueError(f"environment: {where} returned shape {obs.shape}, expected ({self.spec.obs},)")
-        if not np.isfinite(obs).all():
-            raise ValueError(f"environment: {where} returned the observation {obs}, expected finite numbers")
-        return obs
-
-
 class Met:
     """What was met in the environment so far, as packed rows on the device, and where its episodes begin."""
 
-    def __init__(self, spec: Spec, capacity: int, env: Environment, device: torch.device) -> None:
+    def __init__(self, spec: Spec, capacity: int, env: Env, device: torch.device) -> None:
         self.spec, self.n, self.starts = spec, 0, [0]
         self.rows = torch.zeros(capacity, 2 * spec.obs + spec.act + 2, device=device)
         self.bounds = [torch.as_tensor(np.float32(x)) for x in (env.action_space.low, env.action_space.high)]
@@ -207,7 +149,7 @@ class Met:
 
 def train(
     config: OnlineConfig,
-    env: Environment,
+    env: Env,
     *,
     dynamics: Any = None,
     fitting: FitConfig | None = None,
@@ -233,7 +175,7 @@ def train(
     Raises ValueError where the settings do not go together, the environment is of the wrong kind, or returns what is
     not finite."""
     record, fitting = record or Forget(), fitting or FitConfig()
-    _check(config)
+    check(config)
     world, device = World(env), torch.device(device)
     spec, seconds = world.spec, {}
     clock = time.perf_counter()
@@ -398,7 +340,8 @@ def _act(agent: Sac, obs: np.ndarray, noise: Tensor) -> Tensor:
     return agent.act(torch.from_numpy(obs.astype(np.float32)).to(noise)[None, None], noise)[0, 0]
 
 
-def _check(config: OnlineConfig) -> None:
+def check(config: OnlineConfig) -> None:
+    """Raises ValueError for settings that do not go together."""
     if not 0 <= config.real_ratio <= 1:
         raise ValueError(f"real_ratio: got {config.real_ratio}, expected a share in [0, 1]")
     small = ("refit_every", "rollouts", "retain", "batch", "evaluate_every", "log_every", "save_every")

@@ -81,6 +81,12 @@ class Planner:
             )
             if not holds
         ]
+        if not wrong and min(self.sizes()) < 1:
+            last = min(self.sizes()) + self.proposals
+            wrong.append(
+                f"decay is {self.decay}, which leaves {last} candidates, expected more than the proposals, "
+                f"{self.proposals}"
+            )
         if wrong:
             raise ValueError("Planner: " + "; ".join(wrong))
 

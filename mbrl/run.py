@@ -187,9 +187,7 @@ class Run:
         try:
             return json.loads(path.read_text())
         except FileNotFoundError:
-            raise RunError(
-                f"{self.folder}: no {name} there; expected a run folder as `mbrl offline` makes it"
-            ) from None
+            raise RunError(f"{self.folder}: no {name} there; expected the folder of a run") from None
         except json.JSONDecodeError as error:
             raise RunError(f"{path}: not JSON ({error}); the run cannot be read") from None
 

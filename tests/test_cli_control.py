@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mbrl import cli, cli_control, mpc
-from mbrl.run import Run
+from mbrl.run import Run, to_plain
 
 PLAN = ["plan", "--env", "Pendulum-v1", "--seed", "0", "--threads", "1", "--fitting.max-epochs", "3", "--quiet",
         "--worth.particles", "2"]  # fmt: skip
@@ -45,7 +45,7 @@ def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path):
         cli.main(["plan", "--env", "InvertedPendulum-v5", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "c")])
 
 
-def test_plan_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+def test_plan_resumes_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     plan("--episodes", "3", "--out", str(tmp_path / "whole"))
     real, count = mpc.episode, []
 
@@ -57,10 +57,14 @@ def test_plan_resumes_to_the_same_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mpc, "episode", stopping)
     with pytest.raises(SystemExit) as stopped:
-        plan("--episodes", "3", "--out", str(tmp_path / "cut"))
+        plan("--episodes", "3", "--out", str(tmp_path / "cut"), "--video", str(tmp_path / "v.gif"))
     assert stopped.value.code == 130
+    assert "mbrl plan --resume" in capsys.readouterr().out
+    filmed = []
+    monkeypatch.setattr("mbrl_envs.evaluate.video", lambda act, env, path: (filmed.append(path), 0.0)[1])
     cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
     assert result(tmp_path / "cut")["returns"] == result(tmp_path / "whole")["returns"]
+    assert filmed == [tmp_path / "v.gif"]
 
 
 @pytest.mark.parametrize("env", ["Pendulum-v1", "InvertedPendulum-v5"])
@@ -100,17 +104,41 @@ def test_online_leaves_a_run(tmp_path):
         (["plan", "--env", "CartPole-v1"], "action space"),
         (["plan", "--env", "Pendulum-v1", "--model", "missing"], "missing"),
         (["online", "--env", "CartPole-v1"], "action space"),
+        (["plan", "--env", "Pendulum-v1", "--model", "true", "--episodes", "0"], "--episodes"),
+        (["plan", "--env", "Pendulum-v1", "--random", "0"], "random 0"),
+        (["plan", "--env", "Pendulum-v1", "dynamics:single", "--dynamics.hidden", "8"], "weight_decay"),
+        (["plan", "--env", "Pendulum-v1", "planner:tdmpc", "--planner.proposals", "24"], "no policy"),
+        (["plan", "--env", "HalfCheetah-v5", "--model", "true", "--video", "x.gif"], "--video"),
+        (
+            ["plan", "--env", "HalfCheetah-v5", "--model", "true", "planner:cem", "--planner.gradient-steps", "1"],
+            "gradient",
+        ),
+        (["plan", "--env", "Pendulum-v1", "--device", "tpu"], "device"),
         (["online", "--env", "Pendulum-v1", "--reward", "task", "--steps", "0"], "steps"),
+        (["online", "--env", "Hopper-v5", "--reward", "task"], "--reward task"),
+        (["online", "--env", "Pendulum-v1", "--episodes", "0"], "--episodes"),
+        (["online", "--env", "Pendulum-v1", "--setting.agent.spectral", "-1"], "spectral"),
+        (["plan", "--resume", "nowhere"], "nowhere"),
     ],
 )
 def test_what_cannot_be_is_one_error(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as refused:
-        cli.main([*argv, "--quiet"])
+        cli.main([argv[0], "--quiet", *argv[1:]])
     assert refused.value.code == 2
     said = capsys.readouterr().err
     assert word in said
     assert "Traceback" not in said
+    assert not list(tmp_path.iterdir()), "no folder is left that would stand in the next try's way"
+
+
+@pytest.mark.parametrize("other", ["online", "offline"])
+def test_a_run_of_another_command_is_not_continued(other, tmp_path, capsys):
+    Run.create(tmp_path / "p", {"algorithm": "plan", "arguments": to_plain(cli_control.Plan())}, {})
+    with pytest.raises(SystemExit) as refused:
+        cli.main([other, "--resume", str(tmp_path / "p")])
+    assert refused.value.code == 2
+    assert f"is of `mbrl plan`, expected one of `mbrl {other}`" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_figure_is_drawn_whole(tmp_path):

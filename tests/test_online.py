@@ -12,7 +12,7 @@ from mbrl.data import Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
-from mbrl.online import Horizon, Met, OnlineConfig, World
+from mbrl.online import Horizon, Met, OnlineConfig
 from mbrl.sac import SacConfig
 from mbrl.terminal import TerminalConfig
 
@@ -364,18 +364,3 @@ def test_a_schedule_that_makes_no_sense_is_refused(bad):
 def test_a_model_that_is_nowhere_finite_is_one_error():
     with pytest.raises(ValueError, match="no imagined transition was kept"):
         run(dynamics=True_(float("nan")))
-
-
-def test_the_border_serves_gymnasiums_own_environments():
-    gym = pytest.importorskip("gymnasium")
-    world = World(gym.make("Pendulum-v1"))
-    assert (world.spec.obs, world.spec.act) == (3, 1)
-    world.reset(3)
-    obs, reward, terminated, truncated = world.step(np.ones(1, np.float32))
-    other = gym.make("Pendulum-v1")
-    other.reset(seed=3)
-    want = other.step(np.array([2.0], np.float32))
-    assert (obs == want[0]).all()
-    assert (reward, terminated, truncated) == (pytest.approx(float(want[1])), want[2], want[3])
-    with pytest.raises(ValueError, match="flat Box"):
-        online.spec_of(gym.make("CartPole-v1"))

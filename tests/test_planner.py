@@ -62,6 +62,7 @@ class Linear(Markov):
         {"temperature": 0.0},
         {"elites": 0},
         {"decay": 0.9},
+        {"decay": 4.0, "samples": 64, "elites": 8, "proposals": 16},
         {"iterations": 0},
         {"momentum": 1.0},
         {"proposals": 256},

@@ -1,0 +1,80 @@
+"""The border to an environment: actions in [-1, 1] on this side, gymnasium's interface on the other, and what comes
+back is checked. Environments stay outside: they come in as objects."""
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+
+from mbrl.core import Spec
+
+
+class Env(Protocol):
+    """What is asked of an environment: gymnasium's interface, with a flat Box of observations and a bounded flat Box
+    of actions."""
+
+    @property
+    def observation_space(self) -> Any: ...
+    @property
+    def action_space(self) -> Any: ...
+    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]: ...
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]: ...
+
+
+def spec_of(env: Env) -> Spec:
+    """The widths of an environment. Raises ValueError for one whose spaces do not serve."""
+    if hasattr(env, "num_envs"):
+        raise ValueError("environment: got a vector of environments, expected a single one")
+    act, obs = env.action_space, env.observation_space
+    flat = lambda x: hasattr(x, "low") and hasattr(x, "high") and len(x.shape) == 1 and x.shape[0] > 0
+    if not flat(act):
+        raise ValueError(f"environment: its action space is {act}, expected a flat Box: wrap it in one that has it")
+    if not np.issubdtype(act.dtype, np.floating):  # -1 .. 1 would be cut to whole numbers
+        raise ValueError(f"environment: its action space is {act}, expected floating point numbers: wrap it")
+    if not (np.isfinite(act.low).all() and np.isfinite(act.high).all() and (act.low < act.high).all()):
+        raise ValueError(f"environment: its action space is {act}, expected finite bounds, low < high: rescale it")
+    if not flat(obs):
+        raise ValueError(
+            f"environment: its observation space is {obs}, expected a flat Box: wrap it in FlattenObservation"
+        )
+    return Spec(int(obs.shape[0]), int(act.shape[0]))
+
+
+class World:
+    """An environment at the border. low, high [A]: the actions that -1 and 1 stand for.
+
+    Raises ValueError, once, for an observation of another shape and for anything that is not finite, an action
+    included."""
+
+    def __init__(self, env: Env) -> None:
+        self.env, self.spec = env, spec_of(env)
+        space = env.action_space
+        self.low, self.high, self.dtype = np.float64(space.low), np.float64(space.high), space.dtype
+        self.steps = 0
+
+    def reset(self, seed: int) -> np.ndarray:
+        """The first observation [O] of an episode, in single precision."""
+        return self._checked(self.env.reset(seed=seed)[0], "reset")
+
+    def step(self, act: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        """act [A] in [-1, 1] -> observation [O], reward, terminated, truncated."""
+        self.steps += 1
+        if not np.isfinite(act).all():
+            raise ValueError(f"step {self.steps}: the action is {act}, expected finite numbers; what acts has diverged")
+        raw = self.low + (act.astype(np.float64) + 1) / 2 * (self.high - self.low)
+        obs, reward, terminated, truncated, _ = self.env.step(raw.astype(self.dtype))
+        if not math.isfinite(float(reward)):
+            raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite one")
+        return self._checked(obs, f"step {self.steps}"), float(reward), bool(terminated), bool(truncated)
+
+    def _checked(self, obs: Any, where: str) -> np.ndarray:
+        obs = np.asarray(obs)
+        if obs.shape != (self.spec.obs,):
+            raise ValueError(f"environment: {where} returned shape {obs.shape}, expected ({self.spec.obs},)")
+        with np.errstate(over="ignore"):
+            single = obs.astype(np.float32)  # a copy: the environment may write on its own
+        if not np.isfinite(single).all():
+            raise ValueError(
+                f"environment: {where} returned the observation {obs}, expected finite numbers; it has diverged"
+            )
+        return single
