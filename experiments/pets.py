@@ -22,6 +22,7 @@ from mbrl_envs import evaluate as worlds
 from mbrl import cli_control, mpc
 from mbrl import device as devices
 from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.fit import FitConfig
 from mbrl.mpc import PetsConfig
 from mbrl.offline import Forget, digest
 from mbrl.planner import ICEM, Planner, Worth
@@ -40,13 +41,16 @@ class Setting:
     true: int = 20  # episodes in the true model
     learned: int = 20
     worth: Worth = field(default_factory=lambda: Worth(particles=5))
+    fitting: FitConfig = field(default_factory=lambda: PetsConfig().fitting)
 
 
 SETTINGS = {
-    "Pendulum-v1": Setting(10, replace(ICEM, samples=64, horizon=25)),
-    "mbrl_envs/CartPoleSwingUp-v0": Setting(15, replace(ICEM, samples=128, horizon=50, elites=12)),
-    "Reacher-v5": Setting(20, replace(ICEM, samples=64, horizon=20), true=10),
-    "HalfCheetah-v5": Setting(30, replace(ICEM, samples=100, horizon=30, color=0.25), true=2, learned=5),
+    "Pendulum-v1": Setting(10, replace(ICEM, samples=24, elites=6, horizon=20)),
+    "mbrl_envs/CartPoleSwingUp-v0": Setting(15, replace(ICEM, horizon=50)),
+    "Reacher-v5": Setting(20, replace(ICEM, horizon=15), true=10),
+    "HalfCheetah-v5": Setting(
+        30, replace(ICEM, horizon=20, color=0.25), 2, 5, fitting=FitConfig(holdout=0.1, patience=5, max_epochs=20)
+    ),
 }
 SOLVED = -200  # Pendulum-v1, mean over 20 episodes, within 10
 SHARE = 0.8  # of the true model's return, cart-pole, within 15
@@ -60,7 +64,7 @@ class Args:
 
 
 def settings_of(task: str) -> str:
-    return digest(SETTINGS[task], LEARNER, PetsConfig().fitting)
+    return digest(SETTINGS[task], LEARNER)
 
 
 def row(task: str, seed: int) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def row(task: str, seed: int) -> dict[str, Any]:
     s = SETTINGS[task]
     env = cli_control.opened(task)
     reward, terminal = cli_control.functions(task, env, "task")
-    config = PetsConfig(s.planner, s.worth, random=1, episodes=s.episodes)
+    config = PetsConfig(s.planner, s.worth, random=1, episodes=s.episodes, fitting=s.fitting)
     began = time.perf_counter()
     result = mpc.pets(config, env, LEARNER, seed=seed, record=Forget(), reward=reward, terminal=terminal)
     learning = time.perf_counter() - began
