@@ -14,7 +14,7 @@ from mbrl.border import World
 from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
-from mbrl.mpc import Episode, Mpc, PetsConfig, episode, gathered, over, pets
+from mbrl.mpc import ByValue, Episode, Mpc, PetsConfig, episode, gathered, over, pets
 from mbrl.planner import CEM, ICEM, Planner, Worth
 from mbrl.sac import SacConfig
 
@@ -234,6 +234,15 @@ def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
     assert mpc(torch.zeros(2, 1)).shape == (2, 1)
 
 
+def test_a_plan_valued_from_outside_goes_on_a_step_later():
+    control = ByValue(SMALL, lambda acts: -((acts - torch.tensor([0.1, 0.5, -0.5, 0.9])[:, None]) ** 2).sum((-1, -2)),
+                      1, devices.generator(0))  # fmt: skip
+    act = control(torch.zeros(1, 1))
+    torch.testing.assert_close(act, torch.tensor([[0.1]]), atol=0.25, rtol=0)
+    want = torch.tensor([0.5, -0.5, 0.9, 0.9])[None, :, None]
+    torch.testing.assert_close(control.plan.mean, want, atol=0.25, rtol=0)
+
+
 # ---------------------------------------------------------------- episodes
 
 
@@ -318,15 +327,28 @@ def test_pets_plans_with_the_tasks_reward_where_it_is_given():
         PetsConfig(random=0)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_pets_learns_the_end_where_no_function_tells_it(ends):
+    class Short(LineEnv):
+        def step(self, action):
+            obs, reward, _, truncated, info = super().step(action)
+            return obs, reward, abs(self.x) > 0.4, truncated, info
+
+    result = pets(replace(PETS, random=6, episodes=1), Short(), LEARNER, seed=0, record=Memory(), ends=ends)
+    assert result.data.terminal.any()
+    assert (result.mpc.terminal is not None) == ends
+
+
 def test_inputs_of_the_step_are_whole(monkeypatch):
     """The model is stepped under the executed action with the noise's mean."""
     model = Line(noise_dim=2)
     seen = []
     step = model.step
     monkeypatch.setattr(model, "step", lambda s, i, c: (seen.append(i), step(s, i, c))[1])
-    mpc = controller(model)
+    mpc = controller(model, dt=0.5)
     mpc.begin(1)
     act = mpc(torch.tensor([[0.3]]))
+    assert all((x.dt == 0.5).all() for x in seen)
     last: StepInput = seen[-1]
     assert torch.equal(last.act, act)
     assert (last.noise == 0).all()

@@ -303,6 +303,21 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     assert (found.acts == 0).all()
 
 
+def test_a_step_along_the_gradient_that_loses_is_not_taken():
+    p = Planner(horizon=1, samples=8, elites=2, iterations=1, gradient_steps=3, gradient_rate=1.0, execute="best")
+    noise, f = white(p, 1, 1), bowl(0.01)
+    found, _ = search(p, f, fresh(p, 1, 1, torch.zeros(())), noise)
+    assert found.value >= f((p.std * noise[0]).clamp(-1, 1)).max()
+    torch.testing.assert_close(found.value, f(found.acts[:, None])[:, 0])
+
+
+def test_proposals_keep_to_the_bounds():
+    p = Planner(horizon=2, samples=8, elites=2, iterations=1, proposals=1, execute="best")
+    start = fresh(p, 1, 1, torch.zeros(()))
+    found, _ = search(p, lambda a: a.sum((-1, -2)), start, white(p, 1, 1), torch.full((1, 1, 2, 1), 3.0))
+    assert (found.acts == 1).all()
+
+
 # ---------------------------------------------------------------- noise
 
 
@@ -321,6 +336,8 @@ def test_the_spectrum_falls_with_the_colour(color):
     f, power = f[1:-1], power.mean(0)[1:-1]
     slope = np.polyfit(np.log(f), np.log(power), 1)[0]
     assert abs(slope + color) < 0.03
+    least = torch.fft.rfft(x[..., 0])[:, :2].abs().square().mean(0)
+    assert abs(least[0] / least[1] - 1) < 0.1, "what does not change in time has the power of the slowest change"
 
 
 # ---------------------------------------------------------------- worth
@@ -425,6 +442,39 @@ def test_beyond_the_limit_ranks_below_all_that_are_within():
     assert got.isfinite().all()
     with pytest.raises(ValueError, match="limit is on 'doubt', the learner reports size"):
         value(Worth(uncertainty="doubt", limit=1.0), model, start, (), acts, noise, dt)
+
+
+def test_an_end_may_be_told_by_where_the_step_began():
+    began = lambda o, a, x: o[:, 0] > 0.95
+    acts, noise = torch.zeros(1, 1, 3, 1), [torch.zeros(1, 0)] * 3
+    got = value(Worth(), Line(), torch.ones(1, 1), (), acts, noise, torch.ones(1, 1), terminal=began)
+    torch.testing.assert_close(got, torch.full((1, 1), -0.81))
+
+
+class Shaken(Linear):
+    """`Linear`, moved by the noise."""
+
+    def __init__(self):
+        super().__init__(*(torch.ones(1, 1) for _ in range(4)))
+        self.noise_dim = 1
+
+    def step(self, state, inp, cond):
+        return super().step(state + inp.noise, inp, cond)
+
+
+def test_one_particle_beyond_the_limit_is_enough_but_none_after_the_end_counts():
+    start, dt, acts = torch.zeros(1, 1), torch.ones(1, 1), torch.full((1, 1, 2, 1), 0.4)
+    prize = lambda o, a, x: x[:, 0]
+    f = lambda limit, noise, end: value(
+        Worth(particles=2, uncertainty="size", limit=limit), Shaken(), start, (), acts, noise, dt, reward=prize,
+        terminal=end,
+    ).item()  # fmt: skip
+    calm, one = [torch.zeros(1, 2)] * 2, [torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2)]
+    never = lambda o, a, x: x[:, 0] > 9
+    assert f(1.0, calm, never) == pytest.approx(1.2)
+    assert f(1.0, one, never) < -100
+    soon = lambda o, a, x: x[:, 0] > 0.3
+    assert f(0.5, calm, soon) == pytest.approx(0.4), "the second step would be beyond"
 
 
 def test_proposals_are_the_policys_own_rollouts():
