@@ -143,8 +143,9 @@ class Mpc:
         return self.found.acts[:, 0]
 
     def _parts(self, envs: int) -> Tensor:
-        """Which part each particle keeps: all in turn, from one that is drawn."""
-        begin = torch.randint(self.model.parts, (envs, 1), generator=self.generator, device=self.like.device)
+        """Which part each particle keeps: all in turn, from one that is drawn. Parts are counted round, and how many
+        there are (an ensemble's elites) is the learner's: so large a number is as good as uniform over any of them."""
+        begin = torch.randint(2**31, (envs, 1), generator=self.generator, device=self.like.device)
         return (begin + torch.arange(self.worth.particles, device=self.like.device)).flatten()
 
     def _whole(self, given: dict[str, Any]) -> tuple[tuple, tuple, Tree]:

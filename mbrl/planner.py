@@ -93,7 +93,7 @@ class Planner:
     @property
     def kept(self) -> int:
         """How many elites are kept."""
-        return int(self.keep * self.elites)
+        return int(self.keep * self.elites + 1e-9)
 
     def sizes(self) -> list[int]:
         """Candidates that each iteration draws: without proposals, kept elites and the mean."""

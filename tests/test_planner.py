@@ -82,6 +82,7 @@ def test_each_iteration_draws_fewer_but_never_fewer_than_two_an_elite():
     assert replace(p, proposals=5).sizes() == [35, 27, 20, 15, 15, 15]
     assert Planner(samples=12, elites=10).sizes() == [12] * 5
     assert ICEM.kept == 3
+    assert Planner(samples=200, elites=100, keep=0.29).kept == 29
 
 
 # ---------------------------------------------------------------- the search
