@@ -478,50 +478,59 @@ def finish(
 # ---------------------------------------------------------------- the other commands
 
 
-def run_evaluate(args: Evaluate) -> list[list[float]]:
-    """The command `mbrl eval`; returns [seeds][episodes]."""
-    from mbrl_envs import adapters, tasks
+def returns_of(args: Evaluate) -> dict[str, list[list[float]]]:
+    """Undiscounted returns [seeds][episodes] of a run's "policy" and, with `args.plan`, "planned" over it, from the
+    same initial states. Raises RunError where the run names no environment, or there is nothing to plan with."""
     from mbrl_envs import evaluate as worlds
+    from mbrl_envs import tasks
 
     run = Run.open(args.run)
     settings = from_plain(run.config["arguments"], (*KNOWN, Offline))
-    agent, data = load_agent(run)
-    result = run.result or {}
-    env = args.env or result.get("env")
+    agent, _ = load_agent(run)
+    env = args.env or (run.result or {}).get("env")
     if env is None:
         raise RunError(f"{args.run}: the run names no environment; pass --env")
     facts = run.config["data"]
     bounds = {k: facts[k] for k in ("act_low", "act_high")} if args.env is None else {}
     evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed, obs=agent.spec.obs, **bounds)
-    rows = [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(settings.seeds))]
-    named = [(str(seed), row) for seed, row in zip(settings.seeds, rows, strict=True)]
-    if args.plan:
-        if settings.algorithm.imagination is None or not isinstance(settings.algorithm.agent, SacConfig):
-            raise RunError(f"--plan: {args.run} has no model or no critic to plan with; leave --plan out")
-        run.shared = Path(run.local["models"]) if run.local.get("models") else None
-        settings = replace(settings, device="auto")  # the run may be from another machine
-        models = [_fitted(run, settings, s, agent.spec) for s in settings.seeds]
-        try:
-            task = tasks.task(env, agent.spec.obs)
-        except ValueError:  # as in `World.of`
-            task = None
-        reward = task.reward if task and settings.reward == "task" else None
-        planned = _planned(
-            copy.deepcopy(agent).to(devices.pick()),
-            models,
-            settings.seeds,
-            evaluate,
-            task.terminal if task else None,
-            reward,
-        )
-        named += [(f"{seed}, planned", row) for seed, row in zip(settings.seeds, planned, strict=True)]
+    seeds = settings.seeds
+    found = {"policy": [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(seeds))]}
+    if not args.plan:
+        return found
+    if settings.algorithm.imagination is None or not isinstance(settings.algorithm.agent, SacConfig):
+        raise RunError(f"--plan: {args.run} has no model or no critic to plan with; leave --plan out")
+    run.shared = Path(run.local["models"]) if run.local.get("models") else None
+    settings = replace(settings, device="auto")  # the run may be from another machine
+    models = [_fitted(run, settings, s, agent.spec) for s in seeds]
+    try:
+        task = tasks.task(env, agent.spec.obs)
+    except ValueError:  # as in `World.of`
+        task = None
+    reward = task.reward if task and settings.reward == "task" else None
+    agent = copy.deepcopy(agent).to(devices.pick())
+    return found | {"planned": _planned(agent, models, seeds, evaluate, task.terminal if task else None, reward)}
+
+
+def run_evaluate(args: Evaluate) -> list[list[float]]:
+    """The command `mbrl eval`; returns [seeds][episodes]."""
+    from mbrl_envs import adapters
+    from mbrl_envs import evaluate as worlds
+
+    found = returns_of(args)
+    run = Run.open(args.run)
+    agent, data = load_agent(run)
+    seeds = from_plain(run.config["arguments"], (*KNOWN, Offline)).seeds
+    result = run.result or {}
+    env = str(args.env or result.get("env"))
     scale = result.get("scale")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=f"{env}, {args.episodes} episodes, {data}")
-    for seed, row in named:
-        x = torch.tensor(row)
-        score = f"{100 * (x.mean() - scale[0]) / (scale[1] - scale[0]):.1f}" if scale else "-"
-        cells = (x.mean(), x.std(correction=0), x.min(), x.max())
-        words.add_row(seed, *(f"{v:.1f}" for v in cells), score)
+    for what, rows in found.items():
+        for seed, row in zip(seeds, rows, strict=True):
+            x = torch.tensor(row)
+            score = f"{100 * (x.mean() - scale[0]) / (scale[1] - scale[0]):.1f}" if scale else "-"
+            cells = (x.mean(), x.std(correction=0), x.min(), x.max())
+            name = str(seed) if what == "policy" else f"{seed}, {what}"
+            words.add_row(name, *(f"{v:.1f}" for v in cells), score)
     console.print(words)
     if args.export:
         adapters.to_sb3(agent, env, args.export)
@@ -529,7 +538,7 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     if args.video:
         worlds.video(offline.policy_of(agent), env, args.video)
         console.print(f"video: {args.video}")
-    return rows
+    return found["policy"]
 
 
 def load_agent(run: Run) -> tuple[Any, str]:

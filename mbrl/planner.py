@@ -54,6 +54,8 @@ class Planner:
     """The mean is a candidate of the last iteration."""
     proposals: int = 0
     """Candidates that come from a policy, the same in every iteration (TD-MPC2, LOOP)."""
+    around: bool = False
+    """A search begins around the mean of the proposals instead of the last plan: for policies that are good already."""
     gradient_steps: int = 0
     """Ascent steps of each iteration's elites along the gradient of their return; an elite that does not gain stays."""
     gradient_rate: float = 0.05
@@ -76,6 +78,7 @@ class Planner:
                 ("min_std", f"in [0, max_std], max_std is {self.max_std}", 0 <= self.min_std <= self.max_std),
                 ("execute", "'mean' or 'best'", self.execute in ("mean", "best")),
                 ("proposals", f"in [0, samples), samples is {self.samples}", 0 <= self.proposals < self.samples),
+                ("around", "False where there are no proposals", self.proposals > 0 or not self.around),
                 ("gradient_steps", ">= 0", self.gradient_steps >= 0),
                 ("gradient_rate", "> 0", self.gradient_rate > 0),
             )
@@ -115,7 +118,9 @@ MPPI = Planner(iterations=1, elites=256, temperature=1.0)
 # TD-MPC2 multiplies returns by 0.5 where `temperature` divides. Its policy's trajectories come as proposals.
 TDMPC = Planner(horizon=3, samples=512, iterations=6, elites=64, temperature=2.0, std=2.0)
 # Around a learned policy, with its critic behind the horizon (LOOP: Sikchi et al., CoRL 2021).
-LOOP = Planner(horizon=4, samples=100, iterations=4, elites=20, keep=0.25, momentum=0.1, std=0.3, proposals=5)
+LOOP = Planner(
+    horizon=4, samples=100, iterations=3, elites=20, momentum=0.1, std=0.1, min_std=0.02, proposals=5, around=True
+)
 PRESETS: dict[str, Planner] = {"cem": CEM, "icem": ICEM, "mppi": MPPI, "tdmpc": TDMPC}
 
 
@@ -187,6 +192,8 @@ def search(
     if p.proposals and (proposals is None or proposals.shape[1] != p.proposals):
         got = "none" if proposals is None else proposals.shape[1]
         raise ValueError(f"search: got {got} proposals, expected {p.proposals}, as the planner has it")
+    if p.around and proposals is not None:
+        mean = proposals.clamp(-1, 1).mean(1)
     noises = list(white)
     for i, noise in enumerate(noises):
         parts = [(mean[:, None] + std[:, None] * colored(noise, p.color)).clamp(-1, 1), kept]

@@ -227,6 +227,20 @@ def test_proposals_are_candidates_of_every_iteration():
             search(p, bowl(0.9), fresh(p, 1, 1, given), white(p, 1, 1), wrong)
 
 
+def test_a_search_begins_around_the_proposals_where_it_is_told_to():
+    """With a spread so small, what is found lies where it began: at the proposals' mean, or at the last plan's."""
+    settings: dict[str, Any] = {"horizon": 2, "samples": 16, "elites": 16, "iterations": 1, "proposals": 2}
+    given = torch.tensor([0.4, 0.8])[None, :, None, None].expand(1, 2, 2, 1)
+    flat = lambda a: torch.zeros(a.shape[:2])
+    for around, centre in ((True, 0.6), (False, 0.0)):
+        p = Planner(**settings, std=1e-4, min_std=0.0, around=around)
+        seen = []
+        search(p, lambda a, seen=seen: (seen.append(a), flat(a))[1], fresh(p, 1, 1, given), white(p, 1, 1), given)
+        torch.testing.assert_close(seen[0][:, :14].mean(), torch.tensor(centre), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="around is True"):
+        Planner(around=True)
+
+
 def test_shift_moves_a_step_and_reset_clears_everything():
     p = Planner(horizon=3, keep=0.5, elites=4, samples=8)
     mean = torch.tensor([1.0, 2.0, 3.0])[None, :, None].expand(2, -1, -1)
