@@ -37,7 +37,8 @@ def main(args: Args) -> None:
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for folder in args.runs:
         run, began = Run.open(folder), time.perf_counter()
-        found = cli.returns_of(cli.Evaluate(folder, episodes=args.episodes, seed=args.seed, plan=True))
+        settings = cli.Evaluate(folder, episodes=args.episodes, seed=args.seed, plan=True)
+        found = cli.returns_of(run, cli.load_agent(run)[0], settings)
         result = run.result or {}
         key = {k: result.get(k) for k in ("dataset", "algorithm", "seeds", "sha256", "updates")}
         mean = lambda what, found=found: [sum(r) / len(r) for r in found[what]]

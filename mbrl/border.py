@@ -1,6 +1,8 @@
 """The border to an environment: actions in [-1, 1] on this side, gymnasium's interface on the other, and what comes
 back is checked. Environments stay outside: they come in as objects."""
 
+import hashlib
+import json
 import math
 from typing import Any, Protocol
 
@@ -38,6 +40,12 @@ def spec_of(env: Env) -> Spec:
             f"environment: its observation space is {obs}, expected a flat Box: wrap it in FlattenObservation"
         )
     return Spec(int(obs.shape[0]), int(act.shape[0]))
+
+
+def episode_seed(seed: int, episode: int) -> int:
+    """What a run's episode is reset with: one that goes on begins the episode as the uninterrupted run did, and runs of
+    other seeds share no episode."""
+    return int(hashlib.sha256(json.dumps([[seed, episode]]).encode()).hexdigest()[:12], 16) % 2**31
 
 
 class World:

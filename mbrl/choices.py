@@ -16,7 +16,6 @@ from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
-from mbrl.mpc import PetsConfig
 from mbrl.planner import Planner, Worth
 from mbrl.sac import SacConfig
 
@@ -48,7 +47,7 @@ KNOWN = (
     *{type(x) for x in LEARNERS.values()},
     *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
     *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
-    *(PetsConfig, Planner, Worth),
+    *(Planner, Worth),
 )
 
 

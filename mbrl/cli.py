@@ -478,15 +478,14 @@ def finish(
 # ---------------------------------------------------------------- the other commands
 
 
-def returns_of(args: Evaluate) -> dict[str, list[list[float]]]:
-    """Undiscounted returns [seeds][episodes] of a run's "policy" and, with `args.plan`, "planned" over it, from the
-    same initial states. Raises RunError where the run names no environment, or there is nothing to plan with."""
+def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[float]]]:
+    """Undiscounted returns [seeds][episodes] of a run's "policy", its agent, and, with `args.plan`, "planned" over it,
+    from the same initial states. Raises RunError where the run names no environment, or there is nothing to plan
+    with."""
     from mbrl_envs import evaluate as worlds
     from mbrl_envs import tasks
 
-    run = Run.open(args.run)
     settings = from_plain(run.config["arguments"], (*KNOWN, Offline))
-    agent, _ = load_agent(run)
     env = args.env or (run.result or {}).get("env")
     if env is None:
         raise RunError(f"{args.run}: the run names no environment; pass --env")
@@ -516,9 +515,9 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     from mbrl_envs import adapters
     from mbrl_envs import evaluate as worlds
 
-    found = returns_of(args)
     run = Run.open(args.run)
     agent, data = load_agent(run)
+    found = returns_of(run, agent, args)
     seeds = from_plain(run.config["arguments"], (*KNOWN, Offline)).seeds
     result = run.result or {}
     env = str(args.env or result.get("env"))

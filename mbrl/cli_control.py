@@ -12,30 +12,41 @@ from rich.table import Table
 
 from mbrl import device as devices
 from mbrl import mpc, online
-from mbrl.border import World, spec_of
+from mbrl.border import World, episode_seed, spec_of
 from mbrl.choices import KNOWN, Learner, Search, console
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.mpc import ByValue, Mpc, PetsConfig
 from mbrl.planner import ICEM, Worth
-from mbrl.run import Run, RunError, from_plain, machine, to_plain, versions, write_json
+from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
 
 KINDS = (*KNOWN, online.OnlineConfig, online.Horizon)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Control an environment by planning: learn its model on the way (PETS), or plan with one that is there."""
+class Driving:
+    """What the two commands have in common."""
 
     env: str | None = None
     """A gymnasium id."""
+    resume: Path | None = None
+    """Continue this run folder after the last episode that it saved, to the same numbers."""
+    out: Path | None = None
+    """The run folder; runs/<env>/<command>-<seed> by default."""
+    seed: int | None = None
+    """Drawn, and recorded, where none is given."""
+    device: str = "auto"
+    threads: int = 0
+    """CPU threads; 0 is torch's own choice."""
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Plan(Driving):
+    """Control an environment by planning: learn its model on the way (PETS), or plan with one that is there."""
+
     model: str | None = None
     """Plan with this instead of learning: the folder of a finished `mbrl plan`, or "true", the simulator itself."""
-    resume: Path | None = None
-    """Continue this run folder after its last whole episode, to the same numbers."""
-    out: Path | None = None
-    """The run folder; runs/<env>/plan-<seed> by default."""
-    seed: int | None = None
     random: int = 1
     """Episodes of random actions at first."""
     episodes: int = 10
@@ -46,9 +57,6 @@ class Plan:
     fitting: FitConfig = field(default_factory=lambda: PetsConfig().fitting)
     video: Path | None = None
     """Write an .mp4 or .gif of one more episode (MUJOCO_GL=egl where there is no screen)."""
-    device: str = "auto"
-    threads: int = 0
-    quiet: bool = False
     planner: Search = ICEM  # pyright: ignore[reportInvalidTypeForm]
     """How to search; its settings follow its name."""
     dynamics: Learner = field(default_factory=lambda: EnsembleConfig(members=5, uncertainty=()))  # pyright: ignore[reportInvalidTypeForm]
@@ -56,24 +64,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Online:
+class Online(Driving):
     """Learn a policy in an environment through a model of it (MBPO)."""
 
-    env: str | None = None
-    """A gymnasium id."""
-    resume: Path | None = None
-    """Continue this run folder after the last episode that it saved, to the same numbers."""
-    out: Path | None = None
-    """The run folder; runs/<env>/online-<seed> by default."""
-    seed: int | None = None
     steps: int | None = None
     """Of the environment, instead of the setting's own number."""
     episodes: int = 10
     """Episodes an evaluation."""
     reward: Literal["learned", "task"] = "learned"
-    device: str = "auto"
-    threads: int = 0
-    quiet: bool = False
     setting: online.OnlineConfig = field(default_factory=online.OnlineConfig)
     fitting: FitConfig = field(default_factory=FitConfig)
     dynamics: Learner = field(default_factory=EnsembleConfig)  # pyright: ignore[reportInvalidTypeForm]
@@ -93,8 +91,7 @@ def opened(env_id: str | None) -> Any:
 
 
 def functions(env_id: str, env: Any, reward: str) -> tuple[Any, Any]:
-    """(reward, terminal) of the task where they are known, else None. Raises ValueError where the task's reward is
-    asked for and not known; "task" of `mbrl plan` takes the learned one then."""
+    """(reward, terminal) of the task, each None where it is not known; the reward also where it is to be learned."""
     from mbrl_envs import tasks
 
     try:
@@ -109,15 +106,11 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int) -> Any:
     from mbrl_envs import control
     from mbrl_envs.simulator import Simulator
 
-    exact: dict[str, Callable[[], Any]] = {
-        "Pendulum-v1": control.TruePendulum,
-        "mbrl_envs/CartPoleSwingUp-v0": control.TrueCartPole,
-    }
     stream = devices.generator(seed)
-    if env_id in exact:
+    if env_id in control.TRUTHS:
         _, terminal = functions(env_id, env, "task")
         one = replace(worth, particles=1)
-        return Mpc(planner, one, exact[env_id](), generator=stream, terminal=terminal)
+        return Mpc(planner, one, control.TRUTHS[env_id](), generator=stream, terminal=terminal)
     simulator = Simulator(env)
     width = env.action_space.shape[0]
 
@@ -199,7 +192,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         return truth(args.env, env, args.planner, args.worth, args.seed)
     other = Run.open(Path(str(args.model)))
     kept = other.load("pets")
-    weights = {} if kept is None else {k[6:]: v for k, v in kept[0].items() if k.startswith("model.")}
+    weights = {} if kept is None else mpc.weights(kept[0])
     if not weights:
         raise RunError(f"--model {args.model}: holds no model; expected the folder of a finished `mbrl plan`, or true")
     settings = from_plain(other.config["arguments"], (*KINDS, Plan))
@@ -222,9 +215,9 @@ def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.devic
     returns = [(int(n), float(r)) for n, r in kept[1]["returns"]] if kept else []
     assert args.seed is not None
     for i in range(len(returns), args.episodes):
-        controller.generator.manual_seed(args.seed + 7919 * (i + 1))
+        controller.generator.manual_seed(episode_seed(args.seed, i))
         controller.begin(1)
-        e = mpc.episode(env, lambda obs: controller(obs.to(device)), args.seed + i)
+        e = mpc.episode(env, lambda obs: controller(obs.to(device)), episode_seed(args.seed, i))
         returns.append(((returns[-1][0] if returns else 0) + len(e.act), e.total))
         run.log("episode", returns[-1][0], {"return": e.total, "length": float(len(e.act))})
         run.progress("episode", i + 1, args.episodes, {"return": e.total})
@@ -352,7 +345,4 @@ def draw(path: Path, title: str, returns: Sequence[tuple[int, float]], random: i
         ax.plot(steps[:random], values[:random], "o", color="gray", label="random actions")
         ax.legend()
     ax.set(title=title, xlabel="environment steps", ylabel="undiscounted return")
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)

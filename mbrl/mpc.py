@@ -4,19 +4,20 @@ which fits the learner to what the control has seen, episode after episode.
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
-from mbrl.border import Env, World
+from mbrl.border import Env, World, episode_seed
 from mbrl.core import Dynamics, StepInput, Tree, choose, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
+from mbrl.offline import Forget, Record
 from mbrl.planner import (
     ICEM,
     LOOP,
@@ -24,8 +25,6 @@ from mbrl.planner import (
     Found,
     Plan,
     Planner,
-    Reward,
-    Terminal,
     Worth,
     fresh,
     propose,
@@ -34,6 +33,7 @@ from mbrl.planner import (
     shift,
     value,
 )
+from mbrl.rollout import Reward, Terminal
 from mbrl.terminal import TerminalConfig, fit_terminal
 
 Act = Callable[[Tensor], Tensor]  # obs [E, O] -> act [E, A]
@@ -137,9 +137,7 @@ class Mpc:
         self.found = Found(acts, worth, some, bad, found[4])
         self.plan, self.state = pytree.tree_map(torch.clone, (Plan(*plan), state))
         self.new = torch.zeros_like(self.new)
-        self.counts["bad"] += int(self.found.bad.sum())
-        self.counts["seen"] += self.found.seen * envs
-        self.counts["lost"] += int((~self.found.some).sum())
+        _count(self.counts, self.found)
         return self.found.acts[:, 0]
 
     def _parts(self, envs: int) -> Tensor:
@@ -222,10 +220,14 @@ class ByValue:
         noise = self.planner.noise(1, self.act, self.generator, self.plan.mean)
         found, plan = search(self.planner, lambda acts: self.value(acts).to(acts), self.plan, noise)
         self.plan = shift(self.planner, plan)
-        self.counts["bad"] += int(found.bad.sum())
-        self.counts["seen"] += found.seen
-        self.counts["lost"] += int((~found.some).sum())
+        _count(self.counts, found)
         return found.acts[:, 0]
+
+
+def _count(counts: dict[str, int], found: Found) -> None:
+    counts["bad"] += int(found.bad.sum())
+    counts["seen"] += found.seen * len(found.some)
+    counts["lost"] += int((~found.some).sum())
 
 
 # ---------------------------------------------------------------- episodes
@@ -251,16 +253,14 @@ def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
 
     Raises ValueError where the environment gives an observation or a reward that is not finite."""
     world = World(env)
-    seen, acts, rewards, ended = [torch.from_numpy(world.reset(seed))], [], [], False
-    while not ended and (steps is None or len(acts) < steps):
+    seen, acts, rewards = [torch.from_numpy(world.reset(seed))], [], []
+    terminated = truncated = False
+    while not (terminated or truncated or len(acts) == steps):
         acts.append(act(seen[-1][None])[0].detach().cpu().clamp(-1, 1).float())
         obs, reward, terminated, truncated = world.step(acts[-1].numpy())
         rewards.append(reward)
         seen.append(torch.from_numpy(obs))
-        if terminated:
-            return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), True)
-        ended = truncated
-    return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), False)
+    return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), terminated)
 
 
 def gathered(episodes: Sequence[Episode], world: World, name: str = "") -> Dataset:
@@ -309,22 +309,13 @@ class PetsResult:
     mpc: Mpc
 
 
-class Keep(Protocol):
-    """Where numbers and state go: `mbrl.run.Run` is one on disk."""
-
-    def log(self, stage: str, step: int, values: dict[str, float]) -> None: ...
-    def progress(self, stage: str, step: int, total: int | None, values: dict[str, float]) -> None: ...
-    def save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None: ...
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
-
-
 def pets(
     config: PetsConfig,
     env: Env,
     dynamics: Any,
     *,
     seed: int,
-    record: Keep,
+    record: Record | None = None,
     reward: Reward | None = None,
     terminal: Terminal | None = None,
     ends: bool = True,
@@ -335,67 +326,55 @@ def pets(
     dynamics: a learner's config, `build(spec, generator)`. reward, terminal: the task's functions; without a reward
     the learner's head serves, without a termination one is learned where `ends` and some episode has ended. After each
     episode the state goes to the record; a record that holds one makes this call go on from there to the same numbers
-    (episode i starts from reset(seed + i), and has its own random stream).
+    (episode i is reset with `episode_seed(seed, i)`, and has a random stream of its own).
 
     Raises ValueError for spaces that do not fit, and where the environment gives what is not finite."""
-    world = World(env)
-    width = world.spec.act
+    world, record = World(env), record or Forget()
     done: list[Episode] = []
-    model: Any = None
-    kept = record.load("pets")
-    if kept is not None:
+    model = dynamics.build(world.spec, devices.generator(seed)).to(device)
+    if (kept := record.load("pets")) is not None:
         done = _unpacked(*kept)
-    total = config.random + config.episodes
-    steps = sum(len(e.act) for e in done)
-    mpc: Any = None
-
-    def planned() -> Mpc:
-        data = gathered(done, world).to(device)
-        stream = devices.generator(seed + 7919 * len(done), device)
-        model.train()
-        report = fit(model, data, config.fitting, stream, lambda i, n, x: record.progress("model", i, n, x))
-        model.eval()
-        record.log("model", steps, {"error": min(report.best), "epochs": float(report.epochs)})
-        end = terminal
-        if end is None and ends and data.terminal.any():
-            head = fit_terminal(data, TerminalConfig(), devices.generator(seed, device))
-            end = head
-        return Mpc(config.planner, config.worth, model, generator=stream, reward=reward, terminal=end)
-
+        if found := weights(kept[0]):
+            model.load_state_dict(found)
+    steps, total = sum(len(e.act) for e in done), config.random + config.episodes
+    control = Mpc(config.planner, config.worth, model.eval(), reward=reward, terminal=terminal)
     for i in range(len(done), total):
-        if i < config.random:
-            stream = devices.generator(seed + 7919 * i)
-            act = lambda obs, stream=stream: 2 * torch.rand(1, width, generator=stream) - 1
-            new = episode(env, act, seed + i)
+        learned = i >= config.random
+        if learned:
+            stream = devices.generator(episode_seed(seed, i), device)
+            data = gathered(done, world).to(device)
+            told = lambda epoch, of, figures: record.progress("model", epoch, of, figures)
+            report = fit(model.train(), data, config.fitting, stream, told)
+            record.log("model", steps, {"error": min(report.best), "epochs": float(report.epochs)})
+            end = terminal
+            if end is None and ends and data.terminal.any():
+                end = fit_terminal(data, TerminalConfig(), stream)
+            control = Mpc(config.planner, config.worth, model.eval(), generator=stream, reward=reward, terminal=end)
+            control.begin(1)
+            act = lambda obs, control=control: control(obs.to(device))
         else:
-            if model is None:
-                model = dynamics.build(world.spec, devices.generator(seed)).to(device)
-                if kept is not None and (weights := _weights(kept[0])):
-                    model.load_state_dict(weights)
-            mpc = planned()
-            mpc.begin(1)
-            new = episode(env, lambda obs, mpc=mpc: mpc(obs.to(device)), seed + i)
+            stream = devices.generator(episode_seed(seed, i))
+            act = lambda obs, stream=stream: 2 * torch.rand(1, world.spec.act, generator=stream) - 1
+        new = episode(env, act, episode_seed(seed, i))
         done.append(new)
         steps += len(new.act)
         figures = {"return": new.total, "length": float(len(new.act))}
-        if i >= config.random:
-            seen = max(mpc.counts["seen"], 1)
-            figures |= {"not_finite": mpc.counts["bad"] / seen, "lost": float(mpc.counts["lost"])}
+        tensors, facts = _packed(done)
+        if learned:
+            counts = control.counts
+            figures |= {"not_finite": counts["bad"] / counts["seen"], "lost": float(counts["lost"])}
+            tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
         record.log("episode", steps, figures)
         record.progress("episode", i + 1, total, {"return": new.total})
-        tensors, facts = _packed(done)
-        if model is not None:
-            tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
         record.save("pets", tensors, facts)
-    if model is None:
-        model = dynamics.build(world.spec, devices.generator(seed)).to(device)
-        if kept is not None and (weights := _weights(kept[0])):
-            model.load_state_dict(weights)
-    if mpc is None:
-        mpc = Mpc(config.planner, config.worth, model.eval(), reward=reward, terminal=terminal)
     lengths = torch.tensor([len(e.act) for e in done]).cumsum(0).tolist()
     returns = [(n, e.total) for n, e in zip(lengths, done, strict=True)]
-    return PetsResult(model, gathered(done, world), returns, mpc)
+    return PetsResult(model, gathered(done, world), returns, control)
+
+
+def weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what `pets` saves, the model's state; {} where none was fitted yet."""
+    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
 
 
 def _packed(episodes: Sequence[Episode]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -409,7 +388,3 @@ def _unpacked(tensors: dict[str, Tensor], facts: dict[str, Any]) -> list[Episode
     obs = tensors["obs"].split([x + 1 for x in n])
     parts = zip(obs, tensors["act"].split(n), tensors["reward"].split(n), facts["terminal"], strict=True)
     return [Episode(o.clone(), a.clone(), r.clone(), bool(t)) for o, a, r, t in parts]
-
-
-def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}

@@ -25,12 +25,10 @@ from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward
 from mbrl.fit import FitConfig, fit
-from mbrl.rollout import imagine
+from mbrl.rollout import Reward, Terminal, imagine
 from mbrl.sac import Sac, SacConfig
 from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal
 
-Terminal = Callable[[Tensor, Tensor, Tensor], Tensor]  # (obs [B, O], act [B, A], next obs [B, O]) -> [B] bool
-Reward = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same -> [B]
 Policy = Callable[[Tensor], Tensor]  # obs [n, O] -> act [n, A]
 Evaluate = Callable[[Policy], Any]  # -> undiscounted returns [episodes]
 
@@ -202,6 +200,22 @@ class Forget:
     def progress(self, stage: str, step: int, total: int | None, values: Mapping[str, float]) -> None: ...
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None: ...
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
+
+
+class Laps:
+    """Where the time goes: each call adds the seconds since the last one to a name's sum."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """device: waited for before the clock is read."""
+        self.seconds: dict[str, float] = {}
+        self.device, self.last = device, time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        if self.device is not None:
+            devices.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
 
 
 @dataclass(frozen=True)
@@ -504,14 +518,7 @@ def train(
     record = record or Forget()
     dynamics, fitting = dynamics or EnsembleConfig(), fitting or FitConfig()
     _check(config, data, models, seeds)
-    device, spec, seconds = data.obs.device, data.spec, {}
-    clock = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[name] = seconds.get(name, 0.0) + now - clock
-        clock = now
+    device, spec, lap = data.obs.device, data.spec, Laps()
 
     imagination, limits, units = config.imagination, [], []
     if imagination is not None and imagination.floor and data.reward.double().mean() < 0:
@@ -579,14 +586,14 @@ def train(
         sums = {k[5:]: v.to(device) for k, v in tensors.items() if k.startswith("sums.")}
         first, history, counts, counted = (facts[k] for k in ("updates", "returns", "counts", "counted"))
         for name, value in facts["seconds"].items():
-            seconds[name] = seconds.get(name, 0.0) + value
+            lap.seconds[name] = lap.seconds.get(name, 0.0) + value
 
     def checkpoint(done: int) -> None:
         tensors = {f"agent.{k}": v for k, v in agent.state_dict().items()} | {"generator": generator.get_state()}
         if buffer is not None:
             tensors |= {f"buffer.{k}": v for k, v in buffer.state_dict().items()}
         tensors |= {f"sums.{k}": v for k, v in sums.items()}
-        policy_time = {k: v for k, v in seconds.items() if k in ("rollout", "update", "evaluate")}
+        policy_time = {k: v for k, v in lap.seconds.items() if k in ("rollout", "update", "evaluate")}
         facts = {"updates": done, "returns": history, "counts": counts, "counted": counted, "seconds": policy_time}
         record.save("policy.partial", tensors, facts)
 
@@ -641,9 +648,9 @@ def train(
     record.save(
         "agent",
         agent.state_dict(),
-        {"spec": [spec.obs, spec.act], "updates": total, "returns": history, "seconds": seconds},
+        {"spec": [spec.obs, spec.act], "updates": total, "returns": history, "seconds": lap.seconds},
     )
-    return Result(agent, made, history, seconds)
+    return Result(agent, made, history, lap.seconds)
 
 
 def policy_of(agent: Any, seed: int = 0) -> Policy:

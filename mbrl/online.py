@@ -7,7 +7,6 @@ and evaluation as functions, as in `mbrl.offline`, whose rollouts these are.
 """
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mbrl import device as devices
-from mbrl.border import Env, World
+from mbrl.border import Env, World, episode_seed
 from mbrl.core import Spec
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -25,12 +24,12 @@ from mbrl.offline import (
     Evaluate,
     Forget,
     Imagination,
+    Laps,
     Record,
     Result,
     Reward,
     Terminal,
     captured,
-    digest,
     means_of,
     policy_of,
     rollouts,
@@ -114,11 +113,6 @@ class OnlineResult(Result):
 # ---------------------------------------------------------------- what was met
 
 
-def episode_seed(seed: int, episode: int) -> int:
-    """The seed that an episode's reset is given: a run that goes on begins the episode as the uninterrupted one did."""
-    return int(digest([seed, episode]), 16) % 2**31
-
-
 class Met:
     """What was met in the environment so far, as packed rows on the device, and where its episodes begin."""
 
@@ -177,16 +171,7 @@ def train(
     record, fitting = record or Forget(), fitting or FitConfig()
     check(config)
     world, device = World(env), torch.device(device)
-    spec, seconds = world.spec, {}
-    clock = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        devices.synchronize(device)
-        now = time.perf_counter()
-        seconds[name] = seconds.get(name, 0.0) + now - clock
-        clock = now
-
+    spec, lap = world.spec, Laps(device)
     generator = devices.generator(seed, device)
     model = (dynamics or EnsembleConfig()).build(spec, generator).to(device).eval()
     agent = config.agent.build(spec, generator)
@@ -215,13 +200,11 @@ def train(
         buffer.load_state_dict(part("buffer."))
         sums = {k: v.to(device) for k, v in part("sums.").items()}
         generator.set_state(tensors["generator"].cpu())
-        first, episode, counted, counts, seconds = (
-            facts[k] for k in ("steps", "episode", "counted", "counts", "seconds")
-        )
+        first, episode, counted, counts = (facts[k] for k in ("steps", "episode", "counted", "counts"))
         returns, episodes, probes = ([(n, x) for n, x in facts[k]] for k in ("returns", "episodes", "probes"))
         met.rows[:first] = tensors["rows"].to(device)
         met.n, met.starts = first, facts["starts"]
-        seconds = dict(seconds)
+        lap.seconds = dict(facts["seconds"])
 
     def checkpoint(done: int) -> None:
         tensors = {"generator": generator.get_state(), "rows": met.rows[:done]}
@@ -233,7 +216,7 @@ def train(
             "episode": episode,
             "counted": counted,
             "counts": list(counts),
-            "seconds": dict(seconds),
+            "seconds": dict(lap.seconds),
         }
         facts |= {
             "returns": list(returns),
@@ -328,10 +311,10 @@ def train(
             checkpoint(done)
             saved = done
             lap("checkpoint")
-    facts = {"spec": [spec.obs, spec.act], "updates": int(agent.updates), "returns": returns, "seconds": seconds}
+    facts = {"spec": [spec.obs, spec.act], "updates": int(agent.updates), "returns": returns, "seconds": lap.seconds}
     record.save("model", model.state_dict(), {})
     record.save("agent", agent.state_dict(), facts)
-    return OnlineResult(agent, [model], returns, seconds, episodes, probes)
+    return OnlineResult(agent, [model], returns, lap.seconds, episodes, probes)
 
 
 @torch.no_grad()

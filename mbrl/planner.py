@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from mbrl.core import Dynamics, StepInput, Tree, repeat
+from mbrl.rollout import Reward, Terminal
 
-Reward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (obs [B, O], act [B, A], next obs [B, O]) -> [B]
-Terminal = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same -> [B] bool
 Critic = Callable[[Tensor], Tensor]  # obs [B, O] -> [B], the value of what comes after
 Value = Callable[[Tensor], Tensor]  # acts [E, N, H, A] -> [E, N], higher is better
 

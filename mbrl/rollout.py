@@ -8,6 +8,9 @@ from torch.utils import _pytree as pytree
 
 from mbrl.core import Dynamics, Prediction, Segment, StepInput, Tree, choose
 
+Terminal = Callable[[Tensor, Tensor, Tensor], Tensor]  # (obs [B, O], act [B, A], next obs [B, O]) -> [B] bool
+Reward = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same -> [B]
+
 
 def steps(inputs: StepInput) -> list[StepInput]:
     """[B, T, ...] -> T inputs. Loops take any iterable: a generator draws a step's noise when the step comes."""
@@ -43,7 +46,7 @@ def unroll(
 def imagine(
     model: Dynamics,
     policy: Callable[[Tensor, Tensor], Tensor],
-    terminal: Callable[[Tensor, Tensor, Tensor], Tensor],
+    terminal: Terminal,
     state: Tree,
     alive: Tensor,
     noise: Iterable[tuple[Tensor, Tensor]],

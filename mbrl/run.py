@@ -372,6 +372,13 @@ def draw_report(
         ax.hist(behaviour, bins=30)
         ax.set(title="the data's returns")
     figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """A matplotlib figure as a .png, whole or not at all; it is closed."""
+    import matplotlib.pyplot as plt
+
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)

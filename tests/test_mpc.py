@@ -7,10 +7,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from test_contract import SUBJECTS
-from worlds import Line
+from worlds import Line, Memory
 
 from mbrl import device as devices
-from mbrl.border import World
+from mbrl.border import World, episode_seed
 from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
@@ -44,28 +44,6 @@ class LineEnv:
         if self.spoil.get(self.t) == "reward":
             reward = np.inf
         return obs, reward, abs(self.x) > 5, self.t >= self.length, {}
-
-
-class Memory:
-    """A record in memory that a test can end after so many saves."""
-
-    def __init__(self, ends_after=None):
-        self.kept, self.logged, self.left = {}, [], ends_after
-
-    def log(self, stage, step, values):
-        self.logged.append((stage, step, dict(values)))
-
-    def progress(self, stage, step, total, values): ...
-
-    def save(self, name, tensors, facts):
-        self.kept[name] = ({k: v.clone() for k, v in tensors.items()}, facts)
-        if self.left is not None:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-    def load(self, name):
-        return self.kept.get(name)
 
 
 def controller(model=None, planner=SMALL, seed=0, **kw):
@@ -288,28 +266,38 @@ PETS = PetsConfig(planner=SMALL, worth=Worth(particles=2), random=2, episodes=3,
 
 def test_pets_learns_the_line():
     env = LineEnv(length=25)
-    result = pets(replace(PETS, episodes=4), env, LEARNER, seed=0, record=Memory())
+    well = replace(FIT, max_epochs=300, patience=300)
+    result = pets(replace(PETS, episodes=4, fitting=well), env, LEARNER, seed=0)
     returns = [r for _, r in result.returns]
     best = []
     for i in range(6):
-        x, total = np.random.default_rng(i).uniform(-1, 1), 0.0
+        x, total = np.random.default_rng(episode_seed(0, i)).uniform(-1, 1), 0.0
         for _ in range(25):
             x = 0.9 * x + 0.5 * np.clip(-1.8 * x, -1, 1)
             total -= x**2
         best.append(total)
-    assert np.mean(returns[-2:]) > np.mean(best[-2:]) - 0.6
+    assert np.mean(returns[-2:]) > np.mean(best[-2:]) - 0.3
     assert np.mean(returns[:2]) < np.mean(best[:2]) - 1
     assert [n for n, _ in result.returns] == [25 * (i + 1) for i in range(6)]
     assert len(result.data) == 150
 
 
+def test_runs_of_other_seeds_share_no_episode_and_episodes_no_stream():
+    starts, acts = [], []
+    for seed in (0, 1):
+        data = pets(replace(PETS, random=3, episodes=0), LineEnv(), LEARNER, seed=seed).data
+        starts += data.obs[data.starts[:-1], 0].tolist()
+        acts += data.act[data.starts[:-1], 0].tolist()
+    assert len(set(starts)) == len(set(acts)) == 6
+
+
 @pytest.mark.parametrize("saves", [1, 3, 5])
 def test_pets_resumes_to_the_same_numbers(saves):
     whole = pets(PETS, LineEnv(), LEARNER, seed=1, record=Memory())
-    record = Memory(ends_after=saves)
+    record = Memory(saves=saves)
     with pytest.raises(KeyboardInterrupt):
         pets(PETS, LineEnv(), LEARNER, seed=1, record=record)
-    record.left = None
+    record.left = 10**9
     again = pets(PETS, LineEnv(), LEARNER, seed=1, record=record)
     assert again.returns == whole.returns
     for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):

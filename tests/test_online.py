@@ -8,6 +8,7 @@ import torch
 from worlds import Box, Line, LineEnv, Memory, never
 
 from mbrl import online
+from mbrl.border import episode_seed
 from mbrl.data import Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.single import SingleConfig
@@ -119,7 +120,7 @@ def test_every_episode_has_a_seed_of_its_own_that_the_runs_seed_determines():
     envs = [LineEnv() for _ in range(3)]
     for env, seed in zip(envs, (0, 0, 1), strict=True):
         run(env=env, seed=seed)
-    assert envs[0].seeds == envs[1].seeds == [online.episode_seed(0, i) for i in range(6)]
+    assert envs[0].seeds == envs[1].seeds == [episode_seed(0, i) for i in range(6)]
     assert len({*envs[0].seeds, *envs[2].seeds}) == 12
 
 

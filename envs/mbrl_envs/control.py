@@ -406,3 +406,10 @@ class TrueReacher(Truth):
         dx = self.link * q1.cos() + self.tip * (q1 + q2).cos() - x
         dy = self.link * q1.sin() + self.tip * (q1 + q2).sin() - y
         return torch.stack([q1.cos(), q2.cos(), q1.sin(), q2.sin(), x, y, v1, v2, dx, dy], -1)
+
+
+TRUTHS: dict[str, type[TruePendulum] | type[TrueCartPole]] = {
+    "Pendulum-v1": TruePendulum,
+    "mbrl_envs/CartPoleSwingUp-v0": TrueCartPole,
+}
+"""What a planner takes for the simulator itself. Reacher-v5 is MuJoCo's, whose own rollouts serve."""
