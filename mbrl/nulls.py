@@ -1,0 +1,260 @@
+"""Baselines that stand beside every score of a reconstruction and tell whether it means anything.
+
+Settings are fitted to a training series [T, N] and give a `Null`, which runs freely and, where it can, predicts. All in
+float64.
+"""
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from mbrl.metrics import scores, settled
+
+
+class Null(abc.ABC):
+    """A fitted baseline. history: how many observations a prediction reads, 0 where it makes none."""
+
+    name: str
+    history: int = 1
+
+    @abc.abstractmethod
+    def free_run(self, steps: int, generator: torch.Generator) -> Tensor:
+        """[steps, N]"""
+
+    def predict(self, history: Tensor, n: int) -> Tensor:
+        """The expected next n observations after history [B, self.history, N]: [B, n, N]."""
+        raise NotImplementedError(f"{self.name}: it makes no predictions")
+
+    def forecast(self, series: Tensor, n: int, chunk: int = 4096) -> Tensor:
+        """Predictions from every time of a series [T, N] that has enough before and n after it:
+        [T - history - n + 1, n, N]."""
+        starts = len(series) - self.history - n + 1
+        if starts < 1:
+            raise ValueError(
+                f"{self.name}: got {len(series)} steps, expected at least {self.history + n} to forecast {n}"
+            )
+        windows = series.double().unfold(0, max(self.history, 1), 1).mT[:starts]
+        return torch.cat([self.predict(part, n) for part in windows.split(chunk)])
+
+
+def _training(train: Tensor, where: str) -> Tensor:
+    train = train.detach().double()
+    if train.ndim != 2 or len(train) < 2 or not bool(train.isfinite().all()):
+        raise ValueError(f"{where}: got a series {list(train.shape)}, expected [T >= 2, N] of finite numbers")
+    return train
+
+
+def _normal(like: Tensor, generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
+
+
+def _root(cov: Tensor) -> Tensor:
+    """A matrix whose square, L L', is a covariance that may be singular."""
+    value, vector = torch.linalg.eigh(cov)
+    return vector * value.clamp(min=0).sqrt()
+
+
+# ---------------------------------------------------------------- no time
+
+
+@dataclass(frozen=True)
+class GaussianConfig:
+    """Independent draws of a Gaussian with the data's mean and covariance; predicts the mean."""
+
+    def fit(self, train: Tensor) -> "Gaussian":
+        train = _training(train, "GaussianConfig")
+        return Gaussian(train.mean(0), train.T.cov().reshape(train.shape[1], train.shape[1]))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Gaussian(Null):
+    mean: Tensor  # [N]
+    cov: Tensor  # [N, N]
+    name = "iid_gaussian"
+
+    def free_run(self, steps: int, generator: torch.Generator) -> Tensor:
+        return self.mean + _normal(self.mean, generator, steps, len(self.mean)) @ _root(self.cov).T
+
+    def predict(self, history: Tensor, n: int) -> Tensor:
+        return self.mean.expand(len(history), n, -1)
+
+
+@dataclass(frozen=True)
+class PersistenceConfig:
+    """Nothing changes any more: predicts the last observation; runs freely as the last of the training data, a fixed
+    point."""
+
+    def fit(self, train: Tensor) -> "Persistence":
+        return Persistence(_training(train, "PersistenceConfig")[-1])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Persistence(Null):
+    last: Tensor  # [N]
+    name = "persistence"
+
+    def free_run(self, steps: int, generator: torch.Generator) -> Tensor:
+        return self.last.repeat(steps, 1)
+
+    def predict(self, history: Tensor, n: int) -> Tensor:
+        return history[:, -1:].expand(-1, n, -1)
+
+
+# ---------------------------------------------------------------- linear time
+
+
+@dataclass(frozen=True)
+class VarConfig:
+    """x_t = c + A_1 x_{t-1} + ... + A_p x_{t-p} + e_t by least squares, e of the residuals' covariance.
+
+    order: p, or None: the one of 1 .. max_order (and what the data can carry) with the least Akaike or Bayes criterion,
+    all judged on the same rows."""
+
+    order: int | None = None
+    max_order: int = 20
+    criterion: Literal["aic", "bic"] = "bic"
+
+    def fit(self, train: Tensor) -> "Var":
+        """Data whose dimensions depend on each other exactly (delay embeddings do) are no trouble: of all best
+        coefficients the smallest are taken. Raises ValueError for a series too short for the order."""
+        train = _training(train, "VarConfig")
+        length, width = train.shape
+        most = (length - width - 2) // (width + 1)  # more rows than coefficients, residuals of full rank
+        order = self._select(train, min(self.max_order, most)) if self.order is None else self.order
+        if not 1 <= order <= most:
+            raise ValueError(
+                f"VarConfig: got {length} steps of {width} dimensions and order {self.order}, max_order "
+                f"{self.max_order}; expected an order of 1 .. {most}, which the data can carry"
+            )
+        r = _triangle(train, order)
+        k = 1 + width * order
+        coef = torch.linalg.pinv(r[:k, :k]) @ r[:k, k:]  # [k, N]
+        rest = r[:, k:] - r[:, :k] @ coef
+        cov = rest.T @ rest / (length - order - k)
+        lags = coef[1:].reshape(order, width, width).mT  # A_1 .. A_p
+        return Var(coef[0], lags, cov, train[-order:].clone())
+
+    def _select(self, train: Tensor, most: int) -> int:
+        if most < 1:
+            return 0
+        width, rows = train.shape[1], len(train) - most
+        r = _triangle(train, most)
+        price = {"aic": 2.0, "bic": math.log(rows)}[self.criterion] / rows
+        values = []
+        for p in range(1, most + 1):
+            rest = r[1 + width * p :, -width:]  # what the first columns leave: the factorisation is nested
+            values.append(torch.linalg.slogdet(rest.T @ rest / rows)[1] + price * p * width**2)
+        return int(torch.stack(values).argmin()) + 1
+
+
+def _triangle(x: Tensor, order: int) -> Tensor:
+    """R of the regression's columns and its targets side by side, [1, x_{t-1}, ..., x_{t-p}, x_t]: all that least
+    squares needs of the data, without squaring their condition number."""
+    lags = [x[order - i : len(x) - i] for i in range(1, order + 1)]
+    return torch.linalg.qr(torch.cat([torch.ones_like(x[order:, :1]), *lags, x[order:]], 1), mode="r").R
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Var(Null):
+    intercept: Tensor  # [N]
+    lags: Tensor  # [p, N, N]  A_1 .. A_p
+    cov: Tensor  # [N, N]  of the noise
+    last: Tensor  # [p, N]  the end of the training data, where a free run begins
+
+    @property
+    def history(self) -> int:
+        return len(self.lags)
+
+    @property
+    def name(self) -> str:
+        return f"var({self.history})"
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, p N], to be applied to p observations in their order, the oldest first."""
+        return self.lags.flip(0).transpose(0, 1).flatten(1)
+
+    def free_run(self, steps: int, generator: torch.Generator) -> Tensor:
+        """With noise. One that is unstable grows without bound."""
+        noise = _normal(self.cov, generator, steps, len(self.cov)) @ _root(self.cov).T
+        out = torch.cat([self.last, self.intercept + noise])
+        p, width = self.last.shape
+        weight, flat = self.weight, out.view(-1)
+        for t in range(steps):
+            out[p + t].addmv_(weight, flat[t * width : (t + p) * width])
+        return out[p:]
+
+    def predict(self, history: Tensor, n: int) -> Tensor:
+        rows, p, width = history.shape
+        out, weight = torch.cat([history, history.new_empty(rows, n, width)], 1), self.weight.T
+        for t in range(n):
+            out[:, p + t] = torch.addmm(self.intercept, out[:, t : t + p].flatten(1), weight)
+        return out[:, p:]
+
+
+@dataclass(frozen=True)
+class SurrogateConfig:
+    """The data with random phases (Prichard & Theiler 1994): each frequency is turned by one angle in all dimensions,
+    which keeps power and cross spectra, hence all that is linear, and destroys the rest. It makes no predictions."""
+
+    def fit(self, train: Tensor) -> "Surrogate":
+        return Surrogate(_training(train, "SurrogateConfig"))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Surrogate(Null):
+    train: Tensor  # [T, N]
+    name = "phase_surrogate"
+    history = 0
+
+    def free_run(self, steps: int, generator: torch.Generator) -> Tensor:
+        """A new surrogate at each call. It has the training data's length as its period and is continued by it."""
+        length = len(self.train)
+        spectrum = torch.fft.rfft(self.train, dim=0)
+        turn = torch.rand(len(spectrum), generator=generator, dtype=torch.float64, device=generator.device)
+        turn[0] = 0  # the mean
+        if length % 2 == 0:
+            turn[-1] = 0  # the highest frequency is real
+        angle = (2 * torch.pi * turn).to(spectrum.device)
+        drawn = torch.fft.irfft(spectrum * torch.polar(torch.ones_like(angle), angle)[:, None], n=length, dim=0)
+        return drawn[torch.arange(steps, device=drawn.device) % length]
+
+
+# ---------------------------------------------------------------- the table
+
+NullConfig = GaussianConfig | VarConfig | SurrogateConfig | PersistenceConfig
+
+
+def null_table(
+    train: Tensor,
+    test: Tensor,
+    n: int = 20,
+    *,
+    generator: torch.Generator,
+    order: int | None = None,
+    truth: Tensor | None = None,
+) -> dict[str, dict[str, float]]:
+    """The scores of every null, by the protocol of a model's: {name: `mbrl.metrics.scores`}; pe_n is absent where one
+    makes no predictions.
+
+    order: the VAR's, chosen by the Bayes criterion where None. "truth" compares the truth with itself, the floor:
+    the first T steps of a second stretch, `truth`, or of the training series; the row is absent where these are fewer
+    than the test's T steps. It is a floor only where they are independent of the test series, and of noise."""
+    configs: list[NullConfig] = [GaussianConfig(), VarConfig(order), SurrogateConfig(), PersistenceConfig()]
+    table = {}
+    for config in configs:
+        null: Null = config.fit(train)
+        run = settled(lambda steps, null=null: null.free_run(steps, generator), len(test))
+        table[null.name] = scores(test, run, null.forecast if null.history else None, n, generator=generator)
+    truth = train if truth is None else truth
+    if len(truth) >= len(test):
+        table["truth"] = scores(test, truth[: len(test)], generator=generator)
+    return table

@@ -1,0 +1,198 @@
+"""The baselines, against statsmodels, closed forms and what each promises to keep."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import signal
+
+from mbrl import metrics
+from mbrl.nulls import (
+    GaussianConfig,
+    Persistence,
+    PersistenceConfig,
+    Surrogate,
+    SurrogateConfig,
+    VarConfig,
+    null_table,
+)
+
+close = torch.testing.assert_close
+F64 = torch.float64
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=gen(seed), dtype=F64)
+
+
+def series(length=600, seed=0):
+    """A stable VAR(2) in three dimensions, with an offset."""
+    a = torch.tensor([[0.5, 0.2, 0.0], [-0.3, 0.6, 0.1], [0.0, 0.1, 0.4]], dtype=F64)
+    b = torch.tensor([[0.2, 0.0, 0.1], [0.0, -0.3, 0.0], [0.1, 0.0, 0.2]], dtype=F64)
+    noise, x = normal(length, 3, seed=seed) @ torch.tensor([[1.0, 0.5, 0], [0, 1, 0.2], [0, 0, 0.5]], dtype=F64), []
+    for t in range(length):
+        x.append(noise[t] + 1 if t < 2 else noise[t] + a @ x[-1] + b @ x[-2] + 1)
+    return torch.stack(x)
+
+
+def test_the_gaussian_has_the_datas_mean_and_covariance_and_no_memory():
+    train = series()
+    null = GaussianConfig().fit(train.float())
+    run = null.free_run(200_000, gen())
+    close(run.mean(0), train.mean(0), rtol=0.02, atol=0.02)
+    close(run.T.cov(), train.T.cov(), rtol=0.03, atol=0.03)
+    assert metrics.autocorrelation(run, 1)[1].abs().max() < 0.01
+    got = null.forecast(train, 4)
+    assert got.shape == (596, 4, 3)
+    close(got, train.float().double().mean(0).expand(596, 4, 3))
+    close(metrics.prediction_error(got, train), (train[4:] - train.mean(0)).square().mean())
+    dependent = GaussianConfig().fit(train[:, [0, 0]]).free_run(50, gen())  # a singular covariance
+    close(dependent[:, 0], dependent[:, 1])
+    assert GaussianConfig().fit(train[:, :1]).free_run(5, gen()).shape == (5, 1)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_var_is_statsmodels(order):
+    var = pytest.importorskip("statsmodels.tsa.api").VAR
+    train = series()
+    null, want = VarConfig(order).fit(train), var(train.numpy()).fit(order)
+    close(null.intercept, torch.tensor(want.intercept))
+    close(null.lags, torch.tensor(want.coefs))
+    close(null.cov, torch.tensor(want.sigma_u))
+    history = train[100 : 100 + order]
+    close(null.predict(history[None], 6)[0], torch.tensor(want.forecast(history.numpy(), 6)))
+    assert null.name == f"var({order})"
+
+
+@pytest.mark.parametrize("criterion", ["aic", "bic"])
+@pytest.mark.parametrize("length", [80, 600])
+def test_the_order_is_statsmodels(criterion, length):
+    var = pytest.importorskip("statsmodels.tsa.api").VAR
+    train = series(length, seed=4)
+    want = var(train.numpy()).select_order(8)
+    assert 0 < want.selected_orders[criterion] < 8
+    assert VarConfig(max_order=8, criterion=criterion).fit(train).history == want.selected_orders[criterion]
+
+
+def test_an_ar_of_order_one_predicts_as_well_as_it_can():
+    train = torch.tensor(signal.lfilter([1.0], [1.0, -0.8], normal(100_000).numpy()))[:, None]
+    got = metrics.k_step_error(VarConfig(1).fit(train).forecast(train, 5), train)
+    want = (1 - 0.8 ** (2 * torch.arange(1, 6, dtype=F64))) / (1 - 0.8**2)
+    close(got, want, rtol=0.05, atol=0)
+
+
+def test_dimensions_that_depend_on_each_other_are_no_trouble():
+    wave = (torch.arange(400, dtype=F64) * 0.3).sin() + 0.1 * normal(400)
+    embedded = torch.stack([wave[6:], wave[3:-3], wave[:-6]], 1)
+    null = VarConfig(8).fit(embedded)
+    assert null.lags.abs().max() < 10
+    free = metrics.k_step_error(null.forecast(embedded, 3), embedded)
+    best = metrics.k_step_error(VarConfig(14).fit(wave[:, None]).forecast(wave[:, None], 3), wave[:, None])
+    assert free[0] < best[0]  # two of three dimensions are known exactly one step on
+    assert metrics.prediction_error(null.forecast(embedded, 1)[..., 1:], embedded[:, 1:]) < 1e-20
+    assert null.free_run(50, gen()).isfinite().all()
+
+
+def test_a_free_run_of_a_var_goes_on_from_the_data_and_has_their_covariance():
+    train = series(3000)
+    null = VarConfig(2).fit(train)
+    run = null.free_run(60_000, gen())
+    close(run.mean(0), train.mean(0), rtol=0.05, atol=0.05)
+    close(run.T.cov(), train.T.cov(), rtol=0.15, atol=0.15)
+    lag = metrics.autocorrelation(run, 3) - metrics.autocorrelation(train, 3)
+    assert lag.abs().max() < 0.05
+    quiet = VarConfig(2).fit(train)
+    quiet.cov.zero_()
+    close(quiet.free_run(7, gen()), quiet.predict(train[None, -2:], 7)[0])
+    residual = run[2:] - null.intercept - run[1:-1] @ null.lags[0].T - run[:-2] @ null.lags[1].T
+    close(residual.T.cov(), null.cov, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("length", [200, 201])
+def test_a_surrogate_keeps_what_is_linear_and_nothing_else(length):
+    train = series(length) ** 2
+    null = SurrogateConfig().fit(train)
+    got, again = null.free_run(length, gen()), null.free_run(length, gen(1))
+    assert not torch.allclose(got, again)
+    spectra = [torch.fft.rfft(x, dim=0) for x in (train, got)]
+    cross = [x[:, :, None] * x[:, None].conj() for x in spectra]
+    close(cross[0], cross[1])
+    close(got.mean(0), train.mean(0))
+    close(got.T.cov(), train.T.cov())
+    turn = (spectra[1] / spectra[0])[:, 0].angle()[1 : (length - 1) // 2]
+    assert turn.abs().max() > 2.5  # all the way round
+    assert abs(turn.mean()) < 0.5
+    long = null.free_run(2 * length + 5, gen())
+    close(long[:length], got)
+    close(long[length : 2 * length], got)
+    with pytest.raises(NotImplementedError, match="no predictions"):
+        null.predict(train[None, :1], 3)
+
+
+def test_persistence_stays():
+    train = series(50)
+    null = PersistenceConfig().fit(train)
+    assert (null.free_run(9, gen()) == train[-1]).all()
+    got = null.forecast(train, 3, chunk=10)
+    close(got, train[:47, None].expand(-1, 3, -1))
+
+
+def test_forecasts_begin_where_there_is_enough_history():
+    train = series(60)
+    null = VarConfig(5).fit(train)
+    got = null.forecast(train, 4, chunk=7)
+    assert got.shape == (60 - 5 - 4 + 1, 4, 3)
+    close(got[10], null.predict(train[None, 10:15], 4)[0])
+    error = metrics.k_step_error(got, train)
+    close(error[0], (got[:, 0] - train[5:57]).square().mean())
+
+
+def test_the_table_gives_every_null_the_same_scores_by_the_same_protocol():
+    train, test = series(500), series(400, seed=1)
+    table = null_table(train, test, 3, generator=gen())
+    order = VarConfig().fit(train).history
+    assert list(table) == ["iid_gaussian", f"var({order})", "phase_surrogate", "persistence", "truth"]
+    shapes = {"d_stsp_histogram30", "d_h_sigma20"}
+    for name, row in table.items():
+        assert set(row) == shapes | (set() if name in ("phase_surrogate", "truth") else {"pe_3"})
+    assert table["truth"] == metrics.scores(test, train[:400], generator=gen())
+    assert table["iid_gaussian"]["pe_3"] > table[f"var({order})"]["pe_3"]
+    assert table["persistence"]["d_h_sigma20"] == 1
+    fixed = metrics.scores(test, train[-1:].expand(400, -1), generator=gen())
+    assert table["persistence"]["d_stsp_histogram30"] == fixed["d_stsp_histogram30"]
+    run = metrics.settled(lambda steps: GaussianConfig().fit(train).free_run(steps, gen()), 400)
+    want = metrics.scores(test, run, GaussianConfig().fit(train).forecast, 3, generator=gen())
+    assert table["iid_gaussian"] == want  # the first to draw
+    assert null_table(train, test, 3, generator=gen()) == table
+    assert "var(4)" in null_table(train, test, 3, generator=gen(), order=4)
+    short = null_table(train[:300], test, 3, generator=gen())
+    assert "truth" not in short
+    other = null_table(train[:300], test, 3, generator=gen(), truth=train[50:450])
+    assert other["truth"] == metrics.scores(test, train[50:450], generator=gen())
+
+
+def test_wide_series_are_scored_by_the_mixture():
+    wide = torch.cat([series(300), series(300, seed=1)], 1)
+    table = null_table(wide[:150], wide[150:], 2, generator=gen())
+    assert all("d_stsp_mixture1" in row for row in table.values())
+    assert np.isfinite([v for row in table.values() for v in row.values()]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: GaussianConfig().fit(normal(5)), r"expected \[T >= 2, N\]"),
+        (lambda: SurrogateConfig().fit(normal(5, 2) / 0), "finite numbers"),
+        (lambda: VarConfig(4).fit(normal(18, 3)), r"order 4, .*expected an order of 1 \.\. 3"),
+        (lambda: VarConfig(0).fit(normal(20, 3)), r"expected an order of 1"),
+        (lambda: VarConfig().fit(normal(6, 3)), r"order None, .*which the data can carry"),
+        (lambda: Persistence(normal(2)).forecast(normal(5, 2), 5), "expected at least 6"),
+        (lambda: Surrogate(normal(5, 2)).forecast(normal(5, 2), 6), "expected at least 6"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
