@@ -65,6 +65,7 @@ class Dynamics(nn.Module, abc.ABC):
     noise_dim: int
     parts: int = 1  # how many independently trained parts it has (an ensemble's members)
     noisy_loss: bool = True  # whether `loss`, `losses` and `validate` read their noise; where not, `fit` gives zeros
+    schedules: tuple[str, ...] = ()  # the buffers that `advance` writes
 
     def condition(self, ctx: Tensor) -> Tree:
         """[G, C] -> what a rollout needs of its contexts, once per rollout."""
@@ -131,6 +132,10 @@ class Dynamics(nn.Module, abc.ABC):
     def validate(self, segment: Segment, noise: Tensor) -> Tensor:
         """[parts]: each part's held-out error, all on the same rows; lower is better."""
         return self.loss(segment, noise)[0].detach()[None]
+
+    def advance(self, segment: Segment) -> None:
+        """Called after each update with its batch: the one place that writes schedules (a forcing's strength, the weight
+        of a regulariser), which are buffers that a captured update reads."""
 
     def finish(self, errors: Tensor) -> None:
         """Called once after a fit with the best held-out error of each part [parts] (an ensemble picks its elites)."""

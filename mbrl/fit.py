@@ -247,6 +247,7 @@ class Parts:
         if self.config.clip is not None:
             self._clip(self.config.clip)
         self.optimizer.step()
+        self.model.advance(segment)
         return losses.detach()
 
     def _clip(self, limit: float) -> None:
@@ -291,6 +292,7 @@ class Parts:
         out = {"best": self.best, "mark": self.mark, "wait": self.wait}
         out |= {"epoch": torch.tensor(self.epoch), "diverged": torch.tensor(self.diverged)}
         out |= {"train_loss": self.train_loss, "holdout": self.holdout}
+        out |= {f"schedule.{name}": self.model.get_buffer(name) for name in self.model.schedules}
         for name, p in self.params.items():
             out |= {f"param.{name}": p.detach()}
             out |= {f"snapshot.{k}.{name}": x for k, x in zip(KEPT, self.snapshot[name], strict=True)}

@@ -94,6 +94,7 @@ class Filtered(Dynamics):
         self.inner, self.reward, self.k, self.temperature = inner, reward, candidates, temperature
         self.choice, self.chunk = choice, chunk
         self.spec, self.parts, self.noisy_loss = inner.spec, inner.parts, inner.noisy_loss
+        self.schedules = tuple(f"inner.{name}" for name in inner.schedules)
         self.noise_dim = candidates * (inner.noise_dim + (temperature > 0))
         like = next(inner.parameters())
         end = like.new_full((inner.spec.obs,), torch.inf)
@@ -177,6 +178,9 @@ class Filtered(Dynamics):
 
     def validate(self, segment: Segment, noise: Tensor) -> Tensor:
         return self.inner.validate(segment, noise[..., : self.inner.noise_dim])
+
+    def advance(self, segment: Segment) -> None:
+        self.inner.advance(segment)
 
     def finish(self, errors: Tensor) -> None:
         self.inner.finish(errors)

@@ -1,0 +1,161 @@
+"""Dynamics reconstruction from recorded series, with the nulls beside every score.
+
+    python experiments/dsr.py --data DIR [--settings ecg-gtf ...] [--seeds 0 1 2 3 4] [--out runs/dsr]
+
+DIR holds ecg_train.npy, ecg_test.npy, eeg.npy, lorenz63_noise0.05_train.npy and lorenz63_test.npy, each [T, N]; the
+other systems are integrated here. The seeds of a setting are trained together, on the seed axis. A finished setting is a
+row of experiments/results/dsr.json and is not run again; an interrupted one goes on from its last checkpoint in `out`.
+Every score is of the last parameters, never of the best. `published` are medians of 20 runs (arXiv 2306.04406).
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mbrl import device as devices
+from mbrl import metrics
+from mbrl.data import Dataset
+from mbrl.dynamics.plrnn import Adaptive, Constant, PlrnnConfig, PlrnnFit, Shallow, Sparse, fit_plrnn, orbit
+from mbrl.nulls import null_table
+from mbrl.offline import digest
+from mbrl.run import machine, versions, write_json
+
+RESULTS = Path(__file__).parent / "results" / "dsr.json"
+EVERY = 50  # epochs a checkpoint
+
+
+@dataclass(frozen=True)
+class Setting:
+    data: str
+    learner: PlrnnConfig
+    fit: PlrnnFit = PlrnnFit()
+    published: dict[str, float] | None = None
+    goal: dict[str, float] | None = None
+
+
+ECG = PlrnnConfig(Shallow(250), readout="affine", forcing=Constant(0.3), readout_decay=1e-7)
+EEG = PlrnnConfig(Shallow(512), 16, "affine", Constant(0.1), latent_decay=1e-4, readout_decay=1e-6)
+row = lambda d_stsp, d_h, pe: {"d_stsp": d_stsp, "d_h": d_h, "pe_20": pe}
+SETTINGS = {
+    "ecg-gtf": Setting("ecg", ECG, published=row(4.3, 0.34, 2.4e-3)),
+    "ecg-stf": Setting("ecg", replace(ECG, forcing=Sparse(10)), published=row(7.1, 0.38, 5e-3)),
+    "ecg-agtf": Setting(
+        "ecg", replace(ECG, forcing=Adaptive(), latent_decay=1e-5, readout_decay=1e-6), published=row(4.5, 0.34, 2.4e-3)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    data: Path
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    out: Path = Path("runs/dsr")
+    threads: int = 2
+
+
+def series(name: str, folder: Path) -> tuple[Tensor, Tensor, float]:
+    """(train [T, N], test [T, N], the interval)."""
+    read = lambda file: torch.from_numpy(np.load(folder / file, allow_pickle=False)).float()
+    if name == "ecg":
+        return read("ecg_train.npy"), read("ecg_test.npy"), 1.0
+    if name == "eeg":
+        return read("eeg.npy"), read("eeg.npy"), 1.0  # the published train and test files are the same array
+    return read("lorenz63_noise0.05_train.npy"), read("lorenz63_test.npy"), 0.01
+
+
+def dataset(x: Tensor, dt: float) -> Dataset:
+    n = len(x) - 1
+    none, yes = x.new_zeros(n, 0), torch.ones(n, dtype=torch.bool)
+    return Dataset(x[:-1], none, x.new_zeros(n), x[1:], ~yes, yes, torch.tensor([0, n]), none[0], none[0], dt)
+
+
+def run(name: str, args: Args) -> dict[str, Any]:
+    """Train the seeds together, or go on; then score each."""
+    s = SETTINGS[name]
+    train, test, dt = series(s.data, args.data)
+    data = dataset(train, dt)
+    models = [s.learner.build(data.spec, devices.generator(seed)) for seed in args.seeds]
+    generators = [devices.generator(1000 + seed) for seed in args.seeds]
+    saved = args.out / f"{name}-{digest(s.learner, s.fit, args.seeds)}.safetensors"
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    clock, spent = time.perf_counter(), 0.0
+    before = load_file(saved) if saved.exists() else None
+    if before is not None:
+        spent = float(before["seconds"])
+
+    def keep(state: dict[str, Tensor]) -> None:
+        if int(state["epoch"]) % EVERY == 0 or int(state["epoch"]) == s.fit.epochs:
+            state = state | {"seconds": torch.tensor(spent + time.perf_counter() - clock, dtype=torch.float64)}
+            save_file({k: v.contiguous().clone() for k, v in state.items()}, saved.with_suffix(".part"))
+            saved.with_suffix(".part").replace(saved)
+
+    def tell(epoch: int, epochs: int | None, figures: dict[str, float]) -> None:
+        if epoch % 200 == 0:
+            words = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+            print(f"{name}  {epoch} / {epochs}  {words}  {time.perf_counter() - clock:.0f} s", flush=True)
+
+    report = fit_plrnn(models, data, s.fit, generators, tell, checkpoint=keep, resume=before)
+    figures = [score(m, train, test, dt, seed) for m, seed in zip(models, args.seeds, strict=True)]
+    keys = figures[0]
+    median = {k: statistics.median(f[k] for f in figures) for k in keys}
+    mad = {k: statistics.median(abs(f[k] - median[k]) for f in figures) for k in keys}
+    return {
+        "setting": name, "digest": digest(s.learner, s.fit, args.seeds), "seeds": list(args.seeds),
+        "parameters": sum(p.numel() for p in models[0].parameters()), "updates": report.updates,
+        "solver": report.solver, "wall_s": round(spent + report.seconds, 1), "skipped": report.skipped,
+        "alpha": [round(a, 4) for a in report.alpha[-1]], "median": median, "mad": mad, "each": figures,
+        "published": s.published, "goal": s.goal, "threads": args.threads, **machine(), "versions": versions(),
+    }  # fmt: skip
+
+
+def score(model: Any, train: Tensor, test: Tensor, dt: float, seed: int) -> dict[str, float]:
+    """A free run from the test's first observation against the whole test series, 20 steps ahead from every time, and
+    the largest Lyapunov exponent per unit of time."""
+    model.requires_grad_(False)
+    cond = model.condition(test)
+    free = metrics.settled(lambda steps: orbit(model, test[:1], steps)[0], len(test))
+    predict: Callable[[Tensor, int], Tensor] = lambda x, n: metrics.forecast(model, x, n, cond=cond)
+    found = metrics.scores(test, free, predict, 20, generator=devices.generator(seed))
+    return {k: float(v) for k, v in found.items()} | {"lyapunov": exponent(model, test, cond, dt)}
+
+
+def exponent(model: Any, test: Tensor, cond: Any, dt: float, steps: int = 20_000) -> float:
+    begin = model.init(test[:1], cond)
+    walk = metrics.model_step(model, cond, jacobian=model.jacobian)
+    found = metrics.lyapunov_spectrum(walk, begin, steps, transient=steps // 4, k=1, dt=dt)
+    return float(found.flatten()[0])
+
+
+def main(args: Args) -> None:
+    devices.keep_memory()
+    torch.set_num_threads(args.threads)
+    table: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"nulls": {}, "rows": {}}
+    for name in args.settings:
+        s = SETTINGS[name]
+        if s.data not in table["nulls"]:
+            train, test, _ = series(s.data, args.data)
+            order = {"eeg": 5, "ecg": 20}.get(s.data)
+            table["nulls"][s.data] = null_table(train, test, 20, generator=devices.generator(0), order=order)
+        done = table["rows"].get(name)
+        if done is None or done["digest"] != digest(s.learner, s.fit, args.seeds):
+            result = run(name, args)
+            table = json.loads(RESULTS.read_text()) | {"nulls": table["nulls"]} if RESULTS.exists() else table
+            table["rows"][name] = result
+        write_json(RESULTS, table)
+        print(json.dumps({name: table["rows"][name]["median"]}), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
