@@ -156,7 +156,14 @@ class Lorenz96(Flow):
         return self.force + 1
 
     def field(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        return (x.roll(-1, -1) - x.roll(2, -1)) * x.roll(1, -1) - x + self.force
+        return self._ring(x, torch.cat([x[..., -2:], x, x[..., :1]], -1))
+
+    def rates(self, x: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
+        return self._ring(x, np.concatenate([x[-2:], x, x[:1]]))
+
+    def _ring(self, x: Any, around: Any) -> Any:
+        """around: x from two sites before the first to one behind the last."""
+        return (around[..., 3:] - around[..., :-3]) * around[..., 1:-2] - x + self.force
 
     def jacobian(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         by = torch.diag_embed(x.roll(1, -1))  # rolled by columns, the entry (i, i) becomes the one at i's neighbour
@@ -382,8 +389,9 @@ class HindmarshRose(Equations):
 
 
 @lru_cache
-def _ks_symbols(dim: int, length: float) -> tuple[Tensor, Tensor]:
-    mode = torch.arange(dim // 2 + 1, dtype=torch.float64)
+def _ks_symbols(dim: int, length: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of the linear part, and of -i d/dx as far as it is resolved: [dim // 2 + 1] each."""
+    mode = np.arange(dim // 2 + 1)
     k = 2 * math.pi / length * mode
     return k**2 - k**4, k * (mode <= dim / 3)
 
@@ -409,20 +417,23 @@ class KuramotoSivashinsky(Flow):
     def name(self) -> str:
         return f"ks-{self.dim}"
 
-    def _symbols(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the linear part, and of d/dx as far as it is resolved: [dim // 2 + 1] each."""
-        linear, slope = _ks_symbols(self.dim, self.length)
-        return linear.to(x), 1j * slope.to(x)
-
     def field(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        linear, slope = self._symbols(x)
-        return torch.fft.irfft(linear * torch.fft.rfft(x) - slope / 2 * torch.fft.rfft(x**2), n=self.dim)
+        return self._spectral(torch.fft, x, *self._symbols(x))
+
+    def rates(self, x: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
+        return self._spectral(np.fft, x, *_ks_symbols(self.dim, self.length))
+
+    def _spectral(self, fft: Any, x: Any, linear: Any, slope: Any) -> Any:
+        return fft.irfft(linear * fft.rfft(x) - 0.5j * slope * fft.rfft(x * x), n=self.dim)
+
+    def _symbols(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(s).to(x) for s in _ks_symbols(self.dim, self.length))
 
     def jacobian(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         basis = torch.fft.rfft(torch.eye(self.dim, dtype=x.dtype, device=x.device), dim=0)
         dense = lambda symbol: torch.fft.irfft(symbol[:, None] * basis, n=self.dim, dim=0)
         linear, slope = self._symbols(x)
-        return dense(linear) - dense(slope) * x[..., None, :]
+        return dense(linear) - dense(1j * slope) * x[..., None, :]
 
     def starts(self, n: int, generator: torch.Generator) -> Tensor:
         drawn = super().starts(n, generator)
