@@ -1,6 +1,6 @@
 """Small control tasks in torch: a refrigerator, whose data cover a narrow band; and worlds as learners that know the
 truth, so that a planner, a loop or an adapter can be given the environment itself as its model: gymnasium's
-Pendulum-v1, a cart-pole that is to be swung up, and gymnasium's Reacher-v5. Importing this registers the cart-pole with
+Pendulum-v1, a cart-pole that is to be swung up, and gymnasium's Reacher-v5. The package registers the cart-pole with
 gymnasium as `mbrl_envs/CartPoleSwingUp-v0`.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree
 from mbrl.data import Dataset
 from mbrl.rollout import forced_mse
-from mbrl_envs.tasks import Task, task
+from mbrl_envs.tasks import known
 
 # ---------------------------------------------------------------- the refrigerator
 
@@ -212,12 +212,6 @@ class Truth(Markov):
         return forced_mse(self, segment, noise, 1.0, ())
 
 
-def _known(env_id: str) -> Task:
-    found = task(env_id)
-    assert found is not None
-    return found
-
-
 class TruePendulum(Truth):
     """gymnasium's Pendulum-v1: obs (cos, sin, angular velocity), 0 being upright; act [B, 1] the torque over 2 N m."""
 
@@ -258,7 +252,7 @@ class TrueCartPole(Truth):
     def __init__(self, g: float = 9.8) -> None:
         super().__init__(Spec(obs=5, act=1))
         self.g = g  # m / s^2
-        self.reward = _known("mbrl_envs/CartPoleSwingUp-v0").reward
+        self.reward = known("mbrl_envs/CartPoleSwingUp-v0").reward
 
     def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
         x, speed, cos, sin, turn = state.unbind(-1)
@@ -293,7 +287,7 @@ class CartPoleSwingUp(gym.Env):
 
     def __init__(self) -> None:
         self.world = TrueCartPole().double()
-        self.terminal = _known("mbrl_envs/CartPoleSwingUp-v0").terminal
+        self.terminal = known("mbrl_envs/CartPoleSwingUp-v0").terminal
         self.observation_space = spaces.Box(-np.inf, np.inf, (5,), np.float64)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
@@ -313,10 +307,6 @@ class CartPoleSwingUp(gym.Env):
         self.state, pred = self.world.step(before, StepInput(act, act[:, :0], act.new_ones(1, 1)), ())
         end = self.terminal(before, act, self.state).item()
         return self.state[0].numpy().copy(), pred.reward.item(), bool(end), False, {}
-
-
-if "mbrl_envs/CartPoleSwingUp-v0" not in gym.registry:
-    gym.register("mbrl_envs/CartPoleSwingUp-v0", entry_point="mbrl_envs.control:CartPoleSwingUp", max_episode_steps=250)
 
 
 class TrueReacher(Truth):
@@ -347,7 +337,7 @@ class TrueReacher(Truth):
 
     def __init__(self) -> None:
         super().__init__(Spec(obs=10, act=2))
-        self.reward = _known("Reacher-v5").reward
+        self.reward = known("Reacher-v5").reward
 
     def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
         q, v = torch.atan2(state[:, 2:4], state[:, :2]), state[:, 6:8]  # [B, 2] each

@@ -106,7 +106,7 @@ class Evaluator:
                 begin(env)
             told([], len(live))
             while live:
-                act = _actions(policy, np.stack(seen), low.shape[0])
+                act = ask(policy, np.stack(seen), low.shape[0])
                 sent = to_env(act, low, high, box)
                 freed = []
                 for j, (env, i) in enumerate(live):
@@ -195,7 +195,7 @@ def video(
                 total, ended, steps = 0.0, False, 0
                 add(env.render())
                 while not ended and steps < max_steps:
-                    act = _actions(policy, flatten_obs(env.observation_space, obs)[None], low.shape[0])
+                    act = ask(policy, flatten_obs(env.observation_space, obs)[None], low.shape[0])
                     if not np.isfinite(act).all():
                         raise EnvError("video: the policy's action is not finite")
                     obs, reward, terminated, truncated, _ = env.step(to_env(act, low, high, env.action_space)[0])
@@ -280,10 +280,7 @@ def _no_compiler_warnings(env_id: str) -> Iterator[None]:
 
 
 def make(env_id: str, **kw: Any) -> gym.Env:
-    """gymnasium.make, with gymnasium-robotics and our own environments registered where their ids are asked for. Raises
-    EnvError."""
-    if env_id.startswith("mbrl_envs/"):
-        importlib.import_module("mbrl_envs.control")
+    """gymnasium.make, with gymnasium-robotics registered where its ids are asked for. Raises EnvError."""
     if re.match(ROBOTICS, env_id):
         try:
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
@@ -329,7 +326,8 @@ def _bounds(env: gym.Env, low: Any, high: Any, name: str) -> tuple[np.ndarray, n
     return ends[0], ends[1]
 
 
-def _actions(policy: Policy, rows: np.ndarray, width: int) -> np.ndarray:
+def ask(policy: Policy, rows: np.ndarray, width: int) -> np.ndarray:
+    """The policy's actions [n, width] for rows [n, O], float32 both. Raises EnvError for another shape."""
     act: Any = policy(torch.from_numpy(rows))
     act = act.detach().cpu().numpy() if isinstance(act, Tensor) else np.asarray(act)
     if act.shape != (len(rows), width):

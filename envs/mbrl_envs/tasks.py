@@ -19,6 +19,16 @@ or the simulator itself (`mbrl_envs.simulator`). For the v5 tasks:
 | Pendulum               | never                          | state before the step and action                         |
 | CartPoleSwingUp        | cart's position                | state after the step and action                          |
 
+and for the robots of `mbrl_envs.robots`:
+
+| CartPoleLength         | as CartPoleSwingUp             | as CartPoleSwingUp                                       |
+| BoxPusher              | never                          | corners' distances from the goal's, and action           |
+| LatchDoor              | never                          | hand to grip, knob, door, and action                     |
+| ReacherLinks           | never                          | as Reacher                                               |
+| HalfCheetahBody        | never                          | forward velocity, which is observed, and action          |
+| HopperPhysics ..       | as the v5 task                 | as the v5 task; of the four runners from the forward     |
+|                        |                                | velocity, which is observed                              |
+
 (1) They reward (x' - x) / dt. By default x is left out of the observation, and the observed velocity is that at the
     step's end, not the mean over its 4 or 5 substeps. Where the source observes x
     (`exclude_current_positions_from_observation=False`, or NeoRL's files), `task(id, obs=width)` gives the reward.
@@ -38,7 +48,7 @@ A prediction that is not finite is unhealthy, as the simulator's is.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +118,13 @@ def _unless(healthy: Callable[[Tensor], Tensor], widths: Mapping[int, int], env:
         return ~healthy(next_obs[..., _lead(widths, env, next_obs.shape[-1]) :])
 
     return terminal
+
+
+def known(env_id: str) -> Task:
+    """The task of an id that must be known."""
+    found = task(env_id)
+    assert found is not None, env_id
+    return found
 
 
 def _within(x: Tensor, low: float, high: float) -> Tensor:
@@ -269,9 +286,8 @@ def _pendulum(version: int, obs: int | None) -> Task:
 TRACK = 2.4  # m: a cart further from the middle has left the track
 
 
-def _swingup(version: int, obs: int | None) -> Task:
+def _swingup(version: int, obs: int | None, env: str = "mbrl_envs/CartPoleSwingUp-v0") -> Task:
     """Of (x, velocity, cos, sin, angular velocity), the angle being 0 upright."""
-    env = "mbrl_envs/CartPoleSwingUp-v0"
     widths = _fixed(5, env, obs)
 
     def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
@@ -281,6 +297,72 @@ def _swingup(version: int, obs: int | None) -> Task:
         return upright * centred - 0.01 * act[..., 0].clamp(-1, 1).square()
 
     return Task(env, _unless(lambda x: x[..., 0].abs() <= TRACK, widths, env), reward)
+
+
+BOX = 0.08  # m, half a side of the box that is pushed, seen from above
+FINGER = -0.25  # m, where the finger begins
+GOAL = 0.15  # m, where along x the box's middle belongs
+
+
+def _push(version: int, obs: int | None) -> Task:
+    """Of (finger to box, 4 corners), x and y each: a corner earns 1 where it belongs, 0 far from there (arXiv
+    2009.11997)."""
+    env = "mbrl_envs/BoxPusher-v0"
+    widths = _fixed(10, env, obs)
+    goal = torch.tensor([(GOAL + i * BOX, j * BOX) for i in (-1, 1) for j in (-1, 1)], dtype=torch.float64)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        _lead(widths, env, next_obs.shape[-1])
+        corners = next_obs[..., 2:].unflatten(-1, (4, 2))
+        far = (corners - goal.to(corners)).norm(dim=-1)
+        return (1 - (10 * far).tanh()).sum(-1) - 0.25 * act.norm(dim=-1)
+
+    return Task(env, _never(widths, env), reward)
+
+
+GRIP = 0.05  # m from a lever's axis to where it is gripped
+RELEASE, OPEN = 0.6, 0.2  # rad of the knob and of the door at which they earn all that they can
+
+
+def _latch(version: int, obs: int | None) -> Task:
+    """Of the observations of LatchDoor: up to 0.25 for a hand at the grip, 0.25 for a knob that is turned, 1 for a door
+    that is open."""
+    env = "mbrl_envs/LatchDoor-v0"
+    widths = _fixed(16, env, obs)
+
+    def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+        _lead(widths, env, next_obs.shape[-1])
+        near = 1 - (10 * next_obs[..., :3].norm(dim=-1)).tanh()
+        turned = (next_obs[..., 6].abs() / RELEASE).clamp(max=1)
+        opened = (next_obs[..., 7] / OPEN).clamp(0, 1)
+        return 0.25 * near + 0.25 * turned + opened - 0.01 * act.square().sum(-1)
+
+    return Task(env, _never(widths, env), reward)
+
+
+def _led(env: str, width: int, base: Callable[[int, int | None], Task], ctrl: float, bonus: float = 0.0) -> "Family":
+    """A v5 runner whose observations [width] begin with the mean forward velocity over the last step."""
+
+    def build(version: int, obs: int | None) -> Task:
+        widths, inner = _fixed(width, env, obs), base(5, None)
+
+        def terminal(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+            _lead(widths, env, next_obs.shape[-1])
+            return inner.terminal(obs[..., 1:], act, next_obs[..., 1:])
+
+        def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
+            total = next_obs[..., 0] - ctrl * act.square().sum(-1)
+            end = terminal(obs, act, next_obs)
+            return total + bonus * (~end).to(total) if bonus else total
+
+        return Task(env, terminal, reward)
+
+    return build
+
+
+def _as(env: str, base: Callable[[int, int | None], Task]) -> "Family":
+    """A robot of ours whose functions are those of a v5 task."""
+    return lambda version, obs: replace(base(5, obs), env=env)
 
 
 def _pen(version: int, obs: int | None) -> Task:
@@ -294,7 +376,25 @@ def _pen(version: int, obs: int | None) -> Task:
     return Task(env, terminal)
 
 
-_FAMILIES: dict[str, Callable[[int, int | None], Task]] = {
+Family = Callable[[int, int | None], Task]  # (version, width of the observations or None)
+
+_RUNNERS: dict[str, tuple[int, Family, float, float]] = {
+    "HalfCheetah": (18, _cheetah, 0.1, 0.0),
+    "Hopper": (12, _hopper, 1e-3, 1.0),
+    "Swimmer": (9, _swimmer, 1e-4, 0.0),
+    "Walker2d": (18, _walker, 1e-3, 1.0),
+}
+_OTHERS: dict[str, Family] = {
+    "Ant": _ant,
+    "Humanoid": _humanoid,
+    "HumanoidStandup": _standup,
+    "InvertedDoublePendulum": _double,
+    "InvertedPendulum": _inverted,
+    "Pusher": _pusher,
+    "Reacher": _reacher,
+}
+
+_FAMILIES: dict[str, Family] = {
     "hopper": _hopper,
     "walker2d": _walker,
     "halfcheetah": _cheetah,
@@ -308,7 +408,14 @@ _FAMILIES: dict[str, Callable[[int, int | None], Task]] = {
     "pusher": _pusher,
     "pendulum": _pendulum,
     "cartpoleswingup": _swingup,
+    "cartpolelength": lambda version, obs: _swingup(version, obs, "mbrl_envs/CartPoleLength-v0"),
+    "boxpusher": _push,
+    "latchdoor": _latch,
+    "halfcheetahbody": _led("mbrl_envs/HalfCheetahBody-v0", *_RUNNERS["HalfCheetah"]),
+    "reacherlinks": _as("mbrl_envs/ReacherLinks-v0", _reacher),
     "pen": _pen,
+    **{f"{k.lower()}physics": _led(f"mbrl_envs/{k}Physics-v0", *v) for k, v in _RUNNERS.items()},
+    **{f"{k.lower()}physics": _as(f"mbrl_envs/{k}Physics-v0", v) for k, v in _OTHERS.items()},
 }
 
 # Tasks that only their time limit ends. Antmaze is none: in D4RL's data it ends at a goal that is not observed.
