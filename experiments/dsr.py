@@ -3,8 +3,8 @@
     python experiments/dsr.py --data DIR [--settings ecg-gtf ...] [--seeds 0 1 2 3 4] [--out runs/dsr]
 
 DIR holds ecg_train.npy, ecg_test.npy, eeg.npy, lorenz63_noise0.05_train.npy and lorenz63_test.npy, each [T, N]; the
-other systems are integrated here. The seeds of a setting are trained together, on the seed axis. A finished setting is a
-row of experiments/results/dsr.json and is not run again; an interrupted one goes on from its last checkpoint in `out`.
+other systems are integrated here. The seeds of a setting are trained together, on the seed axis. A finished setting is
+a row of experiments/results/dsr.json and is not run again; an interrupted one goes on from its checkpoint in `out`.
 Every score is of the last parameters, never of the best. `published` are medians of 20 runs (arXiv 2306.04406).
 """
 
@@ -12,14 +12,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,7 +38,7 @@ EVERY = 50  # epochs a checkpoint
 class Setting:
     data: str
     learner: PlrnnConfig
-    fit: PlrnnFit = PlrnnFit()
+    fit: PlrnnFit = field(default_factory=PlrnnFit)
     published: dict[str, float] | None = None
     goal: dict[str, float] | None = None
 

@@ -14,6 +14,7 @@ from mbrl import offline, planner
 from mbrl.baselines import BcConfig, Td3BcConfig
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
+from mbrl.dynamics.plrnn import Constant, PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
 from mbrl.planner import Planner, Worth
@@ -27,6 +28,8 @@ def learners() -> dict[str, Any]:
     point group "mbrl.learners" (a name and a frozen dataclass with `build(spec, generator)`, all fields defaulted)."""
     found: dict[str, Any] = {"ensemble": EnsembleConfig(), "ensemble-scaled": EnsembleConfig(scale_targets=True)}
     found |= {"single": SingleConfig(), "single-gaussian": SingleConfig(gaussian=True, scale_targets=False)}
+    control = PlrnnConfig(Shallow(200, clipped=False), forcing=Constant(0.5), noise=True, reward=True)
+    found |= {"plrnn": control}
     for point in metadata.entry_points(group="mbrl.learners"):
         try:
             cls = point.load()
@@ -64,6 +67,7 @@ WORDS = {
     "ensemble-scaled": "The same with standardised targets: for observations of very different magnitudes.",
     "single": "One deterministic network.",
     "single-gaussian": "One Gaussian network: an ensemble of one.",
+    "plrnn": "A shallow piecewise-linear recurrent network with teacher forcing.",
     "cem": "Cross-entropy method: white noise, all elites alike.",
     "icem": "Coloured noise, kept elites, few candidates; the best seen is executed.",
     "mppi": "One iteration; every candidate weighs exp(return / temperature).",

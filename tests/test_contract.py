@@ -10,6 +10,7 @@ from mbrl import testing
 from mbrl.core import Dynamics, Markov, Prediction, Spec, group, pull, randn
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
+from mbrl.dynamics.plrnn import AlmostLinear, Constant, Dendritic, PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
 from mbrl.rollout import forced_mse, imagine, unroll
 from mbrl.testing import CHECKS, Subject, check_dynamics
@@ -132,6 +133,16 @@ def single(spec, **options):
     return SingleConfig(hidden=(16,), weight_decay=(1e-4, 1e-4), **options).build(spec)
 
 
+def plrnn(spec, kind, **options):
+    return PlrnnConfig(kind, forcing=Constant(0.5), heads=(8,), **options).build(spec)
+
+
+def imposed_on(model, obs, cond):
+    """What B z can be, in the units of the data."""
+    B = model.theta["B"]
+    return model.observed.inverse(model.observed(obs) @ (B @ torch.linalg.pinv(B)).T)
+
+
 def filtered(inner, bound=None, **options):
     """Around any learner; bound: of the candidates' observations, so tight that it is often met."""
     spec = inner.spec
@@ -151,6 +162,12 @@ SUBJECTS = {
     "ensemble-drawn-only": Subject(lambda spec: ensemble(spec, uncertainty=(), scale_targets=True)),
     "single": Subject(single),
     "single-gaussian": Subject(lambda spec: single(spec, gaussian=True, scale_targets=False)),
+    "plrnn-shallow": Subject(lambda spec: plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True)),
+    "plrnn-clipped": Subject(lambda spec: plrnn(spec, Shallow(60), latent=5, readout="affine"), imposes=imposed_on),
+    "plrnn-narrow": Subject(lambda spec: plrnn(spec, Shallow(60), latent=2, readout="affine"), imposes=imposed_on),
+    "plrnn-dendritic": Subject(lambda spec: plrnn(spec, Dendritic(4), latent=5)),
+    "plrnn-almost-linear": Subject(lambda spec: plrnn(spec, AlmostLinear(2), latent=6)),
+    "filtered-plrnn": Subject(lambda spec: filtered(plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True))),
     "filtered-single": Subject(lambda spec: filtered(single(spec, gaussian=True), bound=1.0)),
     "filtered-ensemble": Subject(lambda spec: filtered(ensemble(spec), bound=1.0)),
     "filtered-argmax": Subject(lambda spec: filtered(ensemble(spec), temperature=0.0)),
@@ -165,6 +182,8 @@ ALIKE = {
     "plain",
     "latent-narrow",
     "autonomous",
+    "plrnn-narrow",
+    "filtered-plrnn",
     "filtered-argmax",
     "filtered-single",
     "filtered-hyper",

@@ -423,7 +423,7 @@ class Window(NamedTuple):
 
 
 def imposed(y: Tensor, x: Tensor, inverse: Tensor | None) -> Tensor:
-    """What full forcing makes of states y [S, R, M] at standardised observations x [S, R, N]; pinv(B) x is a constant."""
+    """What full forcing makes of states y [S, R, M] at observations x [S, R, N]; pinv(B) x is a constant."""
     if inverse is not None:
         return (x @ inverse.mT).detach()
     return torch.cat([x, y[..., x.shape[-1] :]], -1)
