@@ -14,6 +14,7 @@ from mbrl import offline, planner
 from mbrl.baselines import BcConfig, Td3BcConfig
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
+from mbrl.dynamics.ode import RK4, Dopri5, ErrorEstimate, Local, OdeConfig, StiffnessRatio, Tsit5
 from mbrl.dynamics.plrnn import Constant, PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
@@ -29,7 +30,7 @@ def learners() -> dict[str, Any]:
     found: dict[str, Any] = {"ensemble": EnsembleConfig(), "ensemble-scaled": EnsembleConfig(scale_targets=True)}
     found |= {"single": SingleConfig(), "single-gaussian": SingleConfig(gaussian=True, scale_targets=False)}
     control = PlrnnConfig(Shallow(200, clipped=False), forcing=Constant(0.5), noise=True, reward=True)
-    found |= {"plrnn": control}
+    found |= {"plrnn": control, "ode": OdeConfig(reward=True)}
     for point in metadata.entry_points(group="mbrl.learners"):
         try:
             cls = point.load()
@@ -49,6 +50,7 @@ LEARNERS = learners()
 KNOWN = (
     *{type(x) for x in LEARNERS.values()},
     *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
+    *(RK4, Tsit5, Dopri5, Local, ErrorEstimate, StiffnessRatio),
     *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
     *(Planner, Worth),
 )
@@ -67,6 +69,7 @@ WORDS = {
     "ensemble-scaled": "The same with standardised targets: for observations of very different magnitudes.",
     "single": "One deterministic network.",
     "single-gaussian": "One Gaussian network: an ensemble of one.",
+    "ode": "A neural ordinary differential equation; intervals of any length.",
     "plrnn": "A shallow piecewise-linear recurrent network with teacher forcing.",
     "cem": "Cross-entropy method: white noise, all elites alike.",
     "icem": "Coloured noise, kept elites, few candidates; the best seen is executed.",

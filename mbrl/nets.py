@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Literal["silu", "relu"]
+Activation = Literal["silu", "relu", "tanh"]
 Init = Callable[[Tensor, torch.Generator | None], object]  # fills one weight [in, out] in place
 
 
@@ -46,8 +46,8 @@ class StackedMLP(nn.Module):
         super().__init__()
         if n < 1 or len(sizes) < 2 or min(sizes[1:]) < 1 or sizes[0] < 0:
             raise ValueError(f"StackedMLP: got n {n} and sizes {list(sizes)}, expected n >= 1 and two sizes or more")
-        if activation not in ("silu", "relu"):
-            raise ValueError(f"StackedMLP: activation is {activation!r}, expected 'silu' or 'relu'")
+        if activation not in get_args(Activation):
+            raise ValueError(f"StackedMLP: activation is {activation!r}, expected one of {get_args(Activation)}")
         self.n, self.sizes = n, tuple(sizes)
         self.activation: Activation = activation
         device = "cpu" if generator is None else generator.device
@@ -71,7 +71,10 @@ class StackedMLP(nn.Module):
 def apply_layers(layers: Sequence[Tensor], x: Tensor, activation: Activation) -> Tensor:
     """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1, out], ...) -> [n, B, out]."""
     reuse = not torch.is_grad_enabled()  # then nobody needs what the activation was given
-    act = (lambda y: F.silu(y, inplace=reuse)) if activation == "silu" else (lambda y: F.relu(y, inplace=reuse))
+    if activation == "tanh":
+        act = torch.tanh_ if reuse else torch.tanh
+    else:
+        act = (lambda y: F.silu(y, inplace=reuse)) if activation == "silu" else (lambda y: F.relu(y, inplace=reuse))
     last = len(layers) - 2
     for i in range(0, last + 2, 2):
         weight, bias = layers[i], layers[i + 1]

@@ -10,6 +10,7 @@ from mbrl import testing
 from mbrl.core import Dynamics, Markov, Prediction, Spec, group, pull, randn
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
+from mbrl.dynamics.ode import RK4, Local, OdeConfig, StiffnessRatio, Tsit5
 from mbrl.dynamics.plrnn import AlmostLinear, Constant, Dendritic, PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
 from mbrl.rollout import forced_mse, imagine, unroll
@@ -143,6 +144,10 @@ def imposed_on(model, obs, cond):
     return model.observed.inverse(model.observed(obs) @ (B @ torch.linalg.pinv(B)).T)
 
 
+def ode(spec, **options):
+    return OdeConfig(hidden=(16,), reward_hidden=(8,), **options).build(spec)
+
+
 def filtered(inner, bound=None, **options):
     """Around any learner; bound: of the candidates' observations, so tight that it is often met."""
     spec = inner.spec
@@ -167,6 +172,11 @@ SUBJECTS = {
     "plrnn-narrow": Subject(lambda spec: plrnn(spec, Shallow(60), latent=2, readout="affine"), imposes=imposed_on),
     "plrnn-dendritic": Subject(lambda spec: plrnn(spec, Dendritic(4), latent=5)),
     "plrnn-almost-linear": Subject(lambda spec: plrnn(spec, AlmostLinear(2), latent=6)),
+    "ode": Subject(lambda spec: ode(spec, solver=RK4(2), local=Local(start=0.01, end=0.001), reward=True)),
+    "ode-biased": Subject(
+        lambda spec: ode(spec, solver=Tsit5(2), alpha=0.2, local=Local(StiffnessRatio(), sampling="biased"))
+    ),
+    "filtered-ode": Subject(lambda spec: filtered(ode(spec, solver=Tsit5(), reward=True))),
     "filtered-plrnn": Subject(lambda spec: filtered(plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True))),
     "filtered-single": Subject(lambda spec: filtered(single(spec, gaussian=True), bound=1.0)),
     "filtered-ensemble": Subject(lambda spec: filtered(ensemble(spec), bound=1.0)),
@@ -184,6 +194,8 @@ ALIKE = {
     "autonomous",
     "plrnn-narrow",
     "filtered-plrnn",
+    "ode-biased",
+    "filtered-ode",
     "filtered-argmax",
     "filtered-single",
     "filtered-hyper",
