@@ -457,10 +457,8 @@ def lyapunov_spectrum(
         counted = t - transient
         if t % every == 0 or counted in (0, steps):
             tangent, r = torch.linalg.qr(tangent)
-            size = r.diagonal(dim1=-2, dim2=-1)
-            tangent = tangent * torch.where(size < 0, -1.0, 1.0)[:, None]  # positive diagonals
-            if counted > 0:
-                total += size.abs().log()
+            if counted > 0:  # the signs of the diagonal are the factorisation's own choice
+                total += r.diagonal(dim1=-2, dim2=-1).abs().log()
     return (total / (steps * dt)).sort(-1, descending=True).values
 
 
@@ -500,6 +498,7 @@ def model_step(
     act [A]: an action that is held. jacobian(state, inp, cond) -> [B, M, M] where the learner knows its own; else by
     forward differentiation."""
 
+    @torch.no_grad()
     def step(state: Tensor) -> tuple[Tensor, Tensor]:
         x = state.to(next(model.parameters(), state))
         if act is None and model.spec.act:
@@ -516,10 +515,8 @@ def model_step(
         if jacobian is not None:
             return move(x).to(state), jacobian(x, inp, cond).to(state)
         basis = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, None].expand(-1, len(x), -1)
-        with torch.enable_grad():  # where gradients are off, learners may work in place
-            out = torch.func.vmap(lambda v: torch.func.jvp(move, (x,), (v,)))(basis)
-        new, columns = out[0][0], out[1]
-        return new.detach().to(state), columns.detach().permute(1, 2, 0).to(state)
+        new, columns = torch.func.vmap(lambda v: torch.func.jvp(move, (x,), (v,))[:2])(basis)
+        return new[0].to(state), columns.permute(1, 2, 0).to(state)
 
     return step
 

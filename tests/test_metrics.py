@@ -49,6 +49,8 @@ def test_the_sparse_histogram_is_the_dense_one(width, bins, margin, laplace):
     got = metrics.d_stsp_histogram(true, generated, bins, margin, laplace)
     want = [dense_kl(true, x, bins, margin, laplace) for x in generated]
     close(got, torch.tensor(want, dtype=F64), rtol=1e-9, atol=0)
+    few = metrics.d_stsp_histogram(true[:9], generated[0], 30, 3.0, laplace)  # where the std's definition tells
+    assert few.item() == pytest.approx(dense_kl(true[:9], generated[0], 30, 3.0, laplace))
     one = metrics.d_stsp_histogram(true, generated[1], bins, margin, laplace)
     assert one.shape == ()
     close(one, got[1])
@@ -92,7 +94,7 @@ def test_the_mixture_of_one_point_each_is_the_closed_form(variance):
 
 
 def test_the_mixture_is_a_mean_of_log_ratios_of_gaussian_kernel_densities(monkeypatch):
-    true, generated = normal(300, 6), 1.5 * normal(2, 200, 6, seed=1)
+    true, generated = normal(300, 6), 1.5 * normal(2, 120, 6, seed=1)
     drawn = []
     inner = metrics._log_mixture
     monkeypatch.setattr(metrics, "_log_mixture", lambda x, c, v: (drawn.append((x, c)), inner(x, c, v))[1])
@@ -103,7 +105,7 @@ def test_the_mixture_is_a_mean_of_log_ratios_of_gaussian_kernel_densities(monkey
         density = [stats.multivariate_normal(c.numpy()).pdf(x.numpy()) for c in centres]
         return np.log(np.mean(density, 0))
 
-    assert [len(c) for _, c in drawn] == [150] * 3
+    assert [len(c) for _, c in drawn] == [150, 120, 120]
     close(drawn[0][1] - drawn[0][1][:1], true[:150] - true[:1])
     close(drawn[1][1] - drawn[0][1][:1], generated[0, :150] - true[:1])
     want = [(logs(x, drawn[0][1]) - logs(x, c)).mean() for x, c in drawn[1:]]
@@ -111,8 +113,9 @@ def test_the_mixture_is_a_mean_of_log_ratios_of_gaussian_kernel_densities(monkey
     x = drawn[0][0]
     assert len(x) == 100
     assert ((x[:, None] - drawn[0][1]).square().sum(-1).amin(1).mean() < 6).item()  # drawn from the truth
-    same = metrics.d_stsp_mixture(true, true, gen()).item()
-    assert same == pytest.approx(0, abs=1e-12)
+    assert metrics.d_stsp_mixture(true, true, gen()).item() == pytest.approx(0, abs=1e-12)
+    metrics.d_stsp_mixture(true[:1], generated, gen(), variance=0.25, samples=2000)
+    assert drawn[-3][0].std().item() == pytest.approx(0.5, rel=0.03)
 
 
 def test_dimensions_choose_the_variant():
@@ -135,7 +138,7 @@ def test_wasserstein_is_scipys(length):
     close(got, torch.tensor(want, dtype=F64), rtol=1e-12, atol=0)
     close(metrics.wasserstein(x, y[1]), got[1])
     y[0, 3] = torch.nan
-    assert metrics.wasserstein(x, y).isfinite().all(-1).tolist() == [False, True]
+    assert metrics.wasserstein(x, y).isinf().tolist() == [[True] * 3, [False] * 3]
 
 
 def test_sliced_wasserstein_sees_what_the_marginals_do_not():
@@ -510,6 +513,13 @@ def test_neighbours_are_those_of_the_definition():
     got = metrics.lyapunov_from_data(x, (first, last), theiler=theiler, dt=0.1)
     close(got.curve, torch.tensor(curve))
     close(got.exponent.item(), np.polyfit(np.arange(first, last + 1), curve[first:], 1)[0] / 0.1)
+
+
+def test_distances_of_zero_have_no_logarithm_and_do_not_count():
+    got = metrics.lyapunov_from_data((normal(200, 1) * 2).round(), (0, 5), theiler=3)
+    assert got.curve[0] == 0  # one unit, since states that are equal are no neighbours
+    assert got.curve.isfinite().all()
+    assert got.curve[1:].min() > 0
 
 
 # ---------------------------------------------------------------- errors
