@@ -231,18 +231,23 @@ def test_each_factor_changes_what_it_names():
 
 
 def test_a_changed_robot_is_planned_with_in_the_true_simulator():
-    acts = 2 * torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)) - 1
     worth = []
-    for name, kw in (("HalfCheetahBody", {"torso": 1.25}), ("HalfCheetahPhysics", {"tilt": 0.3})):
+    for name, kw in (
+        ("HalfCheetahBody", {"torso": 1.25}),
+        ("HalfCheetahPhysics", {"tilt": 0.3}),
+        ("ReacherLinks", {"first": 0.15, "second": 0.05}),
+    ):
         env = made(name, **kw)
         env.reset(seed=0)
+        width = env.action_space.shape[0]
+        acts = 2 * torch.rand(3, 6, width, generator=torch.Generator().manual_seed(0)) - 1
         found = Simulator(env, threads=1).rollout(acts).reward
         for plan, got in zip(acts, found, strict=True):
             env.reset(seed=0)
             np.testing.assert_allclose(got, [env.step(a)[1] for a in plan.numpy()], atol=1e-9)
         worth.append(found.sum())
     assert worth[0] != worth[1]
-    with pytest.raises(EnvError, match=r"no rule for mbrl_envs\.robots\.Robot"):
+    with pytest.raises(EnvError, match=r"no rule for mbrl_envs\.robots\.BoxPusher"):
         Simulator(made("BoxPusher"))
 
 

@@ -183,7 +183,8 @@ def collect(
     play = _robots if worlds[0].robot else _runners if worlds[0].unseen and source.acts else _stepped
     taken: list[list[_Episode]] = [[] for _ in tasks]
     with ThreadPoolExecutor(threads) as pool, Rollout(nthread=threads if threads > 1 else 0) as simulate:
-        batch = _Batch(worlds, source, seed, pool, simulate, threads)
+        scratch = [mujoco.MjData(worlds[0].base.model) for _ in range(threads)]
+        batch = _Batch(worlds, source, seed, pool, simulate, scratch)
         while missing := {i: n for i, x in enumerate(taken) if (n := steps - sum(len(e.act) for e in x)) > 0}:
             rows = [(i, len(taken[i]) + e) for i, n in missing.items() for e in range(-(-n // source.length))]
             if source.most is not None and max(e for _, e in rows) >= source.most:
@@ -256,7 +257,7 @@ class _Batch(NamedTuple):
     seed: int
     pool: ThreadPoolExecutor
     simulate: Any
-    threads: int
+    scratch: list[Any]  # one for each of its threads
 
     def starts(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """The full states with which episodes begin, and the solver's warm starts: [R, S], [R, nv]."""
@@ -273,10 +274,10 @@ class _Batch(NamedTuple):
     def run(self, rows: Rows, state: np.ndarray, ctrl: np.ndarray, warm: np.ndarray | None = None) -> np.ndarray:
         """Full states [R, T, S] after each step of the environment under ctrl [R, T, nu]."""
         base = self.worlds[0].base
-        skip, data = base.frame_skip, [mujoco.MjData(base.model) for _ in range(self.threads)]
+        skip = base.frame_skip
         models, inputs = [self.worlds[i].base.model for i, _ in rows], ctrl.astype(np.float64).repeat(skip, 1)
         state = np.concatenate([np.full_like(state[:, :1], LATER), state[:, 1:]], 1)
-        out = self.simulate.rollout(models, data, state, inputs, initial_warmstart=warm)[0][:, skip - 1 :: skip]
+        out = self.simulate.rollout(models, self.scratch, state, inputs, initial_warmstart=warm)[0][:, skip - 1 :: skip]
         lost = (out[..., 0] < LATER).any(1)  # MuJoCo begins anew at time 0
         if lost.any():
             raise _diverged(self.worlds[rows[int(lost.argmax())][0]])

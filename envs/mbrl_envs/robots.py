@@ -39,7 +39,10 @@ def _positive(env: str, **values: float) -> None:
 
 
 class Edited(MujocoEnv):
-    """A MuJoCo environment whose model is edited before it is compiled."""
+    """A MuJoCo environment whose model is edited before it is compiled. earns: of a robot of gymnasium whose body alone
+    is another, gymnasium's class, so that `mbrl_envs.simulator` knows its reward."""
+
+    earns: type
 
     def edit(self, spec: Any) -> None:
         """Change the MjSpec of the environment's file."""
@@ -86,6 +89,7 @@ class HalfCheetahBody(Edited, HalfCheetahEnv):
 
     Raises EnvError for a factor that is not positive."""
 
+    earns = HalfCheetahEnv
     PARTS = {"torso": ("torso",), "thigh": ("bthigh", "fthigh"), "leg": ("bshin", "fshin"), "foot": ("bfoot", "ffoot")}  # noqa: RUF012
 
     def __init__(self, torso: float = 1.0, thigh: float = 1.0, leg: float = 1.0, foot: float = 1.0, **kw: Any) -> None:
@@ -110,6 +114,8 @@ class ReacherLinks(Edited, ReacherEnv):
     what changes is where the fingertip is, 0.01 m beyond the second link.
 
     Raises EnvError for a length that is not positive."""
+
+    earns = ReacherEnv
 
     def __init__(self, first: float = 0.1, second: float = 0.1, **kw: Any) -> None:
         self.links = {"first": first, "second": second}

@@ -159,7 +159,7 @@ class Simulator:
 
 def _kind(env: Any) -> str:
     """The task's name. Raises EnvError where there is no rule for it."""
-    kind = next((c for c in type(env).__mro__ if "step" in vars(c)), type(env))  # a body may differ, not what is earned
+    kind = getattr(env, "earns", type(env))
     if not (hasattr(env, "model") and hasattr(env, "data") and "mujoco" in type(env.model).__module__):
         raise EnvError(
             f"Simulator: got a {kind.__name__}, which is no MuJoCo environment; Pendulum, CartPoleSwingUp and Reacher "
