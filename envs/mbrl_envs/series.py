@@ -177,13 +177,11 @@ def split(data: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 def pair(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
     """The two, their actions scaled by one range, which spans both: two files give each its own. Raises ValueError
-    where they cannot be of one system: other widths, columns or dt."""
-    facts = lambda d: (d.obs.shape[1], d.act.shape[1], d.dt, *(d.meta.get(k) for k in ("columns", "inputs")))
-    for what, a, b in zip(
-        ("observations", "inputs", "dt", "columns", "input columns"), facts(train), facts(test), strict=True
-    ):
-        if a != b and None not in (a, b):
-            raise ValueError(f"pair: {train.name} and {test.name} differ in {what}: {a} and {b}; expected the same")
+    where they cannot be of one system: other widths, or another dt."""
+    facts = lambda d: {"observations": d.obs.shape[1], "inputs": d.act.shape[1], "dt": d.dt}
+    for what, got in facts(test).items():
+        if got != (want := facts(train)[what]):
+            raise ValueError(f"pair: {test.name} has {what} {got}, expected {want} as {train.name} has")
     low, high = torch.minimum(train.act_low, test.act_low), torch.maximum(train.act_high, test.act_high)
     return _rescaled(train, low, high), _rescaled(test, low, high)
 
