@@ -100,7 +100,7 @@ def forced(
         with torch.no_grad():
             J = jacobian(states[1:], act[1:]).expand(T - 1, *rows, M, M)
             transfer = pull.slope(J.mT)
-        pred = _Adjoint.apply(pred, transfer, attempt)
+        pred = _Adjoint.apply(pred, transfer, parallel)
     return Forced(pred, states, iterations, parallel, parallel or not attempt)
 
 
@@ -108,9 +108,9 @@ class _Pull:
     """y_t [T - 1, *rows, M] -> x_{t+1}; the ends are chosen, not interpolated, since 0 * nan is nan."""
 
     def __init__(self, signal: Tensor, keep: Tensor) -> None:
-        keep = keep.detach().to(signal).expand(signal.shape)[:-1]
+        keep = keep.to(signal).expand(signal.shape)[:-1]
         self.keep, self.cut = keep, keep == 0
-        self.drawn = torch.where(keep == 1, 0.0, (1 - keep) * signal.detach()[:-1])
+        self.drawn = torch.where(keep == 1, 0.0, (1 - keep) * signal[:-1])
 
     def __call__(self, y: Tensor) -> Tensor:
         return _mix(y, self.keep, self.cut, self.drawn)
@@ -126,7 +126,7 @@ def _mix(y: Tensor, keep: Tensor, cut: Tensor, drawn: Tensor) -> Tensor:
 
 def _loop(step: Step, start: Tensor, act: Tensor, pull: _Pull) -> Tensor:
     states = [start]
-    for a, keep, cut, drawn in zip(act, pull.keep, pull.cut, pull.drawn, strict=False):
+    for a, keep, cut, drawn in zip(act[:-1], pull.keep, pull.cut, pull.drawn, strict=True):
         states.append(_mix(step(states[-1], a), keep, cut, drawn))
     return torch.stack(states)
 

@@ -185,6 +185,21 @@ def test_curved_maps_are_solved_to_rounding():
     close(of(got.pred), of(want), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_rounding_is_relative_to_the_states(unit):
+    W = 0.4 * randn(M, M)
+    step = lambda z, act: z @ W.T - 0.5 * z.abs()
+    start, act, signal, keep = (
+        unit * randn(B, M),
+        torch.zeros(50, B, 0),
+        unit * randn(50, B, M, seed=1),
+        torch.tensor(0.7),
+    )
+    got = forced(step, jacobian_of(step), start, act, signal, keep, "parallel")
+    assert got.parallel
+    close(got.states, loop(step, start, act, signal, keep)[1], rtol=0, atol=1e-13 * unit)
+
+
 def test_signal_and_keep_are_constants():
     p = params()
     step, start, act = stepper(clipped, p), randn(S, B, M), randn(T, S, B, A)
@@ -295,7 +310,7 @@ def test_a_row_that_is_lost_is_lost_alone():
     start, act, truth = orbits(30)
     start[1] = torch.inf
     got = forced(step, jacobian, start, act, truth, torch.tensor(0.5), "parallel")
-    assert not got.parallel
+    assert (got.iterations, got.parallel) == (0, False)  # no iteration can help
     close(got.states, loop(step, start, act, truth, torch.tensor(0.5))[1], equal_nan=True)
     assert got.states[:, [0, 2]].isfinite().all()
 
@@ -328,6 +343,24 @@ def test_jacobians_are_evaluated_where_they_are_needed():
     lengths.clear()
     got = forced(step, counted, *args, "parallel")
     assert len(lengths) == got.iterations + 1
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "scans"), [("sequential", 0.6, 0), ("parallel", 0.6, 1), ("parallel", 1.0, 0)]
+)
+def test_the_gradient_is_a_scan_where_the_states_were(method, keep, scans, monkeypatch):
+    step, jacobian = lozi()
+    start, act, truth = orbits(200)
+    signal, calls = truth + 0.05 * randn(*truth.shape), []
+    monkeypatch.setattr(
+        parallel, "affine_scan", lambda J, b, *a, **k: calls.append((len(b), k)) or affine_scan(J, b, *a, **k)
+    )
+    got = forced(step, jacobian, start.requires_grad_(), act, signal, torch.tensor(keep), method)
+    assert got.parallel == bool(scans)
+    whole = lambda: [k for length, k in calls if length == 199]  # a scan is made of shorter ones
+    assert len(whole()) == got.iterations
+    got.pred.sum().backward()
+    assert whole()[got.iterations :] == [{"reverse": True}] * scans
 
 
 def test_auto_asks_what_pays(monkeypatch):
