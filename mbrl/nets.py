@@ -122,6 +122,8 @@ class Normalizer(nn.Module):
     def fit(self, x: Tensor) -> None:
         """x [..., D]: a column that hardly moves (a standard deviation below 1e-6 of its size, or 1e-8) is only
         centred. Computed in float64."""
+        if x.shape[-1] == 0:
+            return
         x = x.detach().reshape(-1, x.shape[-1]).double()
         if len(x) == 0:
             raise ValueError("Normalizer: got no rows, expected at least one")
