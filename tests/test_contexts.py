@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mbrl_envs import contexts
 from mbrl_envs.contexts import PHYSICS, SEQUENCES, ContextTask, collect, first_seed, tasks, varied
+from mbrl_envs.evaluate import make
 
 from mbrl.core import Spec
 
@@ -127,6 +129,29 @@ def test_collected_at_once_or_stepped_one_by_one(name, steps, some):
     again = collect(found, steps, seed=3, threads=1)
     assert [d.sha256 for d in again] == [d.sha256 for d in data]
     assert len({d.sha256 for d in data} | {d.sha256 for d in collect(found, steps, seed=4)}) == 2 * len(found)
+
+
+def test_the_solver_begins_where_the_environments_would(monkeypatch):
+    """With one iteration, what it starts from shows."""
+
+    def rough(env_id, **kw):
+        env = make(env_id, **kw)
+        env.unwrapped.model.opt.iterations = 1  # pyright: ignore[reportAttributeAccessIssue]
+        return env
+
+    monkeypatch.setattr(contexts, "make", rough)
+    found = tasks("cheetah-body")[1:3]
+    stepped(found, collect(found, 60, seed=1, threads=1), seed=1)
+
+
+@pytest.mark.parametrize("name", ["pusher", "reacher-links"])
+def test_what_leaves_the_bounds_is_clipped(name):
+    found = tasks(name)[:1]
+    plan = torch.full((1, 6, 2), 3.0)
+    for policy in (plan, lambda obs: plan[0, : len(obs)]):
+        data = collect(found, 6, policy)
+        assert torch.equal(data[0].act, torch.ones(6, 2))
+        stepped(found, data, seed=0)
 
 
 def act(obs):

@@ -125,6 +125,18 @@ def test_a_copy_through_pickle_has_the_same_body(name, kw):
     np.testing.assert_array_equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("name", ["CartPoleLength", "BoxPusher", "LatchDoor"])
+def test_actions_beyond_their_bounds_are_the_bounds(name):
+    env = made(name)
+    width = env.action_space.shape[0]
+    seen = []
+    for size in (1.0, 3.0):
+        env.reset(seed=0)
+        seen.append(env.step(np.full(width, size)))
+    np.testing.assert_array_equal(seen[0][0], seen[1][0])
+    assert seen[0][1] == seen[1][1]
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("HalfCheetahBody", {"leg": 0.0}, "leg=0.0"),
     ("ReacherLinks", {"second": -0.1}, "second=-0.1"),
