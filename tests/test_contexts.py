@@ -132,7 +132,7 @@ def test_collected_at_once_or_stepped_one_by_one(name, steps, some):
 
 
 def test_the_solver_begins_where_the_environments_would(monkeypatch):
-    """With one iteration, what it starts from shows."""
+    """With one iteration, and joints at their limits from the first, what it starts from shows."""
 
     def rough(env_id, **kw):
         env = make(env_id, **kw)
@@ -140,8 +140,8 @@ def test_the_solver_begins_where_the_environments_would(monkeypatch):
         return env
 
     monkeypatch.setattr(contexts, "make", rough)
-    found = tasks("cheetah-body")[1:3]
-    stepped(found, collect(found, 60, seed=1, threads=1), seed=1)
+    found = [ContextTask("bent", "mbrl_envs/HalfCheetahBody-v0", {"foot": 1.25, "reset_noise_scale": 1.5})]
+    stepped(found, collect(found, 10, seed=1, threads=1), seed=1)
 
 
 @pytest.mark.parametrize("name", ["pusher", "reacher-links"])
