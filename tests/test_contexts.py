@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mbrl_envs import contexts
 from mbrl_envs.contexts import PHYSICS, SEQUENCES, ContextTask, collect, first_seed, tasks, varied
-from mbrl_envs.evaluate import make
 
 from mbrl.core import Spec
 
@@ -129,19 +127,6 @@ def test_collected_at_once_or_stepped_one_by_one(name, steps, some):
     again = collect(found, steps, seed=3, threads=1)
     assert [d.sha256 for d in again] == [d.sha256 for d in data]
     assert len({d.sha256 for d in data} | {d.sha256 for d in collect(found, steps, seed=4)}) == 2 * len(found)
-
-
-def test_the_solver_begins_where_the_environments_would(monkeypatch):
-    """With one iteration, and joints at their limits from the first, what it starts from shows."""
-
-    def rough(env_id, **kw):
-        env = make(env_id, **kw)
-        env.unwrapped.model.opt.iterations = 1  # pyright: ignore[reportAttributeAccessIssue]
-        return env
-
-    monkeypatch.setattr(contexts, "make", rough)
-    found = [ContextTask("bent", "mbrl_envs/HalfCheetahBody-v0", {"foot": 1.25, "reset_noise_scale": 1.5})]
-    stepped(found, collect(found, 10, seed=1, threads=1), seed=1)
 
 
 @pytest.mark.parametrize("name", ["pusher", "reacher-links"])
