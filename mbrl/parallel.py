@@ -52,8 +52,8 @@ class Forced(NamedTuple):
 def pays(device: torch.device, T: int, M: int) -> bool:
     """Whether "auto" solves parallel in time. Not on a CPU: there the loop was the faster for every T and M tried. On
     other devices, which wait for small kernels to be launched, by the number of these: about 14 for each step of a loop
-    of shallow PLRNNs, and as many for each doubling of T in each solve, so that at T = 128 the loop launches about
-    twice as many as seven solves. That rule has not been timed."""
+    of shallow PLRNNs, and as many for each doubling of T in each solve, so that at T = 128 the loop launches 1.6
+    times as many as seven solves. That rule has not been timed."""
     return device.type != "cpu" and T >= 128 and M <= 16
 
 
