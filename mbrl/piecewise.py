@@ -118,9 +118,7 @@ def cycles(
         gap = image - points.roll(-1, 1)
         finite = torch.isfinite(image).flatten(1).all(1) & torch.isfinite(jacobians).flatten(1).all(1)
         error = gap.abs().amax((1, 2)) + 4 * EPS * points.abs().amax((1, 2))
-        closed = (
-            finite & (age > 0) & (error <= tolerance * scale)
-        )  # a start is no solution before a step has made it one
+        closed = finite & (age > 0) & (error <= tolerance * scale)  # what no step has made is near a cycle at best
         if closed.any():
             found.add(points[closed], jacobians[closed], gap[closed])
         moved = points.clone()

@@ -262,6 +262,11 @@ def test_cycles_far_from_the_starts_are_found():
     close(tensor(*firsts(found)), tensor([1.0], [120.0]))
 
 
+@pytest.mark.parametrize(("small", "count"), [(1e-5, 1), (1e-8, 0)])
+def test_what_rounding_hides_is_not_found(small, count):
+    assert len(search(line((math.inf, 1 - small, 1.0)), 1, tensor([1.0]))) == count  # at 1 / small
+
+
 @pytest.mark.parametrize("start", [1 + 1e-10, 1 + 1e-12])
 def test_a_start_that_is_almost_a_cycle_is_solved_for(start):
     (found,) = search(line((math.inf, 0.5, 0.5)), 1, tensor([start]))
