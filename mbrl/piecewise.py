@@ -155,7 +155,7 @@ def _newton(jacobians: Tensor, gap: Tensor, far: float) -> Tensor:
     sane = torch.isfinite(matrix).flatten(1).all(1) & torch.isfinite(offset).all(1)
     singular = ~(first.abs().amax((1, 2)) < far) & sane
     if singular.any():
-        first[singular] = torch.linalg.pinv(matrix[singular], rtol=1e-10) @ offset[singular][:, :, None]
+        first[singular] = torch.linalg.pinv(matrix[singular]) @ offset[singular][:, :, None]
     steps = [first]
     for i in range(gap.shape[1] - 1):
         steps.append(jacobians[:, i] @ steps[-1] + gap[:, i, :, None])
@@ -178,7 +178,7 @@ class _Found:
             new = (points[:, 1:] - points[:, :1]).abs().amax(2).amin(1) > self.near
         if self.cycles:
             new &= self._apart(points, torch.cat([cycle.points for cycle in self.cycles]))
-        offsets = points.roll(-1, 1) + gap - (jacobians @ points[..., None])[..., 0]
+        offsets = points.roll(-1, 1) - (jacobians @ points[..., None])[..., 0]
         for continuum in self.continua:
             new &= ~self._within(jacobians, offsets, *continuum)
         while new.any():

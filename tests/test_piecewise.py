@@ -303,10 +303,32 @@ def test_continua_under_the_same_jacobians_are_told_apart_by_their_offsets():
     close(tensor(*firsts(fixed)), tensor([-2.0], [0.0], [2.5], [5.0], [7.0]), atol=1e-12, rtol=0)
 
 
+def test_a_continuum_of_cycles_is_one_wherever_they_begin():
+    """x -> 2 x + 3 -> x for every x in (-1, 1)."""
+    (found,) = search(line((1.0, 2.0, 3.0), (math.inf, 0.5, -1.5)), 2, torch.linspace(-1, 5, 41).double()[:, None])
+    close(found.points[1], 2 * found.points[0] + 3)
+    close(found.eigenvalues.real, tensor(1.0))
+
+
+@pytest.mark.parametrize(("apart", "count"), [(1e-4, 2), (1e-7, 1)])
+def test_cycles_are_told_apart_down_to_a_thousand_tolerances(apart, count):
+    system = line((apart / 3, 2.0, 0.0), (math.inf, 0.5, apart / 2))  # fixed points at 0 and apart
+    assert len(search(system, 1, torch.linspace(-1, 1, 20).double()[:, None])) == count
+
+
+def test_a_start_at_the_origin_has_a_scale_too():
+    assert firsts(search(tent(), 1, tensor([0.0]))) == [[0.0], [pytest.approx(2 / 3)]]
+
+
 def test_orbits_that_are_not_finite_are_dropped():
     system = line((1.0, 0.5, 0.1), (math.inf, 1e200, 0.0))
     (found,) = search(system, 1, tensor([5.0], [0.5]))
     close(found.points, tensor([0.2]))
+    assert search(system, 2, tensor([5.0], [0.5])) == []
+    steep = affine(torch.diag(tensor(1e200, 0.5)), tensor(0.0, 0.0))  # the orbit is finite, the product is not
+    assert search(steep, 3, tensor([0.0, 1.0])) == []
+    hole = lambda z: torch.where((z - 1).abs() > 0.1, 0.5, math.nan).double()[..., None]
+    assert cycles(lambda z: 0.5 * z + 0.5, hole, 1, tensor([5.0], [0.5])) == []
     assert len(search(line((1.0, -1.5, 0.0), (math.inf, 1e200, 0.0)), 1, tensor([5.0]))) == 1
     for order in (1, 3):
         assert cycles(lambda z: z / 0, lambda z: torch.ones_like(z)[..., None], order, tensor([5.0], [0.0])) == []
@@ -349,7 +371,7 @@ def test_inputs_are_checked():
         cycles(lambda z: step(z).float(), jacobian, 1, BOX)
     with pytest.raises(ValueError, match=r"expected \[30, 1, 1\]"):
         cycles(step, lambda z: jacobian(z)[:, 0], 1, BOX)
-    assert len(cycles(step, jacobian, 1, BOX.float())) == 2
+    assert len(cycles(step, jacobian, 1, BOX.float())) == len(regions(step, jacobian, BOX.float()).shares) == 2
 
 
 def test_a_report_is_plain_json():
