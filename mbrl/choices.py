@@ -15,7 +15,16 @@ from mbrl.baselines import BcConfig, Td3BcConfig
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.dynamics.ode import RK4, Dopri5, ErrorEstimate, Local, OdeConfig, StiffnessRatio, Tsit5
-from mbrl.dynamics.plrnn import Constant, PlrnnConfig, Shallow
+from mbrl.dynamics.plrnn import (
+    Adaptive,
+    AlmostLinear,
+    Annealed,
+    Constant,
+    Dendritic,
+    PlrnnConfig,
+    Shallow,
+    Sparse,
+)
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
 from mbrl.planner import Planner, Worth
@@ -47,12 +56,18 @@ def learners() -> dict[str, Any]:
 
 
 LEARNERS = learners()
+RECONSTRUCTORS: dict[str, Any] = {
+    "plrnn": PlrnnConfig(Shallow(100)),
+    "plrnn-dendritic": PlrnnConfig(Dendritic(20), latent=20, forcing=Adaptive()),
+    "plrnn-almost-linear": PlrnnConfig(AlmostLinear(10), latent=20, forcing=Sparse(20)),
+}  # for series: without reward and noise
 KNOWN = (
     *{type(x) for x in LEARNERS.values()},
     *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
     *(RK4, Tsit5, Dopri5, Local, ErrorEstimate, StiffnessRatio),
     *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
     *(Planner, Worth),
+    *(PlrnnConfig, Shallow, Dendritic, AlmostLinear, Constant, Sparse, Annealed, Adaptive),
 )
 
 
@@ -71,6 +86,8 @@ WORDS = {
     "single-gaussian": "One Gaussian network: an ensemble of one.",
     "ode": "A neural ordinary differential equation; intervals of any length.",
     "plrnn": "A shallow piecewise-linear recurrent network with teacher forcing.",
+    "plrnn-dendritic": "A PLRNN whose units are sums of shifted rectifiers.",
+    "plrnn-almost-linear": "A PLRNN of which few units are rectified.",
     "cem": "Cross-entropy method: white noise, all elites alike.",
     "icem": "Coloured noise, kept elites, few candidates; the best seen is executed.",
     "mppi": "One iteration; every candidate weighs exp(return / temperature).",
@@ -88,4 +105,5 @@ def union(options: dict[str, tuple[Any, Any]]) -> Any:
 
 Algorithm: Any = union({name: (offline.OfflineConfig, preset) for name, preset in offline.PRESETS.items()})
 Learner: Any = union({name: (type(x), x) for name, x in LEARNERS.items()})
+Reconstructor: Any = union({name: (type(x), x) for name, x in RECONSTRUCTORS.items()})
 Search: Any = union({name: (Planner, x) for name, x in planner.PRESETS.items()})

@@ -25,6 +25,7 @@ from mbrl import device as devices
 from mbrl import mpc, offline, suite
 from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console
 from mbrl.cli_control import Online, Plan, run_online, run_plan
+from mbrl.cli_reconstruct import Reconstruct, run_reconstruct
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
@@ -761,6 +762,7 @@ def _commands() -> Any:
         "suite": Suite,
         "plan": Plan,
         "online": Online,
+        "reconstruct": Reconstruct,
         "list": List,
         "demo": Demo,
     }
@@ -788,12 +790,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         Suite: run_suite,
         Plan: run_plan,
         Online: run_online,
+        Reconstruct: run_reconstruct,
         Demo: run_demo,
     }
     try:
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt:
-        name = {Plan: "plan", Online: "online"}.get(type(command), "offline")
+        name = {Plan: "plan", Online: "online", Reconstruct: "reconstruct"}.get(type(command), "offline")
         console.print(f"\ninterrupted; `mbrl {name} --resume <run folder>` continues a run to the same numbers")
         sys.exit(130)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

@@ -23,6 +23,7 @@ TASK = 8  # rows a task, as the source has it
 TYPES = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
 FLAGS = ("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-shared", "-fPIC")
 WIDEST = 32  # of a state: past it the products are large enough for torch
+NARROW = 8  # of a state whose Jacobian stays in the registers
 
 
 def problem() -> str | None:
@@ -65,6 +66,24 @@ def forced(
     return _Forced.apply(A, W1, W2, h2, start, drive, signal, keep, clipped)
 
 
+@torch.no_grad()
+def jacobians(A: Tensor, W1: Tensor, W2: Tensor, h2: Tensor, x: Tensor, clipped: bool) -> Tensor:
+    """Those of the same step at states x [S, R, M]: [S, R, M, M]; no gradient."""
+    given = [v.contiguous() for v in (A, W1, W2, h2, x)]
+    out = x.new_empty(*x.shape, x.shape[-1])
+    _share("jacobians", clipped, x, [*given, out], x.shape[0] * x.shape[1], (x.shape[1], 1, h2.shape[1]))
+    return out
+
+
+@torch.no_grad()
+def spectral(J: Tensor) -> Tensor:
+    """The largest singular values of J [..., M, M], to 3e-6 of each and to rounding; no gradient."""
+    flat = J.reshape(-1, *J.shape[-2:]).contiguous()
+    out = flat.new_empty(len(flat))
+    _share("spectral", True, flat, [flat, out], len(flat), (1, 1, 1))
+    return out.clamp_(min=0).sqrt_().reshape(J.shape[:-2])
+
+
 class _Forced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A, W1, W2, h2, start, drive, signal, keep, clipped) -> Tensor:
@@ -87,16 +106,22 @@ class _Forced(torch.autograd.Function):
 
 
 def _run(name: str, clipped: bool, y: Tensor, arrays: list[Tensor]) -> None:
-    seeds, rows, length, width = y.shape
-    call = getattr(_library(width, clipped, y.dtype), name)
-    tasks, threads = seeds * -(-rows // TASK), torch.get_num_threads()
-    sizes = [rows, length, arrays[1].shape[2]]
+    seeds, rows, length, _ = y.shape
+    _share(name, clipped, y, arrays, seeds * -(-rows // TASK), (rows, length, arrays[1].shape[2]))
+
+
+def _share(
+    name: str, clipped: bool, like: Tensor, arrays: list[Tensor], tasks: int, sizes: tuple[int, int, int]
+) -> None:
+    """Shares out tasks among as many threads as torch uses."""
+    width, threads = like.shape[-1], torch.get_num_threads()
+    call = getattr(_library(width, clipped, like.dtype), name)
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in arrays]
     part = lambda a, b: call(*map(ctypes.c_int64, (a, b, *sizes)), *pointers)
     cuts = [tasks * i // threads for i in range(threads + 1)]
     failed = [part(*cuts[:2])] if threads == 1 else _pool(threads).map(part, cuts[:-1], cuts[1:])
     if any(failed):
-        raise MemoryError(f"forced: no memory for the weights of a PLRNN of width {width} and {sizes[2]} hidden units")
+        raise MemoryError(f"{name}: no memory for the weights of a PLRNN of width {width} and {sizes[2]} hidden units")
 
 
 @cache

@@ -134,8 +134,8 @@ class Dynamics(nn.Module, abc.ABC):
         return self.loss(segment, noise)[0].detach()[None]
 
     def advance(self, segment: Segment) -> None:
-        """Called after each update with its batch: the one place that writes schedules (a forcing's strength, the weight
-        of a regulariser), which are buffers that a captured update reads."""
+        """Called after each update with its batch: the one place that writes schedules (a forcing's strength, a
+        regulariser's weight), which are buffers that a captured update reads."""
 
     def finish(self, errors: Tensor) -> None:
         """Called once after a fit with the best held-out error of each part [parts] (an ensemble picks its elites)."""

@@ -196,3 +196,73 @@ int backward(int64_t first, int64_t last, int64_t B, int64_t T, int64_t L, const
     free(gw.W1);
     return 0;
 }
+
+/* Jacobians of the step at rows x [S, R, M]: out [S, R, M, M], rows first to last of all S * R. */
+int jacobians(int64_t first, int64_t last, int64_t R, int64_t unused, int64_t L, const REAL *A, const REAL *W1,
+              const REAL *W2, const REAL *h2, const REAL *x, REAL *out) {
+    const int64_t N = (L + LANES - 1) / LANES;
+    int64_t packed = -1;
+    weights w;
+    (void)unused;
+    if (make(&w, N)) return 1;
+    for (int64_t row = first; row < last; row++) {
+        const int64_t s = row / R;
+        if (s != packed) pack(w, N, L, W1 + s * M * L, W2 + s * M * L, h2 + s * L);
+        packed = s;
+        vec acc[M][M] = {0};
+        for (int64_t n = 0; n < N; n++) {
+            vec u = {0}, one = u + 1, on;
+            for (int m = 0; m < M; m++) u += w.W2[m * N + n] * x[row * M + m];
+            on = only(one, u + w.h2[n] > 0);
+            if (CLIPPED) on -= only(one, u > 0);
+            for (int m = 0; m < M; m++) {
+                const vec left = w.W1[m * N + n] * on;
+                for (int k = 0; k < M; k++) acc[m][k] += left * w.W2[k * N + n];
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int k = 0; k < M; k++) out[(row * M + m) * M + k] = total(acc[m][k]) + (m == k ? A[s * M + m] : 0);
+    }
+    free(w.W1);
+    return 0;
+}
+
+/* The squares of the largest singular values of J [R, M, M]: G = J'J squared over and over tends to the projector on its
+ * leading eigenvectors, whose Rayleigh quotient is the eigenvalue; with SQUARINGS, to 1 / (2e 2^SQUARINGS) of it at most. */
+#define SQUARINGS 16
+
+int spectral(int64_t first, int64_t last, int64_t R, int64_t unused, int64_t also, const REAL *J, REAL *out) {
+    (void)R, (void)unused, (void)also;
+    for (int64_t row = first; row < last; row += LANES) { /* a matrix a lane */
+        vec a[M][M], g[M][M], p[M][M], q[M][M], trace = {0}, above = {0};
+        for (int m = 0; m < M; m++)
+            for (int k = 0; k < M; k++)
+                for (int i = 0; i < LANES; i++) a[m][k][i] = J[(least(row + i, last - 1) * M + m) * M + k];
+        for (int m = 0; m < M; m++)
+            for (int k = 0; k <= m; k++) {
+                vec sum = {0};
+                for (int j = 0; j < M; j++) sum += a[j][m] * a[j][k];
+                g[m][k] = g[k][m] = sum;
+            }
+        memcpy(p, g, sizeof p);
+        for (int turn = 0; turn <= SQUARINGS; turn++) {
+            trace = (vec){0};
+            for (int m = 0; m < M; m++) trace += p[m][m];
+            const vec scale = 1 / (trace + only(trace + 1, trace == 0)); /* a zero matrix stays one */
+            for (int m = 0; m < M; m++)
+                for (int k = 0; k < M; k++) p[m][k] *= scale;
+            if (turn == SQUARINGS) break;
+            for (int m = 0; m < M; m++)
+                for (int k = 0; k <= m; k++) {
+                    vec sum = {0};
+                    for (int j = 0; j < M; j++) sum += p[m][j] * p[j][k];
+                    q[m][k] = q[k][m] = sum;
+                }
+            memcpy(p, q, sizeof p);
+        }
+        for (int m = 0; m < M; m++)
+            for (int k = 0; k < M; k++) above += g[m][k] * p[k][m];
+        for (int i = 0; i < LANES && row + i < last; i++) out[row + i] = above[i];
+    }
+    return 0;
+}

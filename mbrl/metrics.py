@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mbrl.core import Dynamics, StepInput, Tree
+from mbrl.core import Dynamics, StepInput, Tree, repeat
 from mbrl.rollout import unroll
 
 StepJacobian = Callable[[Tensor], tuple[Tensor, Tensor]]  # state [B, M] -> the next [B, M], its Jacobian [B, M, M]
@@ -496,27 +496,31 @@ def model_step(
 ) -> StepJacobian:
     """A learner whose state is one tensor [B, M] as such a map, without noise; computed in the learner's type.
     act [A]: an action that is held. jacobian(state, inp, cond) -> [B, M, M] where the learner knows its own; else by
-    forward differentiation."""
+    differentiation."""
 
-    @torch.no_grad()
     def step(state: Tensor) -> tuple[Tensor, Tensor]:
-        x = state.to(next(model.parameters(), state))
+        x = state.detach().to(next(model.parameters(), state))
+        n, width = x.shape
+        if jacobian is not None:
+            inp = held(x)
+            return move(x, inp).detach().to(state), jacobian(x, inp, cond).detach().to(state)
+        with torch.enable_grad():  # a copy of each row for each part of its next state: one pass back gives them all
+            copies = repeat(x, width).requires_grad_()
+            new = move(copies, held(copies)).reshape(n, width, width)
+            (rows,) = torch.autograd.grad(new.diagonal(dim1=1, dim2=2).sum(), copies)
+        return new[:, 0].detach().to(state), rows.reshape(n, width, width).to(state)
+
+    def held(x: Tensor) -> StepInput:
         if act is None and model.spec.act:
             raise ValueError(f"model_step: got no action, expected one of {model.spec.act} parts, held over the steps")
-        held = (x.new_zeros(0) if act is None else act.to(x)).expand(len(x), -1)
-        inp = StepInput(held, x.new_zeros(len(x), model.noise_dim), x.new_full((len(x), 1), dt))
+        acts = (x.new_zeros(0) if act is None else act.to(x)).expand(len(x), -1)
+        return StepInput(acts, x.new_zeros(len(x), model.noise_dim), x.new_full((len(x), 1), dt))
 
-        def move(z: Tensor) -> Tensor:
-            new = model.step(z, inp, cond)[0]
-            if not isinstance(new, Tensor) or new.shape != z.shape:
-                raise ValueError(f"model_step: the state of {type(model).__name__} is not one tensor [B, M]")
-            return new
-
-        if jacobian is not None:
-            return move(x).to(state), jacobian(x, inp, cond).to(state)
-        basis = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, None].expand(-1, len(x), -1)
-        new, columns = torch.func.vmap(lambda v: torch.func.jvp(move, (x,), (v,))[:2])(basis)
-        return new[0].to(state), columns.permute(1, 2, 0).to(state)
+    def move(x: Tensor, inp: StepInput) -> Tensor:
+        new = model.step(x, inp, cond)[0]
+        if not isinstance(new, Tensor) or new.shape != x.shape:
+            raise ValueError(f"model_step: the state of {type(model).__name__} is not one tensor [B, M]")
+        return new
 
     return step
 

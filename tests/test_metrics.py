@@ -429,6 +429,8 @@ def test_linear_maps_and_flows_are_closed_forms():
     for every in (1, 4, 7):
         got = metrics.lyapunov_spectrum(linear, normal(2, 3), 300, transient=61, every=every, dt=0.5)
         close(got, want / 0.5, rtol=1e-9, atol=1e-9)
+    apart = lambda x: (x * sizes, sizes.diag().expand(len(x), 3, 3))  # no turn brings the first direction forward
+    close(metrics.lyapunov_spectrum(apart, normal(2, 3), 5), want)
     flow = torch.tensor([[-0.3, 2.0, 0], [-2.0, -0.3, 0], [0, 1.0, -1.5]], dtype=F64)  # -0.3 +- 2i, -1.5
     step = metrics.flow_step(lambda x: x @ flow.T, lambda x: flow.expand(len(x), 3, 3), 0.2, substeps=4)
     close(step(normal(2, 3))[1], torch.linalg.matrix_exp(0.2 * flow).expand(2, 3, 3), rtol=1e-6, atol=1e-6)
@@ -527,6 +529,14 @@ def test_distances_of_zero_have_no_logarithm_and_do_not_count():
 FLAT = torch.ones(20, 2, dtype=F64)
 
 
+class Pair(Carry):
+    """Its state is no tensor."""
+
+    def step(self, state, inp, cond):
+        state, pred = super().step(state, inp, cond)
+        return (state, state), pred
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -548,6 +558,7 @@ FLAT = torch.ones(20, 2, dtype=F64)
         (lambda: metrics.lyapunov_spectrum(henon, normal(1, 2), 10, k=3), "1 <= k <= 2"),
         (lambda: metrics.flow_step(lorenz, lorenz_jacobian, 0.1, 0), "at least 1"),
         (lambda: metrics.model_step(Push())(normal(1, 1)), "expected one of 1 parts"),
+        (lambda: metrics.model_step(Pair())(normal(1, 2)), "state of Pair is not one tensor"),
         (lambda: metrics.lyapunov_from_data(normal(20, 1), (3, 3), theiler=2), r"fit\[0\] < fit\[1\]"),
         (lambda: metrics.lyapunov_from_data(FLAT, (0, 3), theiler=2), "repeats exactly"),
     ],

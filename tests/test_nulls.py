@@ -138,6 +138,7 @@ def test_persistence_stays():
     assert (null.free_run(9, gen()) == train[-1]).all()
     got = null.forecast(train, 3, chunk=10)
     close(got, train[:47, None].expand(-1, 3, -1))
+    close(null.predict(train[None], 2), train[-1:].expand(1, 2, -1))
 
 
 def test_forecasts_begin_where_there_is_enough_history():

@@ -377,8 +377,8 @@ def test_windows_stay_within_their_episodes():
 
 def test_the_fit_learns_a_linear_system():
     data = dataset(300, seed=4)
-    model = PlrnnConfig(Shallow(20, clipped=False), forcing=Constant(0.5)).build(SPEC, gen())
-    report = fit_plrnn([model], data.to(torch.float32), PlrnnFit(15, 20, 16, 10, lr=1e-2, lr_end=1e-3), [gen(1)])
+    model = PlrnnConfig(Shallow(50, clipped=False), forcing=Constant(0.8)).build(SPEC, gen())
+    report = fit_plrnn([model], data.to(torch.float32), PlrnnFit(25, 20, 16, 10, lr=3e-2, lr_end=1e-3), [gen(1)])
     assert report.loss[-1][0] < 1e-2 < 1e-1 < report.loss[0][0]
 
 

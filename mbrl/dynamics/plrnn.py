@@ -182,7 +182,12 @@ class Adaptive:
 Forcing = Constant | Sparse | Annealed | Adaptive
 
 
-def growth(J: Tensor, estimator: Estimator) -> Tensor:
+def spectral(J: Tensor) -> Tensor:
+    """The largest singular value of [..., M, M]."""
+    return torch.linalg.eigvalsh(J.mT @ J)[..., -1].clamp(min=0).sqrt()
+
+
+def growth(J: Tensor, estimator: Estimator, spectral: Callable[[Tensor], Tensor] = spectral) -> Tensor:
     """G of sequences of Jacobians [..., T, M, M] -> [...]; see `Adaptive`."""
     if estimator == "arithmetic":
         return spectral(J.mean(-3))
@@ -195,11 +200,6 @@ def growth(J: Tensor, estimator: Estimator) -> Tensor:
     return ((spectral(total).clamp(min=torch.finfo(J.dtype).tiny).log() + size) / J.shape[-3]).exp()
 
 
-def spectral(J: Tensor) -> Tensor:
-    """The largest singular value of [..., M, M]."""
-    return torch.linalg.eigvalsh(J.mT @ J)[..., -1].clamp(min=0).sqrt()
-
-
 def estimate(kind: Kind, forcing: Forcing, p: Params, alpha: Tensor, update: int, signal: Tensor) -> Tensor:
     """The strengths [S] for the next update, after so many of them; signal [S, B, T, M] is where `Adaptive` looks."""
     if isinstance(forcing, Annealed):
@@ -207,8 +207,13 @@ def estimate(kind: Kind, forcing: Forcing, p: Params, alpha: Tensor, update: int
         return torch.full_like(alpha, forcing.start * (max(forcing.end, 1e-8) / max(forcing.start, 1e-8)) ** share)
     if not isinstance(forcing, Adaptive) or update % forcing.every:
         return alpha
-    J = jacobian(kind, p, signal.flatten(1, 2)).unflatten(1, signal.shape[1:3])
-    kappa = growth(J, forcing.estimator).amax(1)
+    rows, norm = signal.flatten(1, 2), spectral
+    if isinstance(kind, Shallow) and signal.shape[-1] <= compiled.NARROW and compiled.serves(rows):
+        J = compiled.jacobians(p["A"], p["W1"], p["W2"], p["h2"], rows, kind.clipped)
+        norm = compiled.spectral
+    else:
+        J = jacobian(kind, p, rows)
+    kappa = growth(J.unflatten(1, signal.shape[1:3]), forcing.estimator, norm).amax(1)
     want = torch.where(kappa.isfinite(), (1 - 1 / kappa.clamp(min=1e-8)).clamp(min=0), alpha)
     return torch.where(want > alpha, want, forcing.decay * alpha + (1 - forcing.decay) * want)
 
@@ -707,7 +712,7 @@ class _Trainer:
             first(keep),
             method,
         )
-        self.fallbacks += method == "parallel" and not found.parallel
+        self.fallbacks += method == "parallel" and not found.converged
         return found.pred.movedim(0, 2), found.states.movedim(0, 2)
 
     @torch.no_grad()
