@@ -21,6 +21,7 @@ from mbrl.dynamics.plrnn import (
     Sparse,
     fit_plrnn,
     growth,
+    jacobian,
     random_features,
 )
 
@@ -311,6 +312,39 @@ def test_the_compiled_loop_in_both_types_and_for_any_number_of_rows_and_threads(
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "threads change the numbers"
             for a, b in zip(results[0], (want, *grads), strict=True):
                 assert ((a - b).norm() / b.norm()).item() < tolerance
+
+
+@needs_compiler
+@pytest.mark.parametrize("clipped", [True, False])
+def test_compiled_jacobians_and_spectral_norms_are_those_of_torch(clipped):
+    g, kind = gen(3), Shallow(11, clipped)
+    for m, rows in ((1, 3), (4, 9), (8, 21)):
+        one = [kind.init(m, g) for _ in range(2)]
+        p = {k: torch.stack([x[k] for x in one]).double() for k in one[0]} | {
+            "h2": torch.randn(2, 11, generator=g).double()
+        }
+        x = torch.randn(2, rows, m, generator=g, dtype=torch.float64)
+        J = compiled.jacobians(p["A"], p["W1"], p["W2"], p["h2"], x, clipped)
+        torch.testing.assert_close(J, jacobian(kind, p, x))
+        torch.testing.assert_close(compiled.spectral(J), torch.linalg.matrix_norm(J, 2), rtol=3e-6, atol=0)
+    close = torch.diag(torch.tensor([1.0, 1 - 1e-5, 0.3], dtype=torch.float64))  # squaring parts these slowly
+    J = torch.stack([close, 0 * close, 1e-9 * close, 1e9 * close])
+    want = torch.tensor([1.0, 0.0, 1e-9, 1e9], dtype=torch.float64)
+    torch.testing.assert_close(compiled.spectral(J), want, rtol=3e-6, atol=0)
+    torch.testing.assert_close(compiled.spectral(J[:, None].float()), want[:, None].float(), rtol=4e-6, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("estimator", ["product", "arithmetic", "exact"])
+def test_the_compiled_estimate_is_that_of_torch(estimator, monkeypatch):
+    kind, one = Shallow(11), Shallow(11).init(3, gen())
+    p = {k: (3 * v).expand(2, *v.shape) for k, v in one.items()}
+    signal = torch.randn(2, 4, 6, 3, generator=gen(1))
+    go = lambda: plrnn.estimate(kind, Adaptive(estimator), p, torch.zeros(2), 0, signal)
+    fast = go()
+    monkeypatch.setenv("MBRL_COMPILE", "0")
+    torch.testing.assert_close(fast, go(), rtol=1e-5, atol=1e-6)
+    assert (fast > 0.01).all()
 
 
 def test_without_a_compiler_training_goes_on_and_says_why(monkeypatch):
