@@ -14,6 +14,7 @@ from mbrl import offline, planner
 from mbrl.baselines import BcConfig, Td3BcConfig
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
+from mbrl.dynamics.hyper import HyperConfig
 from mbrl.dynamics.ode import RK4, Dopri5, ErrorEstimate, Local, OdeConfig, StiffnessRatio, Tsit5
 from mbrl.dynamics.plrnn import (
     Adaptive,
@@ -40,6 +41,7 @@ def learners() -> dict[str, Any]:
     found |= {"single": SingleConfig(), "single-gaussian": SingleConfig(gaussian=True, scale_targets=False)}
     control = PlrnnConfig(Shallow(200, clipped=False), forcing=Constant(0.5), noise=True, reward=True)
     found |= {"plrnn": control, "ode": OdeConfig(reward=True)}
+    found |= {"hyper": HyperConfig(gaussian=True)}
     for point in metadata.entry_points(group="mbrl.learners"):
         try:
             cls = point.load()
@@ -85,6 +87,7 @@ WORDS = {
     "single": "One deterministic network.",
     "single-gaussian": "One Gaussian network: an ensemble of one.",
     "ode": "A neural ordinary differential equation; intervals of any length.",
+    "hyper": "A hypernetwork that generates the network of each task.",
     "plrnn": "A shallow piecewise-linear recurrent network with teacher forcing.",
     "plrnn-dendritic": "A PLRNN whose units are sums of shifted rectifiers.",
     "plrnn-almost-linear": "A PLRNN of which few units are rectified.",

@@ -83,6 +83,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[..., None], x, 0.0).sum() / (mask.sum().clamp(min=1) * x.shape[-1])
 
 
+def transitions(segment: Segment) -> tuple[Tensor, Tensor]:
+    """What a learner of single steps is fitted to: inputs (observation, action) [B * T, O + A] and targets (change of
+    the observation, reward) [B * T, O + 1]."""
+    now, after = segment.obs[:, :-1], segment.obs[:, 1:]
+    x = torch.cat([now, segment.act], -1)
+    y = torch.cat([after - now, segment.reward[..., None]], -1)
+    return x.flatten(0, 1), y.flatten(0, 1)
+
+
 def forced_mse(
     model: Dynamics, segment: Segment, noise: Tensor, alpha: float | Tensor, cond: Tree
 ) -> tuple[Tensor, dict[str, Tensor]]:

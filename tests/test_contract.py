@@ -10,6 +10,7 @@ from mbrl import testing
 from mbrl.core import Dynamics, Markov, Prediction, Spec, group, pull, randn
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
+from mbrl.dynamics.hyper import HyperConfig
 from mbrl.dynamics.ode import RK4, Local, OdeConfig, StiffnessRatio, Tsit5
 from mbrl.dynamics.plrnn import AlmostLinear, Constant, Dendritic, PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
@@ -156,6 +157,10 @@ def filtered(inner, bound=None, **options):
     return Filtered(inner, reward, candidates=3, low=None if high is None else -high, high=high, **options)
 
 
+def hypernetwork(spec, **settings):
+    return HyperConfig(hidden=(16, 16), hyper=(8,), **settings).build(spec)
+
+
 SUBJECTS = {
     "plain": Subject(Plain),
     "noisy": Subject(Noisy),
@@ -176,6 +181,11 @@ SUBJECTS = {
     "ode-biased": Subject(
         lambda spec: ode(spec, solver=Tsit5(2), alpha=0.2, local=Local(StiffnessRatio(), sampling="biased"))
     ),
+    "hypernetwork": Subject(lambda spec: hypernetwork(spec, gaussian=True)),
+    "hypernetwork-chunked": Subject(lambda spec: hypernetwork(spec, chunk=20)),
+    "hypernetwork-mip": Subject(lambda spec: hypernetwork(spec, mip=True), Spec(obs=3, act=2)),
+    "hypernetwork-mip-chunked": Subject(lambda spec: hypernetwork(spec, mip=True, chunk=20, gaussian=True)),
+    "filtered-hypernetwork": Subject(lambda spec: filtered(hypernetwork(spec, gaussian=True))),
     "filtered-ode": Subject(lambda spec: filtered(ode(spec, solver=Tsit5(), reward=True))),
     "filtered-plrnn": Subject(lambda spec: filtered(plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True))),
     "filtered-single": Subject(lambda spec: filtered(single(spec, gaussian=True), bound=1.0)),
@@ -194,6 +204,8 @@ ALIKE = {
     "autonomous",
     "plrnn-narrow",
     "filtered-plrnn",
+    "hypernetwork-mip-chunked",
+    "filtered-hypernetwork",
     "ode-biased",
     "filtered-ode",
     "filtered-argmax",

@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, repeat
-from mbrl.nets import Normalizer, StackedMLP, apply_layers, truncated, variance
-from mbrl.rollout import masked_mean
+from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree
+from mbrl.nets import Normalizer, StackedMLP, apply_layers, shifted, truncated, variance
+from mbrl.rollout import masked_mean, transitions
 
 CHUNK = 512  # rows a CPU evaluates at a time: the activations of a layer stay in its cache
 
@@ -75,15 +75,8 @@ class Single(Markov):
             mean, var = (torch.cat(y) for y in zip(*map(self._moments, x.split(CHUNK)), strict=True))
         else:
             mean, var = self._moments(x)
-        mean = repeat(mean * self.targets.std + self.targets.mean, k)  # raw units, [B * k, O + 1]
-        doubt = {}
-        if self.config.gaussian:
-            std = var.sqrt() * self.targets.std
-            mean = mean + repeat(std, k) * inp.noise.reshape(-1, self.noise_dim)
-            size = std.norm(dim=-1)
-            doubt["aleatoric"] = repeat(torch.where(size.isnan(), torch.inf, size), k)
-        obs = repeat(state, k) + mean[:, :-1]
-        return obs, Prediction(obs, mean[:, -1], doubt)
+        std = var.sqrt() * self.targets.std if self.config.gaussian else None
+        return shifted(state, mean * self.targets.std + self.targets.mean, std, inp.noise, k)
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised inputs [B, O + A] -> mean and variance [B, O + 1] in the units of the fit; the variance of a
@@ -102,7 +95,7 @@ class Single(Markov):
         if len(segment.dt.unique()) > 1:
             raise ValueError("Single: the data hold intervals of several lengths dt, expected one")
         keep = segment.mask.flatten()
-        x, y = (z[keep] for z in self._rows(segment))
+        x, y = (z[keep] for z in transitions(segment))
         self.inputs.fit(x)
         if self.config.scale_targets:
             self.targets.fit(y)
@@ -114,7 +107,7 @@ class Single(Markov):
 
     def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The squared error, or the Gaussian's negative log-likelihood (twice it, but for a constant)."""
-        x, y = self._rows(segment)
+        x, y = transitions(segment)
         mean, var = self._moments(self.inputs(x))
         error, mask = (mean - self.targets(y)) ** 2, segment.mask.flatten()
         if not self.config.gaussian:
@@ -127,7 +120,7 @@ class Single(Markov):
     @torch.no_grad()
     def validate(self, segment: Segment, noise: Tensor) -> Tensor:
         """[1]: the mean squared error of the mean, in the units of the fit."""
-        x, y = self._rows(segment)
+        x, y = transitions(segment)
         mean, _ = self._moments(self.inputs(x))
         return masked_mean((mean - self.targets(y)) ** 2, segment.mask.flatten())[None]
 
@@ -135,10 +128,3 @@ class Single(Markov):
         """Raises RuntimeError where the fit never reached a finite error."""
         if not bool(errors.isfinite().all()):
             raise RuntimeError("Single: the fit has diverged; expected finite data, or try a smaller learning rate")
-
-    def _rows(self, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Inputs [B * T, O + A] and targets [B * T, O + 1], raw."""
-        now, after = segment.obs[:, :-1], segment.obs[:, 1:]
-        x = torch.cat([now, segment.act], -1)
-        y = torch.cat([after - now, segment.reward[..., None]], -1)
-        return x.flatten(0, 1), y.flatten(0, 1)

@@ -1,0 +1,467 @@
+"""A hypernetwork that generates the dynamics network of each task from the task's embedding, and its continual
+training: what it generates for earlier tasks is anchored, so that nothing of their data is kept.
+
+HyperCRL (Huang et al., ICRA 2021, arXiv 2009.11997) after von Oswald et al. (ICLR 2020, arXiv 1906.00695); the
+magnitude-invariant parametrisation is that of Ortiz et al. (arXiv 2304.07645)."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group
+from mbrl.data import Dataset
+from mbrl.fit import Rows
+from mbrl.nets import Normalizer, apply_layers, shifted, variance
+from mbrl.rollout import masked_mean, transitions
+
+BOUNDS = (0.5, -10.0)  # of the log-variance, upper and lower, as they begin
+
+
+@dataclass(frozen=True)
+class HyperConfig:
+    """`hidden` is the generated network's, `hyper` the hypernetwork's. Embeddings have the width of the data's contexts
+    or, where these have none, `embedding`.
+
+    chunk: None has one linear head for each generated tensor; a number generates so many parameters at a time from one
+    head, which is told by a learned embedding of that chunk which they are. `mip`: the magnitude-invariant
+    parametrisation: embeddings are encoded at a constant norm, and what is generated is added to a network of its own.
+    `gaussian`: a variance is learned, too; its bounds are generated as the weights are. `scale_targets`: see
+    `mbrl.dynamics.single.SingleConfig`."""
+
+    hidden: tuple[int, ...] = (200, 200, 200, 200)
+    hyper: tuple[int, ...] = (50, 50)
+    embedding: int = 10
+    chunk: int | None = None
+    mip: bool = False
+    gaussian: bool = False
+    bound: float = 0.01
+    scale_targets: bool = True
+
+    def build(self, spec: Spec, generator: torch.Generator | None = None) -> "Hyper":
+        return Hyper(spec, self, generator)
+
+
+@final
+class Hyper(Markov):
+    """Predicts the change of the observation and the reward. A condition is the generated weights, leading with the
+    contexts; a context is an embedding, those of the data's systems are the rows of `contexts` [systems, E]. Where the
+    spec has no contexts, the first row serves.
+
+    Noise and uncertainty are those of `mbrl.dynamics.single.Single`. The normalisers are set once, by the first call of
+    `prepare`, and stay: what was anchored would mean something else otherwise."""
+
+    noisy_loss = False
+    anchored: Tensor  # [] bool: whether the normalisers are set
+
+    def __init__(self, spec: Spec, config: HyperConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if config.chunk is not None and config.chunk < 1:
+            raise ValueError(f"HyperConfig: chunk is {config.chunk}, expected at least 1, or none")
+        width = spec.obs + 1
+        self.spec, self.config, self.noise_dim = spec, config, width if config.gaussian else 0
+        out = 2 * width if config.gaussian else width
+        sizes = [spec.obs + spec.act, *config.hidden, out]
+        self.shapes = [shape for i, o in pairwise(sizes) for shape in ((i, o), (1, o))]
+        if config.gaussian:
+            self.shapes += [(1, width), (1, width)]
+        self.size = sum(i * o for i, o in self.shapes)
+        device = "cpu" if generator is None else generator.device
+        embedding = spec.ctx or config.embedding
+        normal = lambda *shape: torch.empty(*shape, device=device).normal_(generator=generator)
+        self.contexts = nn.Parameter(normal(spec.systems, embedding))
+        chunks = 0 if config.chunk is None else -(-self.size // config.chunk)
+        self.chunks = nn.Parameter(normal(chunks, embedding)) if chunks else None
+        inputs = (2 if config.mip else 1) * embedding * (2 if chunks else 1)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise([inputs, *config.hyper]):
+            self.weights.append(_drawn(normal(i, o), 2 / i if config.mip else 2 / (i + o)))
+            self.biases.append(torch.zeros(o, device=device))
+        last = [inputs, *config.hyper][-1]
+        fan = lambda n: 2 / n if config.mip else 2 / (last + n)
+        if config.chunk is None:
+            heads = [_drawn(normal(last, i * o), fan(i * o)) for i, o in self.shapes]
+            self.head = nn.Parameter(torch.cat(heads, 1))  # [H, P]
+        else:
+            mean = self.size / len(self.shapes)  # a chunk is of no tensor; of one of the mean size, say
+            self.head = nn.Parameter(_drawn(normal(last, config.chunk), fan(max(mean, config.chunk))))
+        self.own = nn.Parameter(self._own(normal))  # [P], or [chunk] without mip: what is generated is added to
+        self.inputs = Normalizer(spec.obs + spec.act).to(device)
+        self.targets = Normalizer(width).to(device)
+        self.register_buffer("anchored", torch.zeros((), dtype=torch.bool, device=device))
+
+    def _own(self, normal: Callable[..., Tensor]) -> Tensor:
+        """The output layer's bias: zeros, or with mip a network's own initial weights."""
+        if not self.config.mip:
+            return 0 * normal(self.size if self.config.chunk is None else self.config.chunk)
+        last = 2 * len(self.config.hidden) + 1  # after the last layer come the bounds
+        parts = [
+            _drawn(normal(i * o), 2 / i) if n % 2 == 0 and n <= last else 0 * normal(i * o)
+            for n, (i, o) in enumerate(self.shapes)
+        ]
+        return torch.cat(parts)
+
+    # ------------------------------------------------------------ generation
+
+    def generate(self, ctx: Tensor) -> Tensor:
+        """Embeddings [G, E] -> all generated parameters [G, P], in one pass."""
+        x = ctx
+        if self.chunks is not None:
+            n = self.chunks.shape[0]
+            x = torch.cat([ctx.repeat_interleave(n, 0), self.chunks.repeat(len(ctx), 1)], -1)
+        if self.config.mip:
+            angle = 0.5 * math.pi * torch.sigmoid(x)
+            x = torch.cat([angle.cos(), angle.sin()], -1)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            x = F.relu(x @ weight + bias)
+        if self.chunks is None:
+            return torch.addmm(self.own, x, self.head)
+        made = x @ self.head
+        if not self.config.mip:
+            made = made + self.own
+        made = made.reshape(len(ctx), self.chunks.shape[0] * self.head.shape[1])[:, : self.size]
+        return made + self.own if self.config.mip else made
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """[G, P] -> the layers (weight [G, in, out], bias [G, 1, out], ...), and the bounds [G, 1, O + 1] where there
+        is a variance."""
+        parts = flat.split([i * o for i, o in self.shapes], -1)
+        out = [x.unflatten(1, shape) for x, shape in zip(parts, self.shapes, strict=True)]
+        if self.config.gaussian:
+            out[-2], out[-1] = out[-2] + BOUNDS[0], out[-1] + BOUNDS[1]
+        return tuple(out)
+
+    def condition(self, ctx: Tensor) -> Tree:
+        return self.split(self.generate(ctx if self.spec.ctx else self.contexts[:1]))
+
+    def pinned(self, part: Tensor) -> Tree:
+        return self.split(self.generate(self.contexts[:1]))
+
+    # ------------------------------------------------------------ prediction
+
+    def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
+        return self.branch(state, inp, cond, 1)
+
+    def branch(self, state: Tensor, inp: StepInput, cond: Tree, k: int) -> tuple[Tensor, Prediction]:
+        """One evaluation serves all k futures."""
+        mean, var = self._moments(self.inputs(torch.cat([state, inp.act], -1)), cond)
+        std = var.sqrt() * self.targets.std if self.config.gaussian else None
+        return shifted(state, mean * self.targets.std + self.targets.mean, std, inp.noise, k)
+
+    def _moments(self, x: Tensor, cond: Tree) -> tuple[Tensor, Tensor]:
+        """Standardised inputs [B, O + A] -> mean and variance [B, O + 1] in the units of the fit; the variance of a
+        deterministic one is its mean and not read."""
+        layers = cond[:-2] if self.config.gaussian else cond
+        y = apply_layers(layers, group(x, layers[0].shape[0]), "silu")
+        if not self.config.gaussian:
+            return y.flatten(0, 1), y.flatten(0, 1)
+        mean, raw = y.chunk(2, -1)
+        return mean.flatten(0, 1), variance(raw, *cond[-2:]).flatten(0, 1)
+
+    # ------------------------------------------------------------ training
+
+    def prepare(self, segment: Segment) -> None:
+        """Sets the normalisers, the first time. Raises ValueError where the windows' dt differ: it takes no account of
+        it."""
+        if len(segment.dt.unique()) > 1:
+            raise ValueError("Hyper: the data hold intervals of several lengths dt, expected one")
+        if bool(self.anchored):
+            return
+        keep = segment.mask.flatten()
+        x, y = (z[keep] for z in transitions(segment))
+        self.inputs.fit(x)
+        if self.config.scale_targets:
+            self.targets.fit(y)
+        self.anchored.fill_(True)
+
+    def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The squared error, or the Gaussian's negative log-likelihood (twice it, but for a constant), of the
+        segment's systems, each by its own network."""
+        loss = self.loss_of(self.generate(self.contexts[segment.system]), segment)
+        return loss, {"loss": loss.detach()}
+
+    def loss_of(self, flat: Tensor, segment: Segment) -> Tensor:
+        """The loss of generated parameters [G, P]."""
+        cond = self.split(flat)
+        x, y = transitions(segment)
+        mean, var = self._moments(self.inputs(x), cond)
+        error, mask = (mean - self.targets(y)) ** 2, segment.mask.flatten()
+        if not self.config.gaussian:
+            return masked_mean(error, mask)
+        upper, lower = cond[-2:]
+        return masked_mean(error / var + var.log(), mask) + self.config.bound * (upper - lower).sum((1, 2)).mean()
+
+    @torch.no_grad()
+    def validate(self, segment: Segment, noise: Tensor) -> Tensor:
+        """[1]: the mean squared error of the mean, in the units of the fit."""
+        error = self._errors(self.generate(self.contexts[segment.system]), segment)
+        return masked_mean(error, segment.mask.flatten())[None]
+
+    def finish(self, errors: Tensor) -> None:
+        """Raises RuntimeError where the fit never reached a finite error."""
+        if not bool(errors.isfinite().all()):
+            raise RuntimeError("Hyper: the fit has diverged; expected finite data, or try a smaller learning rate")
+
+    def _errors(self, flat: Tensor, segment: Segment) -> Tensor:
+        x, y = transitions(segment)
+        return (self._moments(self.inputs(x), self.split(flat))[0] - self.targets(y)) ** 2
+
+
+def _drawn(normal: Tensor, variance: float) -> Tensor:
+    return normal * variance**0.5
+
+
+# ---------------------------------------------------------------- continual training
+
+
+@dataclass(frozen=True)
+class HyperFit:
+    """How a task is learned. `beta` weighs the anchor, beta / t sum_j |h(e_j; theta*) - h(e_j; theta + dtheta)|^2 over
+    the t earlier tasks; dtheta is the step that Adam would take by the task's loss alone, where there is
+    `look_ahead`, else 0. `past`: of how many earlier tasks, drawn anew each time, an update sees the anchor; all by
+    default. `clip`: of the gradient's norm, without the embedding's."""
+
+    updates: int = 5000
+    batch: int = 100
+    lr: float = 1e-4
+    lr_context: float = 1e-4
+    beta: float = 0.05
+    look_ahead: bool = True
+    past: int | None = None
+    clip: float = 5.0
+
+
+@dataclass(frozen=True)
+class HyperReport:
+    updates: int
+    seconds: float  # of this call
+    loss: list[float]  # the task's, means over tenths of the updates
+    anchor: list[float]  # likewise, without beta
+
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
+
+
+def fit_hyper(
+    model: Hyper,
+    data: Dataset,
+    task: int,
+    config: HyperFit,
+    generator: torch.Generator,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    *,
+    importance: Tensor | None = None,
+    checkpoint: Callable[[dict[str, Tensor]], None] | None = None,
+    resume: Mapping[str, Tensor] | None = None,
+    every: int = 100,
+) -> HyperReport:
+    """Learns task number `task` from its own data, in place; tasks 0 .. task - 1 are those that came before. What the
+    model generates for them when this begins is what is anchored. The embeddings of other tasks do not move.
+
+    importance [task, P]: weighs what is anchored (see `importance_of`); ones by default. progress: (update, updates,
+    figures) every so many updates, then checkpoint: a dict of live tensors; such a dict as `resume`, with the model as
+    it was when the task began, gives the numbers of an uninterrupted fit. Raises ValueError for a task that the model
+    has no embedding for, and for data of another spec or without a pair; RuntimeError where the loss is not finite."""
+    began, spec = time.perf_counter(), model.spec
+    if not 0 <= task < spec.systems:
+        raise ValueError(f"fit_hyper: task {task} is not one of the {spec.systems} that the model was built for")
+    if (data.spec.obs, data.spec.act) != (spec.obs, spec.act):
+        raise ValueError(
+            f"fit_hyper: the data have {data.spec.obs} observations and {data.spec.act} actions, the model "
+            f"{spec.obs} and {spec.act}"
+        )
+    if importance is not None and importance.shape != (task, model.size):
+        raise ValueError(f"fit_hyper: importance is {list(importance.shape)}, expected {[task, model.size]}")
+    rows = Rows(data, 1, model.head)
+    index = data.paired.nonzero()[:, 0].to(rows.table.device)
+    if len(index) == 0:
+        raise ValueError("fit_hyper: the data hold no transition")
+    model.prepare(rows.segment(index))
+    theta = {k: p for k, p in model.named_parameters() if k != "contexts"}
+    own = model.contexts.detach()[task : task + 1].clone().requires_grad_()
+    past = model.contexts.detach()[:task]
+    with torch.no_grad():
+        goal = model.generate(past)  # [task, P]
+    slow = _Adam(theta, config.lr)
+    fast = _Adam({"context": own}, config.lr_context)
+    done, curve = 0, goal.new_zeros(2, 10, dtype=torch.float64)
+    if resume is not None:
+        if resume["goal"].shape != goal.shape:
+            raise ValueError(
+                f"fit_hyper: resume holds {list(resume['goal'].shape)} anchors, expected {list(goal.shape)}"
+            )
+        slow.load(resume, "theta")
+        fast.load(resume, "own")
+        goal, curve, done = resume["goal"].clone(), resume["curve"].clone(), int(resume["done"])
+        generator.set_state(resume["generator"])
+    while done < config.updates:
+        pick = torch.randint(len(index), (config.batch,), generator=generator, device=generator.device)
+        some = None
+        if config.past is not None and config.past < task:
+            some = torch.randperm(task, generator=generator, device=generator.device)[: config.past].to(past.device)
+        segment = rows.segment(index[pick.to(index.device)])
+        loss = model.loss_of(model.generate(own), segment)
+        grads = torch.autograd.grad(loss, [*theta.values(), own])
+        anchor = loss.new_zeros(())
+        if task and config.beta:
+            ahead = slow.look(grads[:-1]) if config.look_ahead else None
+            e, want = (past, goal) if some is None else (past[some], goal[some])
+            weigh = importance if importance is None or some is None else importance[some]
+            anchor, pull = _anchor(model, theta, ahead, e, want, weigh)
+            for g, extra in zip(grads, pull, strict=False):
+                g.add_(extra, alpha=config.beta)
+        norm = torch.stack(torch._foreach_norm(grads[:-1])).norm()
+        torch._foreach_mul_(grads[:-1], (config.clip / (norm + 1e-6)).clamp(max=1.0))
+        slow.step(grads[:-1])
+        fast.step(grads[-1:])
+        tenth = 10 * done // config.updates
+        curve[:, tenth] += torch.stack([loss, anchor]).detach()
+        done += 1
+        if done % every == 0 or done == config.updates:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise RuntimeError(
+                    f"fit_hyper: the loss of task {task} is {value}; expected finite data, or try a smaller lr"
+                )
+            if progress is not None:
+                progress(done, config.updates, {"loss": value, "anchor": float(anchor)})
+            if checkpoint is not None:
+                state = slow.state("theta") | fast.state("own")
+                checkpoint(
+                    state
+                    | {"goal": goal, "curve": curve, "done": torch.tensor(done), "generator": generator.get_state()}
+                )
+    with torch.no_grad():
+        model.contexts[task] = own[0]
+    counts = torch.bincount(10 * torch.arange(config.updates) // max(config.updates, 1), minlength=10).clamp(min=1)
+    means = curve.cpu() / counts
+    return HyperReport(config.updates, time.perf_counter() - began, means[0].tolist(), means[1].tolist())
+
+
+def _anchor(
+    model: Hyper,
+    theta: Mapping[str, Tensor],
+    ahead: Sequence[Tensor] | None,
+    e: Tensor,
+    goal: Tensor,
+    weigh: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """sum_j |goal_j - h(e_j; theta + ahead)|^2 / t, and its gradient by theta; all tasks e [t, E] in one pass."""
+    moved = dict(theta)
+    if ahead is not None:
+        moved = {k: (p.detach() + d).requires_grad_() for (k, p), d in zip(theta.items(), ahead, strict=True)}
+    made = torch.func.functional_call(model, moved, (lambda m: m.generate(e),))
+    error = (made - goal) ** 2
+    total = (error if weigh is None else error * weigh).sum() / len(e)
+    return total.detach(), torch.autograd.grad(total, list(moved.values()))
+
+
+class _Adam:
+    """Adam over named tensors that can also tell the step it would take."""
+
+    def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
+        self.params, self.lr, self.steps = dict(params), lr, 0
+        self.mean = [torch.zeros_like(p) for p in params.values()]
+        self.square = [torch.zeros_like(p) for p in params.values()]
+
+    @torch.no_grad()
+    def look(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The step by these gradients, not taken."""
+        mean = torch._foreach_lerp(self.mean, list(grads), 1 - BETAS[0])
+        square = torch._foreach_mul(self.square, BETAS[1])
+        torch._foreach_addcmul_(square, list(grads), list(grads), 1 - BETAS[1])
+        return self._by(mean, square, self.steps + 1)
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor]) -> None:
+        torch._foreach_lerp_(self.mean, list(grads), 1 - BETAS[0])
+        torch._foreach_mul_(self.square, BETAS[1])
+        torch._foreach_addcmul_(self.square, list(grads), list(grads), 1 - BETAS[1])
+        self.steps += 1
+        torch._foreach_add_(list(self.params.values()), self._by(self.mean, self.square, self.steps))
+
+    def _by(self, mean: Sequence[Tensor], square: Sequence[Tensor], t: int) -> list[Tensor]:
+        root = torch._foreach_sqrt(list(square))
+        torch._foreach_div_(root, (1 - BETAS[1] ** t) ** 0.5)
+        torch._foreach_add_(root, EPSILON)
+        out = torch._foreach_div(list(mean), root)
+        torch._foreach_mul_(out, -self.lr / (1 - BETAS[0] ** t))
+        return list(out)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        out = {f"{name}.steps": torch.tensor(self.steps)}
+        for (k, p), m, s in zip(self.params.items(), self.mean, self.square, strict=True):
+            out |= {f"{name}.param.{k}": p.detach(), f"{name}.mean.{k}": m, f"{name}.square.{k}": s}
+        return out
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Raises ValueError where the state is of another model."""
+        for key, x in self.state(name).items():
+            if key not in state or state[key].shape != x.shape:
+                got = list(state[key].shape) if key in state else "nothing"
+                raise ValueError(
+                    f"fit_hyper: resume holds {got} for {key}, expected {list(x.shape)}: another model's state?"
+                )
+            if not key.endswith(".steps"):
+                x.copy_(state[key])
+        self.steps = int(state[f"{name}.steps"])
+
+
+def importance_of(
+    model: Hyper, data: Dataset, task: int, generator: torch.Generator, batches: int = 100, batch: int = 100
+) -> Tensor:
+    """[P]: how much the loss of a task depends on each parameter that is generated for it: the mean square of the
+    gradient over batches, scaled to a mean of 1. For `fit_hyper` of later tasks."""
+    rows = Rows(data, 1, model.head)
+    index = data.paired.nonzero()[:, 0].to(rows.table.device)
+    flat = model.generate(model.contexts[task : task + 1]).detach().requires_grad_()
+    total = torch.zeros_like(flat)
+    for _ in range(batches):
+        pick = torch.randint(len(index), (batch,), generator=generator, device=generator.device)
+        segment = rows.segment(index[pick.to(index.device)])
+        total += torch.autograd.grad(model.loss_of(flat, segment), flat)[0] ** 2
+    return (total / total.mean().clamp(min=1e-30))[0]
+
+
+# ---------------------------------------------------------------- tasks that are not told
+
+
+@torch.no_grad()
+def errors_of(model: Hyper, segment: Segment, contexts: Tensor) -> Tensor:
+    """[K]: the mean squared errors of the same transitions under embeddings [K, E], in the units of the fit."""
+    wide = _repeated(segment, len(contexts))
+    error = model._errors(model.generate(contexts), wide)
+    return torch.stack([masked_mean(x, segment.mask.flatten()) for x in group(error, len(contexts))])
+
+
+def identify(model: Hyper, segment: Segment, tasks: int) -> tuple[int, Tensor]:
+    """Which of the first `tasks` tasks the transitions are of, by the least error; and the errors [tasks]."""
+    errors = errors_of(model, segment, model.contexts[:tasks])
+    return int(errors.argmin()), errors
+
+
+def infer(model: Hyper, segment: Segment, starts: Tensor, steps: int = 200, lr: float = 0.05) -> tuple[Tensor, Tensor]:
+    """The embedding [1, E] that explains transitions best: gradient descent from each of starts [K, E] at once, the
+    weights fixed. Returns it with its error []."""
+    e = starts.detach().clone().requires_grad_()
+    wide, adam = _repeated(segment, len(starts)), None
+    adam = _Adam({"e": e}, lr)
+    for _ in range(steps):
+        loss = masked_mean(model._errors(model.generate(e), wide), wide.mask.flatten()) * len(starts)
+        adam.step(torch.autograd.grad(loss, [e]))
+    errors = errors_of(model, segment, e.detach())
+    best = errors.nan_to_num(torch.inf).argmin()
+    return e.detach()[best][None], errors[best]
+
+
+def _repeated(segment: Segment, k: int) -> Segment:
+    """The same windows for each of k systems, contiguous by system."""
+    *fields, system = segment
+    return Segment._make([*(x.repeat(k, *[1] * (x.ndim - 1)) for x in fields), system.repeat(k)])
