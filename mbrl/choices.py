@@ -13,6 +13,7 @@ from rich.console import Console
 from mbrl import offline, planner
 from mbrl.baselines import BcConfig, Td3BcConfig
 from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.dynamics.hyper import HyperConfig
 from mbrl.dynamics.ode import RK4, Dopri5, ErrorEstimate, Local, OdeConfig, StiffnessRatio, Tsit5
@@ -41,7 +42,7 @@ def learners() -> dict[str, Any]:
     found |= {"single": SingleConfig(), "single-gaussian": SingleConfig(gaussian=True, scale_targets=False)}
     control = PlrnnConfig(Shallow(200, clipped=False), forcing=Constant(0.5), noise=True, reward=True)
     found |= {"plrnn": control, "ode": OdeConfig(reward=True)}
-    found |= {"hyper": HyperConfig(gaussian=True)}
+    found |= {"hyper": HyperConfig(gaussian=True), "experts": ExpertsConfig(SingleConfig())}
     for point in metadata.entry_points(group="mbrl.learners"):
         try:
             cls = point.load()
@@ -87,6 +88,7 @@ WORDS = {
     "single": "One deterministic network.",
     "single-gaussian": "One Gaussian network: an ensemble of one.",
     "ode": "A neural ordinary differential equation; intervals of any length.",
+    "experts": "Single networks that a stream without task labels calls up.",
     "hyper": "A hypernetwork that generates the network of each task.",
     "plrnn": "A shallow piecewise-linear recurrent network with teacher forcing.",
     "plrnn-dendritic": "A PLRNN whose units are sums of shifted rectifiers.",

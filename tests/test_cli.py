@@ -321,7 +321,17 @@ def test_learners_of_other_packages_are_found(monkeypatch):
     with pytest.warns(UserWarning, match="learner") as warned:
         found = choices.learners()
     assert found["mine"] == MineConfig()
-    assert set(found) == {"ensemble", "ensemble-scaled", "single", "single-gaussian", "plrnn", "ode", "hyper", "mine"}
+    assert set(found) == {
+        "ensemble",
+        "ensemble-scaled",
+        "single",
+        "single-gaussian",
+        "plrnn",
+        "ode",
+        "hyper",
+        "experts",
+        "mine",
+    }
     assert len(warned) == 2
 
 

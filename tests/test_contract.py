@@ -9,6 +9,7 @@ from torch import nn
 from mbrl import testing
 from mbrl.core import Dynamics, Markov, Prediction, Spec, group, pull, randn
 from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
 from mbrl.dynamics.hyper import HyperConfig
 from mbrl.dynamics.ode import RK4, Local, OdeConfig, StiffnessRatio, Tsit5
@@ -161,6 +162,10 @@ def hypernetwork(spec, **settings):
     return HyperConfig(hidden=(16, 16), hyper=(8,), **settings).build(spec)
 
 
+def experts(spec, expert):
+    return ExpertsConfig(expert, 4).build(spec)
+
+
 SUBJECTS = {
     "plain": Subject(Plain),
     "noisy": Subject(Noisy),
@@ -186,6 +191,8 @@ SUBJECTS = {
     "hypernetwork-mip": Subject(lambda spec: hypernetwork(spec, mip=True), Spec(obs=3, act=2)),
     "hypernetwork-mip-chunked": Subject(lambda spec: hypernetwork(spec, mip=True, chunk=20, gaussian=True)),
     "filtered-hypernetwork": Subject(lambda spec: filtered(hypernetwork(spec, gaussian=True))),
+    "experts": Subject(lambda spec: experts(spec, SingleConfig(True, (16, 16), (0.0,) * 3))),
+    "experts-untold": Subject(lambda spec: experts(spec, PlrnnConfig(Shallow(16), 5)), Spec(obs=3, act=2)),
     "filtered-ode": Subject(lambda spec: filtered(ode(spec, solver=Tsit5(), reward=True))),
     "filtered-plrnn": Subject(lambda spec: filtered(plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True))),
     "filtered-single": Subject(lambda spec: filtered(single(spec, gaussian=True), bound=1.0)),
@@ -205,6 +212,7 @@ ALIKE = {
     "plrnn-narrow",
     "filtered-plrnn",
     "hypernetwork-mip-chunked",
+    "experts-untold",
     "filtered-hypernetwork",
     "ode-biased",
     "filtered-ode",
