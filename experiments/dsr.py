@@ -60,7 +60,7 @@ SETTINGS = {
     "ecg-annealed": Setting(
         "ecg",
         replace(ECG, forcing=Annealed(0.3, 0.02, 150_000)),
-        PlrnnFit(lr=2e-3),
+        PlrnnFit(clip=1.0),
         goal=row(2.0, 0.20, 1.5e-3),
     ),
     "lorenz63": Setting("lorenz63", PlrnnConfig(Shallow(100), latent_decay=1e-5), PlrnnFit(2000)),

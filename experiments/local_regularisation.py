@@ -61,7 +61,7 @@ class World:
 
 
 SPIRAL = np.array([[-0.1, 2.0], [-2.0, -0.1]])
-WEIGHTS = {"error": (1e-3, 1e-2, 1e-1, 1.0), "stiffness": (1e-3, 1e-2, 1e-1, 1.0)}
+WEIGHTS = {"error": (1e-1, 1.0, 10.0, 100.0), "stiffness": (1e-3, 1e-2, 1e-1, 1.0)}
 WORLDS = {
     "van-der-pol": World(lambda _, x: (x[1], (1 - x[0] ** 2) * x[1] - x[0]), 0.1, 100, (-2, -2), (2, 2), WEIGHTS),
     "cubic-spiral": World(lambda _, x: SPIRAL @ x**3, 0.1, 150, (0.5, -2), (2, 2), WEIGHTS),

@@ -11,6 +11,7 @@ from mbrl.core import Dynamics, Markov, Prediction, Spec, group, pull, randn
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
+from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig
 from mbrl.dynamics.ode import RK4, Local, OdeConfig, StiffnessRatio, Tsit5
 from mbrl.dynamics.plrnn import AlmostLinear, Constant, Dendritic, PlrnnConfig, Shallow
@@ -193,6 +194,8 @@ SUBJECTS = {
     "filtered-hypernetwork": Subject(lambda spec: filtered(hypernetwork(spec, gaussian=True))),
     "experts": Subject(lambda spec: experts(spec, SingleConfig(True, (16, 16), (0.0,) * 3))),
     "experts-untold": Subject(lambda spec: experts(spec, PlrnnConfig(Shallow(16), 5)), Spec(obs=3, act=2)),
+    "heads": Subject(lambda spec: HeadsConfig((16, 16), gaussian=True).build(spec)),
+    "heads-shared": Subject(lambda spec: HeadsConfig((16,), shared=True).build(spec), Spec(obs=3, act=2, systems=2)),
     "filtered-ode": Subject(lambda spec: filtered(ode(spec, solver=Tsit5(), reward=True))),
     "filtered-plrnn": Subject(lambda spec: filtered(plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True))),
     "filtered-single": Subject(lambda spec: filtered(single(spec, gaussian=True), bound=1.0)),
@@ -213,6 +216,7 @@ ALIKE = {
     "filtered-plrnn",
     "hypernetwork-mip-chunked",
     "experts-untold",
+    "heads-shared",
     "filtered-hypernetwork",
     "ode-biased",
     "filtered-ode",
