@@ -12,10 +12,12 @@ from rich.console import Console
 
 from mbrl import offline, planner
 from mbrl.baselines import BcConfig, Td3BcConfig
+from mbrl.continual import STUDENTS
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
-from mbrl.dynamics.hyper import HyperConfig
+from mbrl.dynamics.heads import HeadsConfig
+from mbrl.dynamics.hyper import HyperConfig, HyperFit
 from mbrl.dynamics.ode import RK4, Dopri5, ErrorEstimate, Local, OdeConfig, StiffnessRatio, Tsit5
 from mbrl.dynamics.plrnn import (
     Adaptive,
@@ -69,7 +71,8 @@ KNOWN = (
     *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
     *(RK4, Tsit5, Dopri5, Local, ErrorEstimate, StiffnessRatio),
     *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
-    *(Planner, Worth),
+    *(Planner, Worth, HeadsConfig, HyperFit),
+    *{type(x) for x in STUDENTS.values()},
     *(PlrnnConfig, Shallow, Dendritic, AlmostLinear, Constant, Sparse, Annealed, Adaptive),
 )
 
@@ -93,6 +96,12 @@ WORDS = {
     "plrnn": "A shallow piecewise-linear recurrent network with teacher forcing.",
     "plrnn-dendritic": "A PLRNN whose units are sums of shifted rectifiers.",
     "plrnn-almost-linear": "A PLRNN of which few units are rectified.",
+    "finetune": "One network goes on from task to task.",
+    "single-task": "A network for each task.",
+    "multi-task": "The oracle that keeps all data.",
+    "replay": "Rehearsal of stored transitions.",
+    "ewc": "Elastic weight consolidation.",
+    "si": "Synaptic intelligence.",
     "cem": "Cross-entropy method: white noise, all elites alike.",
     "icem": "Coloured noise, kept elites, few candidates; the best seen is executed.",
     "mppi": "One iteration; every candidate weighs exp(return / temperature).",
@@ -109,6 +118,7 @@ def union(options: dict[str, tuple[Any, Any]]) -> Any:
 
 
 Algorithm: Any = union({name: (offline.OfflineConfig, preset) for name, preset in offline.PRESETS.items()})
+Student: Any = union({name: (type(x), x) for name, x in STUDENTS.items()})
 Learner: Any = union({name: (type(x), x) for name, x in LEARNERS.items()})
 Reconstructor: Any = union({name: (type(x), x) for name, x in RECONSTRUCTORS.items()})
 Search: Any = union({name: (Planner, x) for name, x in planner.PRESETS.items()})

@@ -24,6 +24,7 @@ import mbrl
 from mbrl import device as devices
 from mbrl import mpc, offline, suite
 from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console
+from mbrl.cli_continual import Continual, run_continual
 from mbrl.cli_control import Online, Plan, run_online, run_plan
 from mbrl.cli_reconstruct import Reconstruct, run_reconstruct
 from mbrl.core import Spec
@@ -763,6 +764,7 @@ def _commands() -> Any:
         "plan": Plan,
         "online": Online,
         "reconstruct": Reconstruct,
+        "continual": Continual,
         "list": List,
         "demo": Demo,
     }
@@ -791,12 +793,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         Plan: run_plan,
         Online: run_online,
         Reconstruct: run_reconstruct,
+        Continual: run_continual,
         Demo: run_demo,
     }
     try:
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt:
-        name = {Plan: "plan", Online: "online", Reconstruct: "reconstruct"}.get(type(command), "offline")
+        name = {Plan: "plan", Online: "online", Reconstruct: "reconstruct", Continual: "continual"}.get(
+            type(command), "offline"
+        )
         console.print(f"\ninterrupted; `mbrl {name} --resume <run folder>` continues a run to the same numbers")
         sys.exit(130)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

@@ -82,6 +82,10 @@ class Student(abc.ABC):
                 )
         self.model.load_state_dict(own)
 
+    def to(self, device: torch.device) -> None:
+        """Moves it, in place."""
+        self.model.to(device)
+
     def memory(self) -> dict[str, int]:
         """parameters: of its networks; extra: other numbers that it carries from task to task; transitions: of
         earlier tasks that it stores."""
@@ -108,7 +112,7 @@ class Hypernetwork:
 class _Hyper(Student):
     def __init__(self, config: Hypernetwork, spec: Spec, generator: torch.Generator) -> None:
         self.config, self.model = config, config.learner.build(spec, generator)
-        self.weigh = torch.zeros(0, self.model.size)
+        self.weigh = torch.zeros(0, self.model.size, device=self.model.head.device)
 
     def learn(self, task, data, budget, generator, progress=None, checkpoint=None, resume=None) -> None:
         assert isinstance(self.model, Hyper)
@@ -302,6 +306,11 @@ class _Shared(Student):
         self.stiff = {k: state[f"stiff.{k}"].clone() for k in self.stiff}
         self.pull = {k: state[f"pull.{k}"].clone() for k in self.pull}
 
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        over = lambda x: {k: v.to(device) for k, v in x.items()}
+        self.stiff, self.pull, self.kept = over(self.stiff), over(self.pull), over(self.kept)
+
     def memory(self) -> dict[str, int]:
         holds = isinstance(self.config, Ewc | Si)
         extra = 2 * sum(x.numel() for x in self.stiff.values()) if holds else 0
@@ -329,6 +338,10 @@ class _Apart(Student):
     def load(self, state: Mapping[str, Tensor]) -> None:
         for i, x in enumerate(self.each):
             x.load({k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{i}.")})
+
+    def to(self, device: torch.device) -> None:
+        for x in self.each:
+            x.to(device)
 
     def memory(self) -> dict[str, int]:
         return {k: sum(x.memory()[k] for x in self.each) for k in ("parameters", "extra", "transitions")}
