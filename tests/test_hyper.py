@@ -172,12 +172,19 @@ def reference(model, data, task, config, generator, importance=None):
     return losses
 
 
-@pytest.mark.parametrize("config", [SMALL, HyperConfig(hidden=(12,), hyper=(9,), gaussian=True, mip=True, chunk=20)])
+VARIANTS = [
+    SMALL,
+    HyperConfig(hidden=(12,), hyper=(9,), mip=True, chunk=20),
+    HyperConfig(hidden=(12,), hyper=(9,), gaussian=True),
+]
+
+
+@pytest.mark.parametrize("config", VARIANTS)
 @pytest.mark.parametrize("look", [True, False])
 @pytest.mark.parametrize("weighed", [True, False])
 def test_an_update_is_the_published_one(config, look, weighed):
     ours, theirs = build(config), build(config)
-    fit = HyperFit(updates=12, batch=16, lr=1e-2, lr_context=1e-2, beta=0.3, look_ahead=look, clip=0.5)
+    fit = HyperFit(updates=12, batch=16, lr=1e-3, lr_context=1e-3, beta=3.0, look_ahead=look, clip=0.5)
     for task, gain in enumerate((1.0, -1.0, 0.5)):
         importance = torch.rand(task, ours.size, generator=gen(3), dtype=torch.float64) if weighed else None
         report = fit_hyper(ours, world(gain), task, fit, gen(task), importance=importance)

@@ -14,6 +14,7 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group
 from mbrl.data import Dataset
@@ -310,14 +311,15 @@ def fit_hyper(
         grads = torch.autograd.grad(loss, [*theta.values(), own])
         anchor = loss.new_zeros(())
         if task and config.beta:
-            ahead = slow.look(grads[:-1]) if config.look_ahead else None
+            moved = slow.look(grads[:-1]) if config.look_ahead else theta
             e, want = (past, goal) if some is None else (past[some], goal[some])
             weigh = importance if importance is None or some is None else importance[some]
-            anchor, pull = _anchor(model, theta, ahead, e, want, weigh)
-            for g, extra in zip(grads, pull, strict=False):
-                g.add_(extra, alpha=config.beta)
+            anchor, pull = _anchor(model, moved, config.beta, e, want, weigh)
+            torch._foreach_add_(grads[:-1], pull)
         norm = torch.stack(torch._foreach_norm(grads[:-1])).norm()
-        torch._foreach_mul_(grads[:-1], (config.clip / (norm + 1e-6)).clamp(max=1.0))
+        scale = (config.clip / (norm + 1e-6)).clamp(max=1.0)
+        if not scale.is_cpu or scale < 1:  # spares a CPU a pass over memory, and an accelerator a wait
+            torch._foreach_mul_(grads[:-1], scale)
         slow.step(grads[:-1])
         fast.step(grads[-1:])
         tenth = 10 * done // config.updates
@@ -345,54 +347,51 @@ def fit_hyper(
 
 
 def _anchor(
-    model: Hyper,
-    theta: Mapping[str, Tensor],
-    ahead: Sequence[Tensor] | None,
-    e: Tensor,
-    goal: Tensor,
-    weigh: Tensor | None,
+    model: Hyper, theta: Mapping[str, Tensor], beta: float, e: Tensor, goal: Tensor, weigh: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """sum_j |goal_j - h(e_j; theta + ahead)|^2 / t, and its gradient by theta; all tasks e [t, E] in one pass."""
-    moved = dict(theta)
-    if ahead is not None:
-        moved = {k: (p.detach() + d).requires_grad_() for (k, p), d in zip(theta.items(), ahead, strict=True)}
-    made = torch.func.functional_call(model, moved, (lambda m: m.generate(e),))
+    """sum_j |goal_j - h(e_j; theta)|^2 / t over the t tasks e [t, E], all in one pass, and beta times its gradient by
+    theta."""
+    at = {k: p.detach().requires_grad_() for k, p in theta.items()}
+    made = torch.func.functional_call(model, at, (lambda m: m.generate(e),))
     error = (made - goal) ** 2
     total = (error if weigh is None else error * weigh).sum() / len(e)
-    return total.detach(), torch.autograd.grad(total, list(moved.values()))
+    return total.detach(), torch.autograd.grad(beta * total, list(at.values()))
 
 
 class _Adam:
-    """Adam over named tensors that can also tell the step it would take."""
+    """Adam over named tensors that can also tell where its next step would lead; one pass over memory a step."""
 
     def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
         self.params, self.lr, self.steps = dict(params), lr, 0
         self.mean = [torch.zeros_like(p) for p in params.values()]
         self.square = [torch.zeros_like(p) for p in params.values()]
+        self.trial: list[list[Tensor]] = []
 
     @torch.no_grad()
-    def look(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The step by these gradients, not taken."""
-        mean = torch._foreach_lerp(self.mean, list(grads), 1 - BETAS[0])
-        square = torch._foreach_mul(self.square, BETAS[1])
-        torch._foreach_addcmul_(square, list(grads), list(grads), 1 - BETAS[1])
-        return self._by(mean, square, self.steps + 1)
+    def look(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What the parameters would be after a step by these gradients, which is not taken. The tensors are used again
+        by the next call."""
+        now = [list(self.params.values()), self.mean, self.square]
+        if not self.trial:
+            self.trial = [[torch.empty_like(x) for x in kind] for kind in now]
+        for copies, kind in zip(self.trial, now, strict=True):
+            torch._foreach_copy_(copies, kind)
+        params, mean, square = self.trial
+        self._step(params, mean, square, grads)
+        return dict(zip(self.params, params, strict=True))
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
-        torch._foreach_lerp_(self.mean, list(grads), 1 - BETAS[0])
-        torch._foreach_mul_(self.square, BETAS[1])
-        torch._foreach_addcmul_(self.square, list(grads), list(grads), 1 - BETAS[1])
+        self._step(list(self.params.values()), self.mean, self.square, grads)
         self.steps += 1
-        torch._foreach_add_(list(self.params.values()), self._by(self.mean, self.square, self.steps))
 
-    def _by(self, mean: Sequence[Tensor], square: Sequence[Tensor], t: int) -> list[Tensor]:
-        root = torch._foreach_sqrt(list(square))
-        torch._foreach_div_(root, (1 - BETAS[1] ** t) ** 0.5)
-        torch._foreach_add_(root, EPSILON)
-        out = torch._foreach_div(list(mean), root)
-        torch._foreach_mul_(out, -self.lr / (1 - BETAS[0] ** t))
-        return list(out)
+    def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
+        steps = [torch.full((), float(self.steps), device=p.device) for p in params]
+        dense = [g.contiguous() for g in grads]  # the fused kernel reads them in the parameters' order
+        adam(
+            params, dense, mean, square, [], steps, fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+            lr=self.lr, weight_decay=0.0, eps=EPSILON, maximize=False,
+        )  # fmt: skip
 
     def state(self, name: str) -> dict[str, Tensor]:
         out = {f"{name}.steps": torch.tensor(self.steps)}
