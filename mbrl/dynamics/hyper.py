@@ -112,6 +112,17 @@ class Hyper(Markov):
 
     def generate(self, ctx: Tensor) -> Tensor:
         """Embeddings [G, E] -> all generated parameters [G, P], in one pass."""
+        x = self.features(ctx)
+        if self.chunks is None:
+            return torch.addmm(self.own, x, self.head)
+        made = x @ self.head
+        if not self.config.mip:
+            made = made + self.own
+        made = made.reshape(len(ctx), self.chunks.shape[0] * self.head.shape[1])[:, : self.size]
+        return made + self.own if self.config.mip else made
+
+    def features(self, ctx: Tensor) -> Tensor:
+        """What the head reads, [G, H], or [G * chunks, H]."""
         x = ctx
         if self.chunks is not None:
             n = self.chunks.shape[0]
@@ -121,13 +132,7 @@ class Hyper(Markov):
             x = torch.cat([angle.cos(), angle.sin()], -1)
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = F.relu(x @ weight + bias)
-        if self.chunks is None:
-            return torch.addmm(self.own, x, self.head)
-        made = x @ self.head
-        if not self.config.mip:
-            made = made + self.own
-        made = made.reshape(len(ctx), self.chunks.shape[0] * self.head.shape[1])[:, : self.size]
-        return made + self.own if self.config.mip else made
+        return x
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """[G, P] -> the layers (weight [G, in, out], bias [G, 1, out], ...), and the bounds [G, 1, O + 1] where there
@@ -247,6 +252,8 @@ class HyperReport:
 
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
+ROWS = 16  # of the head a product at a time: all 256 at once took a CPU four times as long
+BLOCK = 2**17  # numbers that a CPU works on at a time: what lies between stays in its cache
 
 
 def fit_hyper(
@@ -314,8 +321,7 @@ def fit_hyper(
             moved = slow.look(grads[:-1]) if config.look_ahead else theta
             e, want = (past, goal) if some is None else (past[some], goal[some])
             weigh = importance if importance is None or some is None else importance[some]
-            anchor, pull = _anchor(model, moved, config.beta, e, want, weigh)
-            torch._foreach_add_(grads[:-1], pull)
+            anchor = _anchor(model, moved, config.beta, e, want, weigh, dict(zip(theta, grads, strict=False)))
         norm = torch.stack(torch._foreach_norm(grads[:-1])).norm()
         scale = (config.clip / (norm + 1e-6)).clamp(max=1.0)
         if not scale.is_cpu or scale < 1:  # spares a CPU a pass over memory, and an accelerator a wait
@@ -347,15 +353,40 @@ def fit_hyper(
 
 
 def _anchor(
-    model: Hyper, theta: Mapping[str, Tensor], beta: float, e: Tensor, goal: Tensor, weigh: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """sum_j |goal_j - h(e_j; theta)|^2 / t over the t tasks e [t, E], all in one pass, and beta times its gradient by
-    theta."""
-    at = {k: p.detach().requires_grad_() for k, p in theta.items()}
-    made = torch.func.functional_call(model, at, (lambda m: m.generate(e),))
-    error = (made - goal) ** 2
-    total = (error if weigh is None else error * weigh).sum() / len(e)
-    return total.detach(), torch.autograd.grad(beta * total, list(at.values()))
+    model: Hyper,
+    theta: Mapping[str, Tensor],
+    beta: float,
+    e: Tensor,
+    goal: Tensor,
+    weigh: Tensor | None,
+    grads: Mapping[str, Tensor],
+) -> Tensor:
+    """sum_j |goal_j - h(e_j; theta)|^2 / t over the t tasks e [t, E], all in one pass. beta times its gradient by theta
+    is added to grads."""
+    at = {k: p.detach().requires_grad_(k not in ("head", "own")) for k, p in theta.items()}
+    call = lambda f: torch.func.functional_call(model, at, (f,))
+    if model.chunks is not None:
+        at = {k: p.requires_grad_() for k, p in at.items()}
+        made = call(lambda m: m.generate(e))
+        error = made - goal
+        total = (error**2 if weigh is None else error**2 * weigh).sum() / len(e)
+        for g, pull in zip(grads.values(), torch.autograd.grad(beta * total, list(at.values())), strict=True):
+            g.add_(pull)
+        return total.detach()
+    x = call(lambda m: m.features(e))
+    with torch.no_grad():  # the head's gradient is a product that can be added where it belongs
+        error = torch.addmm(at["own"], x, at["head"]).sub_(goal)
+        slope = error if weigh is None else error * weigh
+        total = (slope * error).sum() / len(e)
+        slope.mul_(2 * beta / len(e))
+        grads["own"].add_(slope.sum(0))
+        for g, part in zip(grads["head"].split(ROWS), x.T.split(ROWS), strict=True):
+            g.addmm_(part, slope)
+        back = slope @ at["head"].T
+    rest = [k for k in at if k not in ("head", "own")]
+    for k, pull in zip(rest, torch.autograd.grad(x, [at[k] for k in rest], back), strict=True):
+        grads[k].add_(pull)
+    return total
 
 
 class _Adam:
@@ -365,20 +396,23 @@ class _Adam:
         self.params, self.lr, self.steps = dict(params), lr, 0
         self.mean = [torch.zeros_like(p) for p in params.values()]
         self.square = [torch.zeros_like(p) for p in params.values()]
-        self.trial: list[list[Tensor]] = []
+        self.trial: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def look(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
         """What the parameters would be after a step by these gradients, which is not taken. The tensors are used again
         by the next call."""
-        now = [list(self.params.values()), self.mean, self.square]
         if not self.trial:
-            self.trial = [[torch.empty_like(x) for x in kind] for kind in now]
-        for copies, kind in zip(self.trial, now, strict=True):
-            torch._foreach_copy_(copies, kind)
-        params, mean, square = self.trial
-        self._step(params, mean, square, grads)
-        return dict(zip(self.params, params, strict=True))
+            self.trial = {k: torch.empty_like(p) for k, p in self.params.items()}
+        t = self.steps + 1
+        root, rate = (1 - BETAS[1] ** t) ** -0.5, -self.lr / (1 - BETAS[0] ** t)
+        every = zip(self.trial.values(), self.params.values(), self.mean, self.square, grads, strict=True)
+        for tensors in every:
+            cut = BLOCK if tensors[0].is_cpu else tensors[0].numel()
+            for new, p, m, s, g in zip(*(x.reshape(-1).split(max(cut, 1)) for x in tensors), strict=True):
+                below = torch.mul(s, BETAS[1]).addcmul_(g, g, value=1 - BETAS[1]).sqrt_().mul_(root).add_(EPSILON)
+                torch.addcdiv(p, torch.lerp(m, g, 1 - BETAS[0]), below, value=rate, out=new)
+        return self.trial
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
