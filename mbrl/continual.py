@@ -493,3 +493,42 @@ def summary(matrix: np.ndarray, alone: np.ndarray | None = None, resamples: int 
         low, high = np.quantile(np.median(x[pick], axis=1), (0.05, 0.95))
         out[name] = {"median": float(np.median(x)), "low": float(low), "high": float(high), "each": x.tolist()}
     return out
+
+
+# ---------------------------------------------------------------- which contexts to look at
+
+
+@torch.no_grad()
+def disagreement(model: Dynamics, data: Dataset, generator: torch.Generator, rows: int = 1000) -> float:
+    """How far a learner's parts (an ensemble's elites) are apart on transitions of a context: the standard deviation of
+    their predictions over that of the change, mean over rows and the dimensions that vary. An estimate of the error
+    that more data would mend. Raises ValueError for a learner of one part."""
+    like = next(model.parameters())
+    pairs = data.paired.nonzero()[:, 0]
+    pick = pairs[torch.linspace(0, len(pairs) - 1, min(rows, len(pairs))).long().to(pairs.device)]
+    obs, act, after = (x[pick].to(like) for x in (data.obs, data.act, data.next_obs))
+    cond = model.condition(obs.new_zeros(1, model.spec.ctx))
+    inp = StepInput(act, 0 * model.draw(len(obs), 1, generator), torch.full_like(obs[:, :1], data.dt))
+    said = model.each(model.init(obs, cond), inp, cond, 1).obs  # [parts, B, O]
+    if len(said) < 2:
+        raise ValueError(f"disagreement: {type(model).__name__} has one part, expected an ensemble")
+    std = (after - obs).std(0, correction=0)
+    moves = std > 1e-6
+    return float((said.std(0, correction=0)[:, moves] / std[moves]).mean())
+
+
+def shares(doubt: Sequence[float], total: int, uniform: float = 0.5) -> list[int]:
+    """How many of `total` steps each context gets: a share `uniform` evenly, the rest in proportion to what is in doubt
+    there (WAKER, arXiv 2306.09205, for few contexts). Whole numbers, of the largest remainders. Raises ValueError for
+    doubts that are not finite and at least 0."""
+    d = np.asarray(doubt, dtype=float)
+    if len(d) == 0 or not np.isfinite(d).all() or (d < 0).any() or not 0 <= uniform <= 1 or total < 0:
+        raise ValueError(
+            f"shares: got doubts {list(doubt)}, total {total}, uniform {uniform}; expected numbers of at least 0"
+        )
+    even = np.full(len(d), 1 / len(d))
+    p = uniform * even + (1 - uniform) * (d / d.sum() if d.sum() > 0 else even)
+    whole = np.floor(p * total + 1e-9).astype(int)
+    for i in np.argsort(-(p * total - whole), kind="stable")[: total - whole.sum()]:
+        whole[i] += 1
+    return whole.tolist()

@@ -5,9 +5,24 @@ import pytest
 import torch
 
 from mbrl import continual
-from mbrl.continual import Budget, Ewc, Finetune, Hypernetwork, MultiTask, Replay, Si, SingleTask, errors, run, summary
-from mbrl.core import Spec
+from mbrl.continual import (
+    Budget,
+    Ewc,
+    Finetune,
+    Hypernetwork,
+    MultiTask,
+    Replay,
+    Si,
+    SingleTask,
+    disagreement,
+    errors,
+    run,
+    shares,
+    summary,
+)
+from mbrl.core import Spec, StepInput
 from mbrl.data import Dataset
+from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig, HyperFit
 
@@ -209,6 +224,37 @@ def test_the_summary_of_a_known_matrix():
     assert found["transfer"]["each"] == pytest.approx([0.5, 0.5, 0.0])
     assert found["final"]["low"] == pytest.approx(8 / 3)
     assert found["final"]["high"] == pytest.approx(11 / 3)
+
+
+# ---------------------------------------------------------------- which contexts to look at
+
+
+def test_doubt_and_uniform_share_the_steps():
+    assert shares([1.0, 3.0], 100, uniform=0.0) == [25, 75]
+    assert shares([1.0, 3.0], 100, uniform=1.0) == [50, 50]
+    assert shares([0.0, 4.0], 100, uniform=0.5) == [25, 75]
+    assert shares([0.0, 0.0, 0.0], 10) == [4, 3, 3]
+    assert sum(shares(np.random.default_rng(0).random(7), 1001)) == 1001
+    for bad in ([], [-1.0], [float("nan")]):
+        with pytest.raises(ValueError, match="expected numbers of at least 0"):
+            shares(bad, 10)
+
+
+def test_an_ensemble_doubts_the_context_that_it_has_not_seen():
+    model = EnsembleConfig(members=3, elites=3, hidden=(16,), weight_decay=(0.0, 0.0)).build(SPEC, gen())
+    model.prepare(TRAIN[0].windows(1))
+    model.finish(torch.zeros(3))
+    near = disagreement(model, TRAIN[0], gen())
+    far = Dataset(**{**TRAIN[0].__dict__, "obs": 5 * TRAIN[0].obs, "next_obs": TRAIN[0].next_obs + 4 * TRAIN[0].obs})
+    assert disagreement(model, far, gen()) > 2 * near > 0
+    pick = torch.arange(0, 320)
+    said = model.each(
+        TRAIN[0].obs[pick], StepInput(TRAIN[0].act[pick], torch.zeros(320, model.noise_dim), torch.ones(320, 1)), (), 1
+    )
+    change = (TRAIN[0].next_obs - TRAIN[0].obs).std(0, correction=0)
+    assert near == pytest.approx((said.obs.std(0, correction=0) / change).mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="one part"):
+        disagreement(HeadsConfig((8,)).build(SPEC, gen()), TRAIN[0], gen())
 
 
 # ---------------------------------------------------------------- going on
