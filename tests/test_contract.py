@@ -182,6 +182,7 @@ SUBJECTS = {
     "plrnn-clipped": Subject(lambda spec: plrnn(spec, Shallow(60), latent=5, readout="affine"), imposes=imposed_on),
     "plrnn-narrow": Subject(lambda spec: plrnn(spec, Shallow(60), latent=2, readout="affine"), imposes=imposed_on),
     "plrnn-dendritic": Subject(lambda spec: plrnn(spec, Dendritic(4), latent=5)),
+    "plrnn-dendritic-clipped": Subject(lambda spec: plrnn(spec, Dendritic(4, clipped=True))),
     "plrnn-almost-linear": Subject(lambda spec: plrnn(spec, AlmostLinear(2), latent=6)),
     "ode": Subject(lambda spec: ode(spec, solver=RK4(2), local=Local(start=0.01, end=0.001), reward=True)),
     "ode-biased": Subject(
@@ -213,6 +214,7 @@ ALIKE = {
     "latent-narrow",
     "autonomous",
     "plrnn-narrow",
+    "plrnn-dendritic-clipped",
     "filtered-plrnn",
     "hypernetwork-mip-chunked",
     "experts-untold",
