@@ -65,6 +65,7 @@ RECONSTRUCTORS: dict[str, Any] = {
     "plrnn": PlrnnConfig(Shallow(100)),
     "plrnn-dendritic": PlrnnConfig(Dendritic(20), latent=20, forcing=Adaptive()),
     "plrnn-almost-linear": PlrnnConfig(AlmostLinear(10), latent=20, forcing=Sparse(20)),
+    "ode": OdeConfig(),
 }  # for series: without reward and noise
 KNOWN = (
     *{type(x) for x in LEARNERS.values()},

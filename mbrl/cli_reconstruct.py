@@ -290,8 +290,8 @@ def run_reconstruct(args: Reconstruct) -> Run:
 
 def name_of(config: Any) -> str:
     """The learner's name on the command line."""
-    same = [n for n, x in RECONSTRUCTORS.items() if x == config]
-    return (same or [n for n, x in RECONSTRUCTORS.items() if type(x) is type(config)] or ["custom"])[0]
+    kind = lambda x: (type(x), type(getattr(x, "kind", None)))
+    return next((n for n, x in RECONSTRUCTORS.items() if kind(x) == kind(config)), "custom")
 
 
 def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) -> Run:
