@@ -63,6 +63,12 @@ SETTINGS = {
         PlrnnFit(clip=1.0),
         goal=row(2.0, 0.20, 1.5e-3),
     ),
+    "ecg-noise": Setting(
+        "ecg",
+        replace(ECG, forcing=Constant(0.2)),
+        PlrnnFit(2000, clip=1.0, noise=0.05),
+        goal=row(2.0, 0.20, 1.5e-3),
+    ),
     "lorenz63": Setting("lorenz63", PlrnnConfig(Shallow(100), latent_decay=1e-5), PlrnnFit(2000)),
     "lorenz96": Setting("lorenz96-20", PlrnnConfig(Shallow(200), forcing=Constant(0.15)), PlrnnFit(600, length=100)),
     "neuron": Setting("hindmarsh-rose", PlrnnConfig(Shallow(200), forcing=Constant(0.1)), PlrnnFit(1500)),

@@ -505,3 +505,17 @@ def test_masked_steps_end_the_forcing_too():
     mask[:, 4:] = False
     torch.testing.assert_close(model.loss(seg._replace(mask=mask), seg.reward)[0], model.loss(short, short.reward)[0])
     assert math.isfinite(model.validate(seg, seg.reward).item())
+
+
+def test_noise_reaches_what_forces_and_not_what_is_compared():
+    """Fully forced, a step's error is that of the map at noisy observations: a map that shrinks is preferred."""
+    data = dataset(300, seed=4).to(torch.float32)
+    shrunk = {}
+    for noise in (0.0, 1.0):
+        model = PlrnnConfig(AlmostLinear(0), forcing=Constant(1.0)).build(SPEC, gen())
+        fit = PlrnnFit(25, 20, 16, 10, lr=3e-2, lr_end=1e-3, noise=noise)
+        report = fit_plrnn([model], data, fit, [gen(1)])
+        again = PlrnnConfig(AlmostLinear(0), forcing=Constant(1.0)).build(SPEC, gen())
+        assert fit_plrnn([again], data, fit, [gen(1)]).loss == report.loss
+        shrunk[noise] = torch.linalg.matrix_norm(torch.diag(model.theta["A"]) + model.theta["W"], 2).item()
+    assert shrunk[1.0] < 0.7 * shrunk[0.0]  # regression dilution: by 1 / (1 + noise^2), the data being standardised

@@ -497,7 +497,9 @@ class PlrnnFit:
 
     `solver`: how forced trajectories are found. "compiled": a loop in C, for shallow ones on a CPU; "loop": step by
     step without a graph, then one adjoint recursion; "parallel": by Newton's method over all times (`mbrl.parallel`);
-    "auto" takes what is fastest here. `clip`: of each seed's gradient norm."""
+    "auto" takes what is fastest here. `clip`: of each seed's gradient norm. `noise`: the standard deviation, in those
+    of the observations, of what is added to the observations that begin and force a trajectory, and not to those that
+    it is compared with: the model learns to come back."""
 
     epochs: int = 5000
     batches: int = 50  # an epoch
@@ -506,6 +508,7 @@ class PlrnnFit:
     lr: float = 1e-3
     lr_end: float = 1e-6
     clip: float | None = None
+    noise: float = 0.0
     solver: Literal["auto", "compiled", "loop", "parallel"] = "auto"
 
 
@@ -658,14 +661,20 @@ class _Trainer:
         draw = lambda g: torch.randint(len(track.first), (c.batches, c.batch), generator=g, device=g.device)
         index = track.first[torch.stack([draw(g).cpu() for g in generators], 1)]  # [batches, S, B]
         for batch in index:
-            total += self.update(track.window(batch))
+            window = track.window(batch)
+            seen = window.obs
+            if c.noise:
+                added = [torch.randn(seen.shape[1:], generator=g, device=g.device) for g in generators]
+                seen = seen + c.noise * torch.stack(added).to(seen)
+            total += self.update(window, seen)
         self.epoch += 1
         return total / c.batches
 
-    def update(self, window: Window) -> Tensor:
-        """One update of every seed. Returns the mean squared errors [S]."""
+    def update(self, window: Window, seen: Tensor | None = None) -> Tensor:
+        """One update of every seed; seen: the observations [S, B, T + 1, N] that begin and force, by default the
+        window's. Returns the mean squared errors [S]."""
         config, p = self.model.config, self.p
-        x, (seeds, rows, length) = window.obs, window.reward.shape
+        x, (seeds, rows, length) = window.obs if seen is None else seen, window.reward.shape
         inverse = torch.linalg.pinv(p["B"]) if "B" in p else None
         start = lift(p, x[:, :, 0], inverse)
         with torch.no_grad():
