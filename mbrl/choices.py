@@ -63,6 +63,9 @@ def learners() -> dict[str, Any]:
 LEARNERS = learners()
 RECONSTRUCTORS: dict[str, Any] = {
     "plrnn": PlrnnConfig(Shallow(100)),
+    "plrnn-gtf": PlrnnConfig(Shallow(100), forcing=Constant(0.2)),
+    "plrnn-stf": PlrnnConfig(Shallow(100), forcing=Sparse(20)),
+    "plrnn-annealed": PlrnnConfig(Shallow(100), forcing=Annealed(0.5, 0.05, 20_000)),
     "plrnn-dendritic": PlrnnConfig(Dendritic(20), latent=20, forcing=Adaptive()),
     "plrnn-almost-linear": PlrnnConfig(AlmostLinear(10), latent=20, forcing=Sparse(20)),
     "ode": OdeConfig(),
@@ -95,6 +98,9 @@ WORDS = {
     "experts": "Single networks that a stream without task labels calls up.",
     "hyper": "A hypernetwork that generates the network of each task.",
     "plrnn": "A shallow piecewise-linear recurrent network with teacher forcing.",
+    "plrnn-gtf": "The same under forcing of one strength.",
+    "plrnn-stf": "The same, the data imposed now and then.",
+    "plrnn-annealed": "The same under forcing that falls.",
     "plrnn-dendritic": "A PLRNN whose units are sums of shifted rectifiers.",
     "plrnn-almost-linear": "A PLRNN of which few units are rectified.",
     "finetune": "One network goes on from task to task.",

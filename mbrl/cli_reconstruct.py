@@ -290,7 +290,7 @@ def run_reconstruct(args: Reconstruct) -> Run:
 
 def name_of(config: Any) -> str:
     """The learner's name on the command line."""
-    kind = lambda x: (type(x), type(getattr(x, "kind", None)))
+    kind = lambda x: (type(x), type(getattr(x, "kind", None)), type(getattr(x, "forcing", None)))
     return next((n for n, x in RECONSTRUCTORS.items() if kind(x) == kind(config)), "custom")
 
 
