@@ -191,8 +191,8 @@ def main(args: Args) -> None:
         done = table["rows"].get(name)
         if done is None or done["digest"] != digest(s.learner, s.fit, args.seeds):
             result = run(name, args)
-            table = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {"nulls": table["nulls"]}
-            table.setdefault("rows", {})
+            disk = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"nulls": {}, "rows": {}}
+            table = {"nulls": disk["nulls"] | table["nulls"], "rows": disk["rows"]}  # another run may have written
             table["rows"][name] = result
         write_json(RESULTS, table)
         print(json.dumps({name: table["rows"][name]["median"]}), flush=True)
