@@ -56,11 +56,11 @@ class Naive:
         self.optimizer = torch.optim.RAdam(self.p.values(), lr=1e-6)
         self.track = track
 
-    def loss(self, x: Tensor) -> Tensor:
-        """x [B, T + 1, N], standardised."""
+    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the squared error in it, of x [B, T + 1, N], standardised."""
         A, W1, W2, h1, h2, B = self.p.values()
         inverse = torch.linalg.pinv(B)
-        z, error = x[:, 0] @ inverse.T, torch.zeros((), device=x.device)
+        z = x[:, 0] @ inverse.T
         signal = (x[:, 1:] @ inverse.T).detach()
         out = []
         for t in range(x.shape[1] - 1):
@@ -70,10 +70,10 @@ class Naive:
             z = (1 - STRENGTH) * y + STRENGTH * signal[:, t]
         error = ((torch.stack(out, 1) @ B.T - x[:, 1:]) ** 2).mean()
         s = torch.linalg.svdvals(B)
-        return error + DECAY * (1 - s[0] / s[-1]) ** 2
+        return error + DECAY * (1 - s[0] / s[-1]) ** 2, error
 
     def __call__(self, index: Tensor) -> Tensor:
-        loss = self.loss(self.track.window(index[None]).obs[0])
+        loss, _ = self.loss(self.track.window(index[None]).obs[0])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -89,11 +89,11 @@ def run(harness) -> dict:
     device = harness.device
     cpu = device.type == "cpu"
     rows: dict[str, dict[str, float]] = {}
-    data = series(2000 if cpu else 25_000).to(device)
+    data = series(5000 if cpu else 25_000).to(device)
     models = [CONFIG.build(data.spec, torch.Generator().manual_seed(s)).to(device) for s in range(SEEDS)]
     streams = [torch.Generator().manual_seed(s) for s in range(SEEDS)]
     fit_plrnn(models, data, PlrnnFit(epochs=1, batches=100, length=200), streams)
-    for length in (200, 2000 - 1) if cpu else (200, 2000, 20_000):
+    for length in (200, 2000) if cpu else (200, 2000, 20_000):
         track = Track(data, length, models[0].theta["A"])
         track.obs = models[0].observed(track.obs)
         pick = torch.randint(len(track.first), (SEEDS, ROWS), generator=torch.Generator().manual_seed(0))
@@ -106,7 +106,7 @@ def run(harness) -> dict:
         runs = {"naive": 1}
         for solver in solvers:
             for seeds in (1, SEEDS):
-                if cpu and length > 200 and (solver != "compiled" or seeds > 1):
+                if cpu and length > 200 and solver != "compiled" and seeds > 1:
                     continue
                 if not cpu and length == 20_000 and solver == "loop":
                     continue
@@ -119,21 +119,22 @@ def run(harness) -> dict:
         for name, row in found.items():
             if name in runs:
                 row |= {"ms_a_run": row["ms"] / runs[name], "ratio": found["naive"]["ms"] / (row["ms"] / runs[name])}
-                rows[f"T {length + (length == 1999)}, {name}"] = row
+                rows[f"T {length}, {name}"] = row
     return rows
 
 
 def _agree(ours: _Trainer, naive: Naive, track: Track, index: Tensor) -> None:
     """The first seed's error and gradients are the plain loop's. Raises AssertionError."""
-    want = naive.loss(track.window(index[:1]).obs[0])
-    grads = torch.autograd.grad(want, list(naive.p.values()))
+    loss, want = naive.loss(track.window(index[:1]).obs[0])
+    grads = torch.autograd.grad(loss, list(naive.p.values()))
     ours.optimizer = torch.optim.SGD(ours.p.values(), lr=0.0)
     error = ours.update(track.window(index))[0]
-    torch.testing.assert_close(error, want.detach(), rtol=1e-3, atol=1e-5)
+    assert not ours.fallbacks, f"T {track.length}: Newton's method gave up, so that it is the loop that would be timed"
+    torch.testing.assert_close(error, want.detach(), rtol=1e-5, atol=0.0)
     for k, g in zip(naive.p, grads, strict=True):
         mine = ours.p[k].grad
         assert mine is not None
-        scale = float(g.norm())
-        assert float((mine[0] - g).norm()) <= 1e-2 * scale, f"{k}: the gradients differ"
+        off = float((mine[0] - g).norm() / g.norm())
+        assert off <= 1e-4, f"T {track.length}, {ours.solver}, {k}: the gradients differ by {off:.1e} of their norm"
     for p in ours.p.values():
         p.grad = None
