@@ -17,7 +17,8 @@ together; scores are of the last parameters. The true exponents are computed as 
 the same length; dysts' own are not used. Valid prediction times are medians over starts along the test series, in true
 Lyapunov times, of at most 10 or 100 periods: `vpt_whole` is the share of starts that reached the end.
 
-A finished system is a row of experiments/results/twenty.json and is not run again; beside it twenty.png is drawn."""
+A finished system is a row of experiments/results/twenty.json and is not run again; twenty.png is drawn
+beside it where the series of all runs are in `out`."""
 
 import json
 import math
@@ -285,13 +286,13 @@ def main(args: Args) -> None:
         if facts["verdict"] != "taken":
             print(f"{name}: {facts['verdict']}", flush=True)
             continue
-        if table["rows"].get(name, {}).get("digest") != own or not (args.out / f"{name}.safetensors").exists():
+        if table["rows"].get(name, {}).get("digest") != own:
             table["rows"][name] = run(name, facts, args)
             write_json(RESULTS, table)
         rows.append(table["rows"][name])
         print(json.dumps({name: rows[-1]["median"], "cpu_s": rows[-1]["cpu_s"]}), flush=True)
     Console(width=160).print(tabled(rows))
-    if not args.systems:
+    if not args.systems and all((args.out / f"{row['system']}.safetensors").exists() for row in rows):
         draw(rows, args.out, RESULTS.with_suffix(".png"))
 
 
