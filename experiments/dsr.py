@@ -74,7 +74,7 @@ SETTINGS = {
     "neuron": Setting("hindmarsh-rose", PlrnnConfig(Shallow(200), forcing=Constant(0.1)), PlrnnFit(1500)),
     "eeg": Setting("eeg", EEG, PlrnnFit(600, length=50), published=row(2.1, 0.11, 0.55)),
 }
-FLOWS = {"lorenz63": "lorenz63", "lorenz96-20": "lorenz96-20", "hindmarsh-rose": "hindmarsh-rose"}
+FLOWS = ("lorenz63", "lorenz96-20", "hindmarsh-rose")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def run(name: str, args: Args) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in models[0].parameters()), "updates": report.updates,
         "solver": report.solver, "wall_s": round(spent + report.seconds, 1), "skipped": report.skipped,
         "alpha": [round(a, 4) for a in report.alpha[-1]], "median": median, "mad": mad, "each": figures,
-        "true_spectrum": true_spectrum(FLOWS[s.data], dt) if s.data in FLOWS else None,
+        "true_spectrum": true_spectrum(s.data, dt) if s.data in FLOWS else None,
         "published": s.published, "goal": s.goal, "threads": args.threads, **machine(), "versions": versions(),
     }  # fmt: skip
 

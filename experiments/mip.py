@@ -23,8 +23,8 @@ from rich.table import Table
 
 from mbrl import device as devices
 from mbrl.core import Segment, Spec
-from mbrl.data import Dataset
 from mbrl.dynamics.hyper import HyperConfig
+from mbrl.fit import Rows, segment_of
 from mbrl.run import machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "mip.json"
@@ -41,21 +41,15 @@ class Args:
     threads: int = 2
 
 
-def batch(sets: list[Dataset], index: list[torch.Tensor]) -> Segment:
-    parts = []
-    for data, rows in zip(sets, index, strict=True):
-        obs = torch.stack([data.obs[rows], data.next_obs[rows]], 1)
-        mask = torch.ones(len(rows), 1, dtype=torch.bool)
-        parts.append(
-            (obs, data.act[rows][:, None], data.reward[rows][:, None], ~mask, mask, torch.ones(len(rows), 1, 1))
-        )
-    return Segment._make([*(torch.cat(x) for x in zip(*parts, strict=True)), torch.arange(len(sets))])
+def batch(sets: list[Rows], index: list[torch.Tensor]) -> Segment:
+    rows = torch.cat([x.table[i] for x, i in zip(sets, index, strict=True)])
+    return segment_of(rows[:, None], sets[0].spec, sets[0].dt, torch.arange(len(sets)))
 
 
-def curve(mip: bool, rate: float, seed: int, args: Args, train: list[Dataset], test: list[Dataset]) -> list[float]:
+def curve(mip: bool, rate: float, seed: int, args: Args, train: list[Rows], test: list[Rows]) -> list[float]:
     spec = Spec(train[0].spec.obs, train[0].spec.act, 10, args.tasks)
     model = HyperConfig(hidden=(200, 200), mip=mip).build(spec, devices.generator(seed))
-    whole = lambda sets: batch(sets, [torch.arange(min(len(d) for d in sets)) for _ in sets])
+    whole = lambda sets: batch(sets, [torch.arange(min(len(d.table) for d in sets)) for _ in sets])
     model.prepare(whole(train))
     held, none = whole(test), torch.zeros(0)
     optimizer = torch.optim.Adam(model.parameters(), rate, fused=True)
@@ -63,7 +57,7 @@ def curve(mip: bool, rate: float, seed: int, args: Args, train: list[Dataset], t
     for update in range(args.updates):
         if update % EVERY == 0:
             errors.append(model.validate(held, none).item())
-        rows = [torch.randint(len(d), (args.batch,), generator=stream) for d in train]
+        rows = [torch.randint(len(d.table), (args.batch,), generator=stream) for d in train]
         optimizer.zero_grad(set_to_none=True)
         model.loss(batch(train, rows), none)[0].backward()
         optimizer.step()
@@ -76,7 +70,8 @@ def main(args: Args) -> None:
     tasks, began = contexts.tasks("cartpole-pole")[: args.tasks], time.perf_counter()
     curves: dict[str, dict[str, list[list[float]]]] = {"plain": {}, "mip": {}}
     for seed in args.seeds:
-        train, test = contexts.collect(tasks, 5000, seed=seed), contexts.collect(tasks, 1000, seed=10_000 + seed)
+        drawn = (contexts.collect(tasks, 5000, seed=seed), contexts.collect(tasks, 1000, seed=10_000 + seed))
+        train, test = ([Rows(d, 1, d.obs) for d in sets] for sets in drawn)
         for name in curves:
             for rate in RATES:
                 found = curve(name == "mip", rate, seed, args, train, test)

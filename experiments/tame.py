@@ -30,6 +30,7 @@ from mbrl.core import Segment, Spec
 from mbrl.data import Dataset
 from mbrl.dynamics.experts import Experts, ExpertsConfig, TameConfig, alignment, fit_stream, select
 from mbrl.dynamics.single import SingleConfig
+from mbrl.fit import Rows
 from mbrl.run import machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "tame.json"
@@ -48,16 +49,8 @@ class Args:
 
 
 def batches(data: Dataset, n: int, stream: torch.Generator) -> list[tuple[Segment, Tensor]]:
-    order = torch.randperm(len(data), generator=stream)[: n * BATCH].split(BATCH)
-    return [(segment(data, rows), torch.zeros(BATCH, 1, 0)) for rows in order]
-
-
-def segment(data: Dataset, rows: Tensor) -> Segment:
-    obs = torch.stack([data.obs[rows], data.next_obs[rows]], 1)
-    mask = torch.ones(len(rows), 1, dtype=torch.bool)
-    one = torch.ones(len(rows), 1, 1)
-    act, reward = data.act[rows][:, None], data.reward[rows][:, None]
-    return Segment(obs, act, reward, ~mask, mask, one, torch.zeros(1, dtype=torch.int64))
+    rows, order = Rows(data, 1, data.obs), torch.randperm(len(data), generator=stream)[: n * BATCH].split(BATCH)
+    return [(rows.segment(index), torch.zeros(BATCH, 1, 0)) for index in order]
 
 
 def run(seed: int, args: Args) -> dict[str, Any]:
@@ -96,7 +89,7 @@ def run(seed: int, args: Args) -> dict[str, Any]:
 
 def judged(model: Experts, data: Dataset) -> float:
     """The error of the expert that one batch chooses."""
-    select(model, segment(data, torch.arange(BATCH)), torch.zeros(BATCH, 1, 0))
+    select(model, Rows(data, 1, data.obs).segment(torch.arange(BATCH)), torch.zeros(BATCH, 1, 0))
     return errors(model, torch.zeros(1, 0), data)[0]
 
 

@@ -226,19 +226,13 @@ def run_offline(args: Offline) -> Run:
     device = devices.pick(args.device)
     if args.resume is not None:
         given = args
-        run = Run.open(args.resume, quiet=args.quiet)
-        if run.result is not None:
-            raise RunError(f"{args.resume}: has finished; `mbrl eval {args.resume}` runs its policy")
+        run = Run.resumed(args.resume, "offline", args.threads, quiet=args.quiet)
         config = run.config
-        if config["arguments"].get("_type") != "Offline":
-            raise RunError(f"{args.resume}: is of `mbrl {config.get('algorithm')}`, expected one of `mbrl offline`")
         source = args.dataset or run.local["source"]
         args = replace(from_plain(config["arguments"], (*KNOWN, Offline)), threads=args.threads, quiet=args.quiet)
         args = replace(args, device=run.local["device"], models=run.local["models"] and Path(run.local["models"]))
         args = replace(args, env=given.env or args.env, scale=given.scale or args.scale)
         device = devices.pick(args.device)
-        if not args.threads and run.local["threads"] != torch.get_num_threads():
-            torch.set_num_threads(run.local["threads"])  # sums come out in the order they came in before
         data = datasets.load(source, strict=args.strict, device=device)
         if data.sha256 != config["data"]["sha256"]:
             raise RunError(

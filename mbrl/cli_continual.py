@@ -81,9 +81,7 @@ def run_continual(args: Continual) -> Run:
         if kept is not None:
             student.load({k: v.to(device) for k, v in kept[0].items()})
             course = Course(**kept[1]["course"])
-        for task in range(len(course.matrix), len(tasks)):
-            data = _explored(run, args, tasks, task, student, device)
-            course = _learned(run, args, student, task, data, test, course)
+        course = _learned(run, args, tasks, student, test, course, device)
         returns = _returns(run, args, tasks, student, device)
         matrix = np.array(course.matrix)
         result = {
@@ -111,19 +109,11 @@ def _begin(args: Continual) -> tuple[Run, Continual, list[Any]]:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.resume is not None:
-        run = Run.open(args.resume, quiet=args.quiet)
-        if run.config.get("algorithm") != "continual":
-            raise RunError(
-                f"{args.resume}: is of `mbrl {run.config.get('algorithm')}`, expected one of `mbrl continual`"
-            )
-        if run.result is not None:
-            raise RunError(f"{args.resume}: has finished; its report is {args.resume / 'report.png'}")
+        run = Run.resumed(args.resume, "continual", args.threads, quiet=args.quiet)
         old = from_plain(run.config["arguments"], TYPES)
         if args.tasks not in (None, old.tasks) or args.first not in (None, old.first):
             other = args.tasks or f"its first {args.first} tasks"
             raise RunError(f"{args.resume}: is a sequence of {old.tasks}; it cannot go on with {other}")
-        if not args.threads:
-            torch.set_num_threads(run.local["threads"])
         run.rewind()
         return run, replace(old, quiet=args.quiet, device=run.local["device"]), contexts.tasks(old.tasks)[: old.first]
     if args.tasks is None:
@@ -187,33 +177,30 @@ def joined(a: Dataset, b: Dataset) -> Dataset:
 
 
 def _learned(
-    run: Run, args: Continual, student: Any, task: int, data: Dataset, test: list[Dataset], course: Course
+    run: Run, args: Continual, tasks: list[Any], student: Any, test: list[Dataset], course: Course, device: torch.device
 ) -> Course:
-    """One task, or the rest of it; judged on all, saved."""
+    """The tasks that are left, or the rest of one; judged on all and saved after each."""
     assert args.seed is not None
-    stage, kept = f"task {task}", run.load("within")
-    resume = None
-    if kept is not None and int(kept[1]["task"]) == task:
-        resume = {k: v.to(data.obs.device) if k != "generator" else v for k, v in kept[0].items()}
+    kept, resume = run.load("within"), None
+    if kept is not None and int(kept[1]["task"]) == len(course.matrix):
+        resume = {k: v.to(device) if k != "generator" else v for k, v in kept[0].items()}
 
-    def keep(_: int, state: dict[str, Tensor]) -> None:
+    def keep(task: int, state: dict[str, Tensor]) -> None:
         run.save("within", state, {"task": task})
 
-    def tell(_: int, i: int, of: int, figures: dict[str, float]) -> None:
-        run.log(stage, i, figures)
-        run.progress(stage, i, of, figures)
+    def tell(task: int, i: int, of: int, figures: dict[str, float]) -> None:
+        run.log(f"task {task}", i, figures)
+        run.progress(f"task {task}", i, of, figures)
 
-    so_far = Course(course.matrix[:task], course.seconds[:task], course.memory[:task])
-    padded = [data] * (task + 1)  # the earlier ones are not looked at
-    out = continual.run(
-        student, padded, test, args.budget, args.seed, horizon=args.horizon, progress=tell, keep=keep, course=so_far,
-        resume=resume,
+    def save(task: int, state: dict[str, Tensor], so_far: Course) -> None:
+        run.log("errors", task, {f"error {i}": float(e) for i, (e, _) in enumerate(so_far.matrix[-1])})
+        run.save("course", state, {"course": so_far.__dict__})
+        run.forget("within")
+
+    return continual.run(
+        student, lambda task: _explored(run, args, tasks, task, student, device), test, args.budget, args.seed,
+        horizon=args.horizon, progress=tell, keep=keep, save=save, course=course, resume=resume,
     )  # fmt: skip
-    errors = {f"error {i}": float(e) for i, (e, _) in enumerate(out.matrix[-1])}
-    run.log("errors", task, errors)
-    run.save("course", student.state(), {"course": out.__dict__})
-    run.forget("within")
-    return out
 
 
 def _controller(args: Continual, task: Any, student: Any, number: int, seed: int) -> Mpc:

@@ -302,14 +302,8 @@ def _begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) 
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.resume is not None:
-        run = Run.open(args.resume, quiet=args.quiet)
-        if run.result is not None:
-            raise RunError(f"{args.resume}: has finished")
-        if run.config.get("algorithm") != name:
-            raise RunError(f"{args.resume}: is of `mbrl {run.config.get('algorithm')}`, expected one of `mbrl {name}`")
+        run = Run.resumed(args.resume, name, args.threads, quiet=args.quiet)
         old = from_plain(run.config["arguments"], (*KINDS, kind))
-        if not args.threads and run.local["threads"] != torch.get_num_threads():
-            torch.set_num_threads(run.local["threads"])
         run.rewind()
         if getattr(old, "video", None):
             old = replace(old, video=Path(old.video))

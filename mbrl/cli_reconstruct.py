@@ -249,20 +249,14 @@ def run_reconstruct(args: Reconstruct) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.resume is not None:
-        given, run = args, Run.open(args.resume, quiet=args.quiet)
+        given, run = args, Run.resumed(args.resume, "reconstruct", args.threads, quiet=args.quiet)
         config = run.config
-        if run.result is not None:
-            raise RunError(f"{args.resume}: has finished; its report is {args.resume / 'report.png'}")
-        if config["arguments"].get("_type") != "Reconstruct":
-            raise RunError(f"{args.resume}: is of another command, expected a run of `mbrl reconstruct`")
         args = from_plain(config["arguments"], TYPES)
         local = run.local
         args = replace(
             args, data=given.data or local["data"], test=given.test or (local["test"] and Path(local["test"]))
         )
         args = replace(args, device=given.device, quiet=given.quiet)
-        if not given.threads:
-            torch.set_num_threads(local["threads"])  # sums come out in the order they came in before
         train_set, test_set, system = load(args)
         if train_set.sha256 != config["data"]["sha256"]:
             raise RunError(

@@ -19,7 +19,7 @@ from mbrl.core import Dynamics, Segment, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import Hyper, HyperConfig, HyperFit, fit_hyper, importance_of
-from mbrl.fit import Rows
+from mbrl.fit import Rows, segment_of
 from mbrl.rollout import unroll
 
 Progress = Callable[[int, int, dict[str, float]], None]  # (update, updates, figures)
@@ -61,10 +61,7 @@ class Student(abc.ABC):
 
     def known(self, task: int) -> tuple[Dynamics, Tensor]:
         """The model of a task and its context [1, C]."""
-        contexts = (
-            self.model.get_parameter("contexts") if isinstance(self.model, Hyper) else self.model.get_buffer("contexts")
-        )
-        return self.model, contexts.detach()[task : task + 1]
+        return self.model, self.model.state_dict()["contexts"][task : task + 1]
 
     def state(self) -> State:
         """All that it needs for later tasks."""
@@ -378,11 +375,7 @@ def _segment(
         pick = torch.randint(len(table), (n,), generator=generator, device=generator.device)
         parts.append(table[pick.to(table.device)])
     rows = torch.cat(parts)
-    obs, after, act, reward, terminal = rows.split([spec.obs, spec.obs, spec.act, 1, 1], -1)
-    mask = torch.ones_like(reward, dtype=torch.bool)
-    system = torch.tensor(list(which), device=rows.device)
-    both = torch.stack([obs, after], 1)
-    return Segment(both, act[:, None], reward, terminal > 0.5, mask, dt.expand(len(rows), 1, 1), system)
+    return segment_of(rows[:, None], spec, dt, torch.tensor(list(which), device=rows.device))
 
 
 # ---------------------------------------------------------------- judging
@@ -431,7 +424,7 @@ class Course:
 
 def run(
     student: Student,
-    train: Sequence[Dataset],
+    train: Sequence[Dataset] | Callable[[int], Dataset],
     test: Sequence[Dataset],
     budget: Budget,
     seed: int,
@@ -445,20 +438,22 @@ def run(
 ) -> Course:
     """Learns the tasks in turn and judges all of them after each. Task j's draws depend on the seed and j alone.
 
-    progress: (task, update, updates, figures). save: after each task, its number, the student's state and the course so
-    far; `course` with that state loaded goes on after it. keep: within a task (see `Student.learn`), for `resume`.
-    Raises ValueError where the spaces of the tasks differ."""
-    spec = train[0].spec
-    for i, data in enumerate((*train, *test)):
-        if (data.spec.obs, data.spec.act) != (spec.obs, spec.act):
-            _check(spec, len(train) + len(test), i, data)
+    train: each task's data, or what gives them when their turn comes; test: each task's held-out data. progress: (task,
+    update, updates, figures). save: after each task, its number, the student's state and the course so far; `course`
+    with that state loaded goes on after it. keep: within a task (see `Student.learn`), for `resume`. Raises ValueError
+    where the spaces of the tasks differ."""
+    given = None if callable(train) else train
+    known = test if given is None else (*given, *test)
+    for i, data in enumerate(known):
+        _check(known[0].spec, len(known), i, data)
     course = course or Course([], [], [])
-    for task in range(len(course.matrix), len(train)):
+    for task in range(len(course.matrix), len(test) if given is None else len(given)):
+        data = train(task) if callable(train) else train[task]
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, task]).generate_state(1)[0]))
         tell = None if progress is None else (lambda n, of, f, task=task: progress(task, n, of, f))
         put = None if keep is None else (lambda state, task=task: keep(task, state))
-        student.learn(task, train[task], budget, generator, tell, put, resume)
+        student.learn(task, data, budget, generator, tell, put, resume)
         resume = None
         seconds = time.perf_counter() - began
         row = [errors(*student.known(i), data, horizon) for i, data in enumerate(test)]

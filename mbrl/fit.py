@@ -3,14 +3,15 @@ best snapshot of each part. A learner that is trained in phases builds its own f
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
-from mbrl.core import Dynamics, Segment
+from mbrl.core import Dynamics, Segment, Spec
 from mbrl.data import Dataset
 
 KEPT = ("param", "mean", "square")
@@ -121,14 +122,11 @@ class Rows:
 
     def segment(self, index: Tensor) -> Segment:
         """Windows that begin at the rows `index` [B]; all of their steps are in the data."""
-        n, t, o = len(index), self.length, self.spec.obs
+        n, t = len(index), self.length
         if t > 1:
             index = (index[:, None] + torch.arange(t, device=index.device)).flatten()
         rows = self.table.index_select(0, index).unflatten(0, (n, t))
-        obs = rows[..., : 2 * o].reshape(n, 2, o) if t == 1 else torch.cat([rows[:, :1, :o], rows[..., o : 2 * o]], 1)
-        _, act, reward, terminal = rows.split([2 * o, self.spec.act, 1, 1], -1)
-        mask = torch.ones((), dtype=torch.bool, device=rows.device).expand(n, t)
-        return Segment(obs, act, reward[..., 0], terminal[..., 0] > 0.5, mask, self.dt.expand(n, t, 1), self.system)
+        return segment_of(rows, self.spec, self.dt, self.system)
 
     def split(self, config: FitConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows at which a whole window begins, in random order: (train, held out)."""
@@ -165,6 +163,15 @@ class Rows:
         ):  # one long episode, say: hold out its last windows, which no other overlaps by much
             out = index >= index.sort().values[total - count]
         return index[~out].to(device), index[out].to(device)
+
+
+def segment_of(rows: Tensor, spec: Spec, dt: Tensor, system: Tensor) -> Segment:
+    """Windows of rows [B, T, 2 O + A + 2] of `Rows.table`, of the systems [G]."""
+    n, t, o = *rows.shape[:2], spec.obs
+    obs = rows[..., : 2 * o].reshape(n, 2, o) if t == 1 else torch.cat([rows[:, :1, :o], rows[..., o : 2 * o]], 1)
+    _, act, reward, terminal = rows.split([2 * o, spec.act, 1, 1], -1)
+    mask = torch.ones((), dtype=torch.bool, device=rows.device).expand(n, t)
+    return Segment(obs, act, reward[..., 0], terminal[..., 0] > 0.5, mask, dt.expand(n, t, 1), system)
 
 
 def streams(train: Tensor, parts: int, config: FitConfig, generator: torch.Generator) -> Tensor:
@@ -315,3 +322,68 @@ class Parts:
                 x.copy_(state[name])
         self.epoch, self.diverged = int(state["epoch"]), int(state["diverged"])
         self.train_loss, self.holdout = state["train_loss"].cpu().clone(), state["holdout"].cpu().clone()
+
+
+# ---------------------------------------------------------------- updates by hand
+
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
+BLOCK = 2**17  # numbers that a CPU works on at a time: what lies between stays in its cache
+
+
+class Adam:
+    """Adam over named tensors that can also tell where its next step would lead; one pass over memory a step."""
+
+    def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
+        self.params, self.lr, self.steps = dict(params), lr, 0
+        self.mean = [torch.zeros_like(p) for p in params.values()]
+        self.square = [torch.zeros_like(p) for p in params.values()]
+        self.trial: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def look(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What the parameters would be after a step by these gradients, which is not taken. The tensors are used again
+        by the next call."""
+        if not self.trial:
+            self.trial = {k: torch.empty_like(p) for k, p in self.params.items()}
+        t = self.steps + 1
+        root, rate = (1 - BETAS[1] ** t) ** -0.5, -self.lr / (1 - BETAS[0] ** t)
+        every = zip(self.trial.values(), self.params.values(), self.mean, self.square, grads, strict=True)
+        for tensors in every:
+            cut = BLOCK if tensors[0].is_cpu else tensors[0].numel()
+            for new, p, m, s, g in zip(*(x.reshape(-1).split(max(cut, 1)) for x in tensors), strict=True):
+                below = torch.mul(s, BETAS[1]).addcmul_(g, g, value=1 - BETAS[1]).sqrt_().mul_(root).add_(EPSILON)
+                torch.addcdiv(p, torch.lerp(m, g, 1 - BETAS[0]), below, value=rate, out=new)
+        return self.trial
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor]) -> None:
+        self._step(list(self.params.values()), self.mean, self.square, grads)
+        self.steps += 1
+
+    def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
+        steps = [torch.full((), float(self.steps), device=p.device) for p in params]
+        dense = [g.contiguous() for g in grads]  # the fused kernel reads them in the parameters' order
+        adam(
+            params, dense, mean, square, [], steps, fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+            lr=self.lr, weight_decay=0.0, eps=EPSILON, maximize=False,
+        )  # fmt: skip
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        out = {f"{name}.steps": torch.tensor(self.steps)}
+        for (k, p), m, s in zip(self.params.items(), self.mean, self.square, strict=True):
+            out |= {f"{name}.param.{k}": p.detach(), f"{name}.mean.{k}": m, f"{name}.square.{k}": s}
+        return out
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Raises ValueError where the state is of another model."""
+        for key, x in self.state(name).items():
+            if key not in state or state[key].shape != x.shape:
+                got = list(state[key].shape) if key in state else "nothing"
+                raise ValueError(
+                    f"Adam: resume holds {got} for {key}, expected {list(x.shape)}: another model's state?"
+                )
+            if not key.endswith(".steps"):
+                x.copy_(state[key])
+        self.steps = int(state[f"{name}.steps"])

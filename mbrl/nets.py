@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbrl.core import Prediction, repeat
-
 Activation = Literal["silu", "relu", "tanh"]
 Init = Callable[[Tensor, torch.Generator | None], object]  # fills one weight [in, out] in place
 
@@ -106,18 +104,6 @@ def variance(raw: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     v = upper - softplus(upper - raw) and log var = lower + softplus(v - lower),
     var = e^lower + e^upper / (1 + e^(upper - raw)), exactly."""
     return lower.exp() + upper.exp() * torch.sigmoid(raw - upper)
-
-
-def shifted(state: Tensor, mean: Tensor, std: Tensor | None, noise: Tensor, k: int) -> tuple[Tensor, Prediction]:
-    """k futures of each observation [B, O] that changes by mean [B, O + 1], of which the last is the reward, and by std
-    times the noise [B, k (O + 1)] where there is a std; then "aleatoric" is its norm, infinite where that is NaN."""
-    mean, doubt = repeat(mean, k), {}
-    if std is not None:
-        mean = mean + repeat(std, k) * noise.reshape(-1, std.shape[-1])
-        size = std.norm(dim=-1)
-        doubt["aleatoric"] = repeat(torch.where(size.isnan(), torch.inf, size), k)
-    obs = repeat(state, k) + mean[:, :-1]
-    return obs, Prediction(obs, mean[:, -1], doubt)
 
 
 class Normalizer(nn.Module):

@@ -155,6 +155,19 @@ class Run:
         run.config  # noqa: B018  (raises where there is none)
         return run
 
+    @classmethod
+    def resumed(cls, folder: Path, command: str, threads: int, **kw: Any) -> "Run":
+        """A run of `mbrl <command>` that has not finished, on so many CPU threads, or for 0 on as many as before: sums
+        then come out in the order they came in before. Raises RunError for another run."""
+        run = cls.open(folder, **kw)
+        kind = str(run.config["arguments"].get("_type")).lower()
+        if kind != command:
+            raise RunError(f"{folder}: is of `mbrl {kind}`, expected one of `mbrl {command}`")
+        if run.result is not None:
+            raise RunError(f"{folder}: has finished; its report is {Path(folder) / 'report.png'}")
+        torch.set_num_threads(threads or run.local["threads"])
+        return run
+
     def rewind(self) -> None:
         """Drop the numbers that were logged after the last checkpoint: they will be computed again, and be the same."""
         path, kept = self.folder / "metrics.jsonl", 0

@@ -38,15 +38,15 @@ def _positive(env: str, **values: float) -> None:
         raise EnvError(f"{env}: got {', '.join(wrong)}; expected finite values above 0")
 
 
-class Edited(MujocoEnv):
+class Edited(MujocoEnv, abc.ABC):
     """A MuJoCo environment whose model is edited before it is compiled. earns: of a robot of gymnasium whose body alone
     is another, gymnasium's class, so that `mbrl_envs.simulator` knows its reward."""
 
     earns: type
 
+    @abc.abstractmethod
     def edit(self, spec: Any) -> None:
         """Change the MjSpec of the environment's file."""
-        raise NotImplementedError
 
     def _initialize_simulation(self) -> tuple[Any, Any]:
         with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def physics(
 # ---------------------------------------------------------------- worlds of our own
 
 
-class Robot(Edited, EzPickle, abc.ABC):
+class Robot(Edited, EzPickle):
     """A model of `data` as an environment. Its state is positions and velocities alone (the solver is not
     warm-started), and what it observes, does and rewards are functions over rows, so that many of them run in one
     `mujoco.rollout`; `control` is the same in all contexts.

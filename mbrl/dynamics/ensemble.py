@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
 from mbrl.nets import Normalizer, StackedMLP, apply_layers, truncated, variance
+from mbrl.rollout import transitions
 
 UNCERTAINTY = ("aleatoric", "disagreement")
 CHUNK = 512  # rows a CPU evaluates at a time: the activations of a layer stay in its cache
@@ -204,7 +205,7 @@ class Ensemble(Markov):
         keep = segment.mask.flatten()
         if len(segment.dt.unique()) > 1:
             raise ValueError("Ensemble: the data hold intervals of several lengths dt, expected one")
-        x, y = (z[keep] for z in self._rows(segment))
+        x, y = (z[keep] for z in transitions(segment))
         self.inputs.fit(x)
         scale = Normalizer(y.shape[-1]).to(y)
         scale.fit(y)
@@ -228,7 +229,7 @@ class Ensemble(Markov):
     @torch.no_grad()
     def validate(self, segment: Segment, noise: Tensor) -> Tensor:
         """[members]: the mean squared error of the mean, in the units of the fit."""
-        x, y = self._rows(segment)
+        x, y = transitions(segment)
         mean, _ = self._gaussians(self.inputs(x)[None], self._members(torch.arange(self.parts, device=x.device)))
         return _mean((mean - self.targets(y)) ** 2, segment.mask.reshape(1, -1))
 
@@ -244,16 +245,9 @@ class Ensemble(Markov):
         count = torch.arange(len(self.elites), device=order.device) % n
         self.elites.copy_(order[count])
 
-    def _rows(self, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Inputs [B * T, O + A] and targets [B * T, O + 1], raw."""
-        now, after = segment.obs[:, :-1], segment.obs[:, 1:]
-        x = torch.cat([now, segment.act], -1)
-        y = torch.cat([after - now, segment.reward[..., None]], -1)
-        return x.flatten(0, 1), y.flatten(0, 1)
-
     def _nll(self, segment: Segment, streams: int) -> Tensor:
         """[members]: rows are contiguous by stream, one a member, or one for all."""
-        x, y = self._rows(segment)
+        x, y = transitions(segment)
         x, y, mask = group(self.inputs(x), streams), group(self.targets(y), streams), segment.mask.reshape(streams, -1)
         members = self.net.layers(), self.upper, self.lower
         mean, var = self._gaussians(x, members)

@@ -16,6 +16,7 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from mbrl.core import Dynamics, Prediction, Segment, Spec, StepInput, Tree, group
+from mbrl.fit import Adam
 
 State = dict[str, Tensor]
 
@@ -265,20 +266,15 @@ class Tame:
         k = model.config.most
         if model.window.shape[1] != config.window:
             model.window = model.window.new_full((k, config.window), torch.nan)
-        self.optimizers = [self._optimizer() for _ in range(k)]
+        self.optimizers = [self._optimizer(i) for i in range(k)]
         self.last: dict[int, tuple[Segment, Tensor]] = {}  # each expert's last batch
         self.chosen: list[int] = []
         self.errors: list[float] = []
         self.begun: list[int] = []
         self.switched: list[int] = []
 
-    def _optimizer(self) -> dict[str, Any]:
-        params = list(self.model.theta.values())
-        return {
-            "steps": 0,
-            "mean": [torch.zeros_like(p[0]) for p in params],
-            "square": [torch.zeros_like(p[0]) for p in params],
-        }
+    def _optimizer(self, k: int) -> Adam:
+        return Adam({name: p[k].detach() for name, p in self.model.theta.items()}, self.config.lr)
 
     def thresholds(self) -> Tensor:
         """[K]: of the windows as they are; infinite for one that is empty."""
@@ -314,7 +310,7 @@ class Tame:
             else:
                 active = self._place()
                 model.begin(active, segment, self.generator)
-                self.optimizers[active] = self._optimizer()
+                self.optimizers[active] = self._optimizer(active)
                 self.begun.append(now)
             self.switched.append(now)
             model.active.fill_(active)
@@ -351,19 +347,11 @@ class Tame:
 
     def _learn(self, k: int, segment: Segment, noise: Tensor) -> None:
         """Adam on expert k alone."""
-        model, state = self.model, self.optimizers[k]
+        model, which = self.model, torch.tensor([k], device=self.model.active.device)
         for _ in range(self.config.steps):
-            loss = model._losses(model.pick(torch.tensor([k], device=model.active.device)), segment, noise)[0]
-            grads = torch.autograd.grad(loss, list(model.theta.values()), allow_unused=True)
-            state["steps"] += 1
-            t = state["steps"]
-            with torch.no_grad():
-                for p, g, m, s in zip(model.theta.values(), grads, state["mean"], state["square"], strict=True):
-                    if g is None:
-                        continue
-                    m.lerp_(g[k], 0.1)
-                    s.mul_(0.999).addcmul_(g[k], g[k], value=0.001)
-                    p[k] -= self.config.lr * (m / (1 - 0.9**t)) / ((s / (1 - 0.999**t)).sqrt() + 1e-8)
+            loss = model._losses(model.pick(which), segment, noise)[0]
+            grads = torch.autograd.grad(loss, list(model.theta.values()), materialize_grads=True)
+            self.optimizers[k].step([g[k] for g in grads])
 
 
 def select(model: Experts, segment: Segment, noise: Tensor) -> int:

@@ -6,7 +6,7 @@ magnitude-invariant parametrisation is that of Ortiz et al. (arXiv 2304.07645)."
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import final
@@ -14,13 +14,13 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group
+from mbrl.core import Segment, Spec, Tree, group
 from mbrl.data import Dataset
-from mbrl.fit import Rows
-from mbrl.nets import Normalizer, apply_layers, shifted, variance
-from mbrl.rollout import masked_mean, transitions
+from mbrl.fit import Adam, Rows
+from mbrl.nets import apply_layers
+from mbrl.onestep import OneStep
+from mbrl.rollout import masked_mean
 
 BOUNDS = (0.5, -10.0)  # of the log-variance, upper and lower, as they begin
 
@@ -50,28 +50,25 @@ class HyperConfig:
 
 
 @final
-class Hyper(Markov):
-    """Predicts the change of the observation and the reward. A condition is the generated weights, leading with the
+class Hyper(OneStep):
+    """A condition is the generated weights, leading with the
     contexts; a context is an embedding, those of the data's systems are the rows of `contexts` [systems, E]. Where the
     spec has no contexts, the first row serves.
 
-    Noise and uncertainty are those of `mbrl.dynamics.single.Single`. The normalisers are set once, by the first call of
+    Noise and uncertainty are those of `mbrl.onestep.OneStep`. The normalisers are set once, by the first call of
     `prepare`, and stay: what was anchored would mean something else otherwise."""
 
-    noisy_loss = False
+    config: HyperConfig
     anchored: Tensor  # [] bool: whether the normalisers are set
 
     def __init__(self, spec: Spec, config: HyperConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__()
+        super().__init__(spec, config)
         if config.chunk is not None and config.chunk < 1:
             raise ValueError(f"HyperConfig: chunk is {config.chunk}, expected at least 1, or none")
-        width = spec.obs + 1
-        self.spec, self.config, self.noise_dim = spec, config, width if config.gaussian else 0
-        out = 2 * width if config.gaussian else width
-        sizes = [spec.obs + spec.act, *config.hidden, out]
+        sizes = [spec.obs + spec.act, *config.hidden, self.outputs]
         self.shapes = [shape for i, o in pairwise(sizes) for shape in ((i, o), (1, o))]
         if config.gaussian:
-            self.shapes += [(1, width), (1, width)]
+            self.shapes += 2 * [(1, spec.obs + 1)]
         self.size = sum(i * o for i, o in self.shapes)
         device = "cpu" if generator is None else generator.device
         embedding = spec.ctx or config.embedding
@@ -93,9 +90,7 @@ class Hyper(Markov):
             mean = self.size / len(self.shapes)  # a chunk is of no tensor; of one of the mean size, say
             self.head = nn.Parameter(_drawn(normal(last, config.chunk), fan(max(mean, config.chunk))))
         self.own = nn.Parameter(self._own(normal))  # [P], or [chunk] without mip: what is generated is added to
-        self.inputs = Normalizer(spec.obs + spec.act).to(device)
-        self.targets = Normalizer(width).to(device)
-        self.register_buffer("anchored", torch.zeros((), dtype=torch.bool, device=device))
+        self._normalise(device, once=True)
 
     def _own(self, normal: Callable[..., Tensor]) -> Tensor:
         """The output layer's bias: zeros, or with mip a network's own initial weights."""
@@ -149,74 +144,20 @@ class Hyper(Markov):
     def pinned(self, part: Tensor) -> Tree:
         return self.split(self.generate(self.contexts[:1]))
 
-    # ------------------------------------------------------------ prediction
-
-    def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
-        return self.branch(state, inp, cond, 1)
-
-    def branch(self, state: Tensor, inp: StepInput, cond: Tree, k: int) -> tuple[Tensor, Prediction]:
-        """One evaluation serves all k futures."""
-        mean, var = self._moments(self.inputs(torch.cat([state, inp.act], -1)), cond)
-        std = var.sqrt() * self.targets.std if self.config.gaussian else None
-        return shifted(state, mean * self.targets.std + self.targets.mean, std, inp.noise, k)
-
-    def _moments(self, x: Tensor, cond: Tree) -> tuple[Tensor, Tensor]:
-        """Standardised inputs [B, O + A] -> mean and variance [B, O + 1] in the units of the fit; the variance of a
-        deterministic one is its mean and not read."""
+    def evaluate(self, x: Tensor, cond: Tree) -> Tensor:
         layers = cond[:-2] if self.config.gaussian else cond
-        y = apply_layers(layers, group(x, layers[0].shape[0]), "silu")
-        if not self.config.gaussian:
-            return y.flatten(0, 1), y.flatten(0, 1)
-        mean, raw = y.chunk(2, -1)
-        return mean.flatten(0, 1), variance(raw, *cond[-2:]).flatten(0, 1)
+        return apply_layers(layers, group(x, layers[0].shape[0]), "silu")
 
-    # ------------------------------------------------------------ training
+    def limits(self, cond: Tree) -> tuple[Tensor, Tensor]:
+        return cond[-2], cond[-1]
 
-    def prepare(self, segment: Segment) -> None:
-        """Sets the normalisers, the first time. Raises ValueError where the windows' dt differ: it takes no account of
-        it."""
-        if len(segment.dt.unique()) > 1:
-            raise ValueError("Hyper: the data hold intervals of several lengths dt, expected one")
-        if bool(self.anchored):
-            return
-        keep = segment.mask.flatten()
-        x, y = (z[keep] for z in transitions(segment))
-        self.inputs.fit(x)
-        if self.config.scale_targets:
-            self.targets.fit(y)
-        self.anchored.fill_(True)
-
-    def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared error, or the Gaussian's negative log-likelihood (twice it, but for a constant), of the
-        segment's systems, each by its own network."""
-        loss = self.loss_of(self.generate(self.contexts[segment.system]), segment)
-        return loss, {"loss": loss.detach()}
+    def trained(self, segment: Segment) -> Tree:
+        """Each system by its own network."""
+        return self.split(self.generate(self.contexts[segment.system]))
 
     def loss_of(self, flat: Tensor, segment: Segment) -> Tensor:
         """The loss of generated parameters [G, P]."""
-        cond = self.split(flat)
-        x, y = transitions(segment)
-        mean, var = self._moments(self.inputs(x), cond)
-        error, mask = (mean - self.targets(y)) ** 2, segment.mask.flatten()
-        if not self.config.gaussian:
-            return masked_mean(error, mask)
-        upper, lower = cond[-2:]
-        return masked_mean(error / var + var.log(), mask) + self.config.bound * (upper - lower).sum((1, 2)).mean()
-
-    @torch.no_grad()
-    def validate(self, segment: Segment, noise: Tensor) -> Tensor:
-        """[1]: the mean squared error of the mean, in the units of the fit."""
-        error = self._errors(self.generate(self.contexts[segment.system]), segment)
-        return masked_mean(error, segment.mask.flatten())[None]
-
-    def finish(self, errors: Tensor) -> None:
-        """Raises RuntimeError where the fit never reached a finite error."""
-        if not bool(errors.isfinite().all()):
-            raise RuntimeError("Hyper: the fit has diverged; expected finite data, or try a smaller learning rate")
-
-    def _errors(self, flat: Tensor, segment: Segment) -> Tensor:
-        x, y = transitions(segment)
-        return (self._moments(self.inputs(x), self.split(flat))[0] - self.targets(y)) ** 2
+        return self.loss_under(self.split(flat), segment)
 
 
 def _drawn(normal: Tensor, variance: float) -> Tensor:
@@ -251,9 +192,7 @@ class HyperReport:
     anchor: list[float]  # likewise, without beta
 
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
 ROWS = 16  # of the head a product at a time: all 256 at once took a CPU four times as long
-BLOCK = 2**17  # numbers that a CPU works on at a time: what lies between stays in its cache
 
 
 def fit_hyper(
@@ -296,8 +235,8 @@ def fit_hyper(
     past = model.contexts.detach()[:task]
     with torch.no_grad():
         goal = model.generate(past)  # [task, P]
-    slow = _Adam(theta, config.lr)
-    fast = _Adam({"context": own}, config.lr_context)
+    slow = Adam(theta, config.lr)
+    fast = Adam({"context": own}, config.lr_context)
     done, curve = 0, goal.new_zeros(2, 10, dtype=torch.float64)
     if resume is not None:
         if resume["goal"].shape != goal.shape:
@@ -389,64 +328,6 @@ def _anchor(
     return total
 
 
-class _Adam:
-    """Adam over named tensors that can also tell where its next step would lead; one pass over memory a step."""
-
-    def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
-        self.params, self.lr, self.steps = dict(params), lr, 0
-        self.mean = [torch.zeros_like(p) for p in params.values()]
-        self.square = [torch.zeros_like(p) for p in params.values()]
-        self.trial: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def look(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What the parameters would be after a step by these gradients, which is not taken. The tensors are used again
-        by the next call."""
-        if not self.trial:
-            self.trial = {k: torch.empty_like(p) for k, p in self.params.items()}
-        t = self.steps + 1
-        root, rate = (1 - BETAS[1] ** t) ** -0.5, -self.lr / (1 - BETAS[0] ** t)
-        every = zip(self.trial.values(), self.params.values(), self.mean, self.square, grads, strict=True)
-        for tensors in every:
-            cut = BLOCK if tensors[0].is_cpu else tensors[0].numel()
-            for new, p, m, s, g in zip(*(x.reshape(-1).split(max(cut, 1)) for x in tensors), strict=True):
-                below = torch.mul(s, BETAS[1]).addcmul_(g, g, value=1 - BETAS[1]).sqrt_().mul_(root).add_(EPSILON)
-                torch.addcdiv(p, torch.lerp(m, g, 1 - BETAS[0]), below, value=rate, out=new)
-        return self.trial
-
-    @torch.no_grad()
-    def step(self, grads: Sequence[Tensor]) -> None:
-        self._step(list(self.params.values()), self.mean, self.square, grads)
-        self.steps += 1
-
-    def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
-        steps = [torch.full((), float(self.steps), device=p.device) for p in params]
-        dense = [g.contiguous() for g in grads]  # the fused kernel reads them in the parameters' order
-        adam(
-            params, dense, mean, square, [], steps, fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
-            lr=self.lr, weight_decay=0.0, eps=EPSILON, maximize=False,
-        )  # fmt: skip
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        out = {f"{name}.steps": torch.tensor(self.steps)}
-        for (k, p), m, s in zip(self.params.items(), self.mean, self.square, strict=True):
-            out |= {f"{name}.param.{k}": p.detach(), f"{name}.mean.{k}": m, f"{name}.square.{k}": s}
-        return out
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Raises ValueError where the state is of another model."""
-        for key, x in self.state(name).items():
-            if key not in state or state[key].shape != x.shape:
-                got = list(state[key].shape) if key in state else "nothing"
-                raise ValueError(
-                    f"fit_hyper: resume holds {got} for {key}, expected {list(x.shape)}: another model's state?"
-                )
-            if not key.endswith(".steps"):
-                x.copy_(state[key])
-        self.steps = int(state[f"{name}.steps"])
-
-
 def importance_of(
     model: Hyper, data: Dataset, task: int, generator: torch.Generator, batches: int = 100, batch: int = 100
 ) -> Tensor:
@@ -470,7 +351,7 @@ def importance_of(
 def errors_of(model: Hyper, segment: Segment, contexts: Tensor) -> Tensor:
     """[K]: the mean squared errors of the same transitions under embeddings [K, E], in the units of the fit."""
     wide = _repeated(segment, len(contexts))
-    error = model._errors(model.generate(contexts), wide)
+    error = model.squares(model.split(model.generate(contexts)), wide)
     return torch.stack([masked_mean(x, segment.mask.flatten()) for x in group(error, len(contexts))])
 
 
@@ -484,10 +365,10 @@ def infer(model: Hyper, segment: Segment, starts: Tensor, steps: int = 200, lr: 
     """The embedding [1, E] that explains transitions best: gradient descent from each of starts [K, E] at once, the
     weights fixed. Returns it with its error []."""
     e = starts.detach().clone().requires_grad_()
-    wide, adam = _repeated(segment, len(starts)), None
-    adam = _Adam({"e": e}, lr)
+    wide = _repeated(segment, len(starts))
+    adam = Adam({"e": e}, lr)
     for _ in range(steps):
-        loss = masked_mean(model._errors(model.generate(e), wide), wide.mask.flatten()) * len(starts)
+        loss = masked_mean(model.squares(model.split(model.generate(e)), wide), wide.mask.flatten()) * len(starts)
         adam.step(torch.autograd.grad(loss, [e]))
     errors = errors_of(model, segment, e.detach())
     best = errors.nan_to_num(torch.inf).argmin()

@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree
-from mbrl.nets import Normalizer, StackedMLP, apply_layers, shifted, truncated, variance
-from mbrl.rollout import masked_mean, transitions
+from mbrl.core import Segment, Spec, Tree
+from mbrl.nets import StackedMLP, apply_layers, truncated
+from mbrl.onestep import OneStep
 
 CHUNK = 512  # rows a CPU evaluates at a time: the activations of a layer stay in its cache
 
@@ -36,95 +36,42 @@ class SingleConfig:
 
 
 @final
-class Single(Markov):
-    """Predicts the change of the observation and the reward.
+class Single(OneStep):
+    """One network; noise and uncertainty are those of `mbrl.onestep.OneStep`."""
 
-    Deterministic, it has no noise and reports no uncertainty. Gaussian, the noise [B, O + 1] is that of the observation
-    and, last, of the reward, and a step reports "aleatoric": ||std|| over both in raw units, infinite where it would be
-    NaN."""
-
-    noisy_loss = False
+    config: SingleConfig
 
     def __init__(self, spec: Spec, config: SingleConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__()
+        super().__init__(spec, config)
         if len(config.weight_decay) != len(config.hidden) + 1:
             raise ValueError(
                 f"SingleConfig: weight_decay has {len(config.weight_decay)} values, expected one a layer: "
                 f"{len(config.hidden) + 1} for hidden {list(config.hidden)}"
             )
-        width = spec.obs + 1
-        self.spec, self.config, self.noise_dim = spec, config, width if config.gaussian else 0
-        out = 2 * width if config.gaussian else width
-        self.net = StackedMLP(1, [spec.obs + spec.act, *config.hidden, out], "silu", truncated, generator)
+        sizes = [spec.obs + spec.act, *config.hidden, self.outputs]
+        self.net = StackedMLP(1, sizes, "silu", truncated, generator)
         like = self.net.weights[0]
         self.bounds = nn.ParameterList()  # of the log-variance: upper, lower
         if config.gaussian:
-            self.bounds.extend([like.new_full((width,), 0.5), like.new_full((width,), -10.0)])
-        self.inputs = Normalizer(spec.obs + spec.act).to(like.device)
-        self.targets = Normalizer(width).to(like.device)
+            self.bounds.extend(like.new_full((spec.obs + 1,), x) for x in (0.5, -10.0))
+        self._normalise(like.device, once=False)
 
-    # ------------------------------------------------------------ prediction
-
-    def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
-        return self.branch(state, inp, cond, 1)
-
-    def branch(self, state: Tensor, inp: StepInput, cond: Tree, k: int) -> tuple[Tensor, Prediction]:
-        """One evaluation serves all k futures."""
-        x = self.inputs(torch.cat([state, inp.act], -1))
+    def evaluate(self, x: Tensor, cond: Tree) -> Tensor:
         if x.is_cpu and not torch.is_grad_enabled() and len(x) > CHUNK:
-            mean, var = (torch.cat(y) for y in zip(*map(self._moments, x.split(CHUNK)), strict=True))
-        else:
-            mean, var = self._moments(x)
-        std = var.sqrt() * self.targets.std if self.config.gaussian else None
-        return shifted(state, mean * self.targets.std + self.targets.mean, std, inp.noise, k)
+            return torch.cat([self._net(y) for y in x.split(CHUNK)], 1)
+        return self._net(x)
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised inputs [B, O + A] -> mean and variance [B, O + 1] in the units of the fit; the variance of a
-        deterministic one is its mean and not read."""
-        y = apply_layers(self.net.layers(), x[None], "silu")[0]
-        if not self.config.gaussian:
-            return y, y
-        mean, raw = y.chunk(2, -1)
+    def _net(self, x: Tensor) -> Tensor:
+        return apply_layers(self.net.layers(), x[None], "silu")
+
+    def limits(self, cond: Tree) -> tuple[Tensor, Tensor]:
         upper, lower = self.bounds
-        return mean, variance(raw, upper, lower)
+        return upper[None, None], lower[None, None]
 
-    # ------------------------------------------------------------ training
-
-    def prepare(self, segment: Segment) -> None:
-        """Sets the normalisers. Raises ValueError where the windows' dt differ: it takes no account of it."""
-        if len(segment.dt.unique()) > 1:
-            raise ValueError("Single: the data hold intervals of several lengths dt, expected one")
-        keep = segment.mask.flatten()
-        x, y = (z[keep] for z in transitions(segment))
-        self.inputs.fit(x)
-        if self.config.scale_targets:
-            self.targets.fit(y)
+    def trained(self, segment: Segment) -> Tree:
+        return ()
 
     def groups(self) -> list[dict]:
         decays = zip(self.net.weights, self.config.weight_decay, strict=True)
         free = [*self.net.biases, *self.bounds]
         return [{"params": [p], "weight_decay": d} for p, d in decays] + [{"params": free, "weight_decay": 0.0}]
-
-    def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared error, or the Gaussian's negative log-likelihood (twice it, but for a constant)."""
-        x, y = transitions(segment)
-        mean, var = self._moments(self.inputs(x))
-        error, mask = (mean - self.targets(y)) ** 2, segment.mask.flatten()
-        if not self.config.gaussian:
-            loss = masked_mean(error, mask)
-        else:
-            upper, lower = self.bounds
-            loss = masked_mean(error / var + var.log(), mask) + self.config.bound * (upper - lower).sum()
-        return loss, {"loss": loss.detach()}
-
-    @torch.no_grad()
-    def validate(self, segment: Segment, noise: Tensor) -> Tensor:
-        """[1]: the mean squared error of the mean, in the units of the fit."""
-        x, y = transitions(segment)
-        mean, _ = self._moments(self.inputs(x))
-        return masked_mean((mean - self.targets(y)) ** 2, segment.mask.flatten())[None]
-
-    def finish(self, errors: Tensor) -> None:
-        """Raises RuntimeError where the fit never reached a finite error."""
-        if not bool(errors.isfinite().all()):
-            raise RuntimeError("Single: the fit has diverged; expected finite data, or try a smaller learning rate")
