@@ -130,8 +130,11 @@ def test_published_initialisation():
     model = PlrnnConfig(Shallow(400), latent=4, readout="affine").build(Spec(obs=2), gen())
     p = model.theta
     assert 0 < p["A"].min() <= p["A"].max() <= 1
-    for name, bound in (("W1", 400**-0.5), ("W2", 0.5), ("h2", 400**-0.5), ("B", 0.5)):
+    for name, bound in (("W1", 400**-0.5), ("W2", 0.5), ("h2", 400**-0.5)):
         assert 0.7 * bound < p[name].abs().max() <= bound, name
+    B = PlrnnConfig(Shallow(4), latent=50, readout="affine").build(Spec(obs=90), gen()).theta["B"]
+    assert B.std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.05)  # Kaiming's normal, of the latent states
+    assert B.abs().max() > 3 * B.std()
     assert (p["h1"] == 0).all()
     assert (PlrnnConfig(Shallow(9, clipped=False)).build(Spec(obs=2), gen()).theta["h2"] == 0).all()
     p = PlrnnConfig(AlmostLinear(2), latent=6).build(Spec(obs=2), gen()).theta

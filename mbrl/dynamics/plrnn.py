@@ -302,7 +302,7 @@ class Plrnn(Dynamics):
         p = config.kind.init(m, generator)
         p |= {"h1": torch.zeros_like(p["A"]), "C": _uniform(1 / max(spec.act, 1) ** 0.5, generator, m, spec.act)}
         if config.readout == "affine":
-            p["B"] = _uniform(1 / m**0.5, generator, spec.obs, m)
+            p["B"] = _empty(generator, spec.obs, m).normal_(0, (2 / m) ** 0.5, generator=generator)  # as published
         elif m > spec.obs:
             p["L"] = _uniform(1 / spec.obs**0.5, generator, m - spec.obs, spec.obs)
         self.theta = nn.ParameterDict(p)
