@@ -16,7 +16,7 @@ from mbrl import device as devices
 from mbrl.border import World, episode_seed
 from mbrl.choices import KNOWN, Search, Student, console
 from mbrl.continual import STUDENTS, Budget, Course
-from mbrl.data import Dataset
+from mbrl.data import Dataset, joined
 from mbrl.mpc import Mpc
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
@@ -166,14 +166,7 @@ def _explored(run: Run, args: Continual, tasks: list[Any], task: int, student: A
         run.log(f"explore {task}", i, {"return": e.total})
     more = mpc.gathered(episodes, World(env)).to(device, torch.float32)
     env.close()
-    return joined(data, more)
-
-
-def joined(a: Dataset, b: Dataset) -> Dataset:
-    """Two datasets of one environment, one after the other."""
-    rows = ("obs", "act", "reward", "next_obs", "terminal", "paired")
-    both = {k: torch.cat([getattr(a, k), getattr(b, k)]) for k in rows}
-    return replace(a, **both, starts=torch.cat([a.starts, b.starts[1:] + a.starts[-1]]))
+    return joined([data, replace(more, dt=data.dt)])
 
 
 def _learned(

@@ -71,6 +71,12 @@ class Dynamics(nn.Module, abc.ABC):
         """[G, C] -> what a rollout needs of its contexts, once per rollout."""
         return ()
 
+    def context(self, system: Tensor) -> Tensor:
+        """The contexts [G, C], as `condition` takes them, of systems [G] of the data that it was fitted to: rows of its
+        table, for a learner that has one; else zeros."""
+        like = next(self.parameters(), torch.zeros((), device=system.device))
+        return like.new_zeros(len(system), self.spec.ctx)
+
     def pinned(self, part: Tensor) -> Tree:
         """[G] -> the condition under which one part alone steps group g, all the way (TS-infinity): of those that take
         part in rollouts, number part[g], counted round. A learner of one part that needs no context has nothing to

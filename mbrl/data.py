@@ -1,6 +1,6 @@
 """Transitions on the device: a fixed Dataset with its episodes, and the replay Buffer of imagined ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -53,6 +53,8 @@ class Dataset:
     name: str = ""
     sha256: str = ""  # of the source's bytes
     env: str = ""  # the gymnasium id in which a policy is evaluated, where known
+    system: Tensor | None = None  # [E] int64: which system each episode is of, 0, 1, ...; None: all of one
+    systems: int = 1  # how many there are
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ class Dataset:
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.obs.shape[1], self.act.shape[1])
+        return Spec(self.obs.shape[1], self.act.shape[1], systems=self.systems)
 
     @property
     def episodes(self) -> int:
@@ -86,8 +88,15 @@ class Dataset:
         """As `Tensor.to`: device, dtype; index and masks keep their types."""
         floats = {k: getattr(self, k).to(*args, **kw) for k in ("obs", "act", "reward", "next_obs")}
         device = floats["obs"].device
-        rest = ("terminal", "paired", "starts", "act_low", "act_high")
+        rest = ("terminal", "paired", "starts", "act_low", "act_high", *(() if self.system is None else ("system",)))
         return replace(self, **floats, **{k: getattr(self, k).to(device) for k in rest})
+
+    def of_system(self, index: Tensor) -> list[Tensor]:
+        """Rows by the system they are of, in their order."""
+        if self.system is None:
+            return [index]
+        which = self.system[self.episode][index]
+        return [index[which == s] for s in range(self.systems)]
 
     def transitions(self, index: Tensor | None = None) -> Transitions:
         """Rows for a value function: those that have a successor or end the task. index: which rows, all by default."""
@@ -120,6 +129,24 @@ class Dataset:
         order = torch.randperm(len(index), generator=generator, device=generator.device).to(index.device)
         index = index[order]
         return index[holdout:], index[:holdout]
+
+
+def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
+    """Datasets one after the other. mixed: each is of a system of its own, number 0, 1, ...; else all are of one, whose
+    facts (dt, name, action bounds) are the first's. Raises ValueError where they cannot stand together."""
+    first = parts[0]
+    for i, x in enumerate(parts):
+        if (x.spec, x.dt) != (first.spec, first.dt) or x.system is not None:
+            raise ValueError(f"joined: part {i} is of {x.spec}, dt {x.dt}; the first of {first.spec}, dt {first.dt}")
+    rows = ("obs", "act", "reward", "next_obs", "terminal", "paired")
+    both = {k: torch.cat([getattr(x, k) for x in parts]) for k in rows}
+    ends = torch.cat([x.lengths for x in parts]).cumsum(0)
+    data = replace(first, **both, starts=torch.cat([ends.new_zeros(1), ends]))
+    if not mixed:
+        return data
+    counts = torch.tensor([x.episodes for x in parts], device=ends.device)
+    system = torch.arange(len(parts), device=ends.device).repeat_interleave(counts)
+    return replace(data, system=system, systems=len(parts))
 
 
 def one_step(data: Transitions, dt: float = 1.0) -> Segment:

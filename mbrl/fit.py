@@ -72,17 +72,18 @@ def fit(
     train, held = rows.split(config, generator)
     model.prepare(rows.segment(train[:SAMPLE]))
     parts = Parts(model, config)
-    held_segment = rows.segment(held)
+    held_segment = rows.segment(rows.even(held, shortest=True).flatten())
     held_noise = noise_of(model, held_segment, generator)
-    own = streams(train, model.parts, config, generator)
-    per_epoch = len(train) // min(config.batch, len(train))
+    own = streams(rows.even(train), model.parts, config, generator)
+    batch = max(1, config.batch // data.systems)
+    per_epoch = own.shape[1] // min(batch, own.shape[1])
     if resume is not None:
         parts.load(resume)
         generator.set_state(resume["generator"])
     while bool((parts.wait < config.patience).any()) and parts.epoch != config.max_epochs:
         total = torch.zeros(model.parts, dtype=rows.table.dtype, device=train.device)
-        for index in order(own, config.batch, generator):
-            segment = rows.segment(index)
+        for index in order(own, batch, generator):
+            segment = rows.segment(index, model.parts)
             total += parts.step(segment, noise_of(model, segment, generator))
         errors = model.validate(held_segment, held_noise)
         losses = (total / per_epoch)[total.isfinite()]
@@ -118,15 +119,29 @@ class Rows:
         columns = (data.obs, data.next_obs, data.act, data.reward[:, None], data.terminal[:, None])
         self.table = torch.cat([x.to(like) for x in columns], 1)  # [N, 2 O + A + 2]
         self.dt = like.detach().new_tensor(data.dt)
-        self.system = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self.system = torch.arange(data.systems, device=like.device)
 
-    def segment(self, index: Tensor) -> Segment:
-        """Windows that begin at the rows `index` [B]; all of their steps are in the data."""
+    def even(self, index: Tensor, shortest: bool = False) -> Tensor:
+        """[systems, n]: the rows index [N] by their system, as many of each as of the one that has most, the others'
+        over and over, or as the one that has fewest. Raises ValueError where a system has none."""
+        pools = self.data.of_system(index)
+        sizes = [len(x) for x in pools]
+        if min(sizes) == 0:
+            raise ValueError(
+                f"fit: the data's systems have {sizes} windows in one of the training and the held-out part, expected "
+                "some of each: pass more data of the system that has none"
+            )
+        n = (min if shortest else max)(sizes)
+        return torch.stack([x.repeat(-(-n // len(x)))[:n] for x in pools])
+
+    def segment(self, index: Tensor, parts: int = 1) -> Segment:
+        """Windows that begin at the rows `index` [B]; all of their steps are in the data. Where these hold several
+        systems, as many of each, contiguous, for each of the parts."""
         n, t = len(index), self.length
         if t > 1:
             index = (index[:, None] + torch.arange(t, device=index.device)).flatten()
         rows = self.table.index_select(0, index).unflatten(0, (n, t))
-        return segment_of(rows, self.spec, self.dt, self.system)
+        return segment_of(rows, self.spec, self.dt, self.system.repeat(parts))
 
     def split(self, config: FitConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows at which a whole window begins, in random order: (train, held out)."""
@@ -175,16 +190,17 @@ def segment_of(rows: Tensor, spec: Spec, dt: Tensor, system: Tensor) -> Segment:
 
 
 def streams(train: Tensor, parts: int, config: FitConfig, generator: torch.Generator) -> Tensor:
-    """[parts, N] int32: the rows of each part."""
-    train = train.int()
+    """train [N], or [systems, N] -> [parts * systems, N] int32: the rows of each part, by system."""
+    train = train.int().reshape(-1, train.shape[-1])
     if not config.bootstrap or parts == 1:
-        return train.expand(parts, -1)
-    pick = torch.randint(len(train), (parts, len(train)), generator=generator, device=generator.device)
-    return train[pick.to(train.device)]
+        return train.repeat(parts, 1)
+    systems, n = train.shape
+    pick = torch.randint(n, (parts, systems, n), generator=generator, device=generator.device)
+    return torch.gather(train.expand(parts, -1, -1), 2, pick.to(train.device)).flatten(0, 1)
 
 
 def order(streams: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """[steps, parts * batch]: an epoch of shuffled rows, contiguous by part; the rest of less than a batch waits."""
+    """[steps, streams * batch]: an epoch of shuffled rows, contiguous by stream; what is less than a batch waits."""
     parts, n = streams.shape
     batch = min(batch, n)
     steps = n // batch

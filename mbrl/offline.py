@@ -373,21 +373,42 @@ def rollouts(
     after: float = 0.0,
 ) -> Iterator[tuple[Transitions, dict[str, float]]]:
     """Batches of imagined transitions, a block of steps at a time, with what to log of them. agent: of one seed.
+    Where the data hold several systems, as many rollouts of each, under its own context.
     limit: of `truncation`, in the uncertainty's own units; unit: what the penalty's coefficient is multiplied by;
     after: what the reward of a cut that is stored as an end stands for besides itself."""
+    given = (agent, model, data, terminal, reward, config, limit, generator, unit, after)
+    for system, pool in enumerate(data.of_system(data.paired.nonzero()[:, 0])):
+        yield from _rollouts_of(system, pool, *given)
+
+
+def _rollouts_of(
+    system: int,
+    starts: Tensor,
+    agent: Sac,
+    model: Dynamics,
+    data: Dataset,
+    terminal: Terminal,
+    reward: Reward | None,
+    config: Imagination,
+    limit: float,
+    generator: torch.Generator,
+    unit: float,
+    after: float,
+) -> Iterator[tuple[Transitions, dict[str, float]]]:
+    """The share of one of the data's systems, from its own rows."""
     device = data.obs.device
-    starts = data.paired.nonzero()[:, 0]
     act_dim, horizon = data.spec.act, config.horizon
     core = model
     while isinstance(core, Filtered):
         core = core.inner
-    drawn = starts[torch.randint(len(starts), (config.rollouts,), generator=generator, device=device)]
-    made = 0
+    share = lambda n: (n + data.systems - 1 - system) // data.systems
+    drawn = starts[torch.randint(len(starts), (share(config.rollouts),), generator=generator, device=device)]
+    made, which = 0, torch.tensor([system], device=device)
     for index in drawn.split(config.chunk):
-        if config.budget is not None and made >= config.budget:
+        if config.budget is not None and made >= share(config.budget):
             return
         n = len(index)
-        cond = model.condition(data.obs.new_zeros(1, model.spec.ctx))
+        cond = model.condition(model.context(which).to(data.obs))
         state = model.init(data.obs[index], cond)
         alive = torch.ones(n, dtype=torch.bool, device=device)
         step = 0
@@ -397,8 +418,7 @@ def rollouts(
             normal = lambda n=n: torch.randn(n, act_dim, generator=generator, dtype=data.obs.dtype, device=device)
             noise = ((normal(), model.draw(n, 1, generator)) for _ in range(block))
             policy = lambda obs, z: agent.act(obs[None], z[None])[0]
-            system = torch.zeros(1, dtype=torch.int64, device=device)
-            state, alive, segment, doubts = imagine(model, policy, terminal, state, alive, noise, dt, cond, system)
+            state, alive, segment, doubts = imagine(model, policy, terminal, state, alive, noise, dt, cond, which)
             log: dict[str, float] = {}
             if reward is not None:
                 flat = (segment.obs[:, :-1].flatten(0, 1), segment.act.flatten(0, 1), segment.obs[:, 1:].flatten(0, 1))
@@ -480,12 +500,14 @@ def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Genera
     if len(index) > most:
         order = torch.randperm(len(index), generator=generator, device=index.device)
         index = index[order[:most]]
-    cond, found = model.condition(data.obs.new_zeros(1, model.spec.ctx)), []
-    for part in index.split(5_000):
-        dt = torch.full((len(part), 1), data.dt, dtype=data.obs.dtype, device=data.obs.device)
-        inp = StepInput(data.act[part], model.draw(len(part), 1, generator), dt)
-        doubt = _named(model.step(model.init(data.obs[part], cond), inp, cond)[1].uncertainty, name)
-        found.append(doubt[doubt.isfinite()])
+    found = []
+    for system, own in enumerate(data.of_system(index)):
+        cond = model.condition(model.context(torch.tensor([system], device=index.device)).to(data.obs))
+        for part in own.split(5_000):
+            dt = torch.full((len(part), 1), data.dt, dtype=data.obs.dtype, device=data.obs.device)
+            inp = StepInput(data.act[part], model.draw(len(part), 1, generator), dt)
+            doubt = _named(model.step(model.init(data.obs[part], cond), inp, cond)[1].uncertainty, name)
+            found.append(doubt[doubt.isfinite()])
     return torch.cat(found)
 
 
@@ -730,3 +752,5 @@ def _check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | No
         want = Spec(data.spec.obs, data.spec.act, model.spec.ctx, model.spec.systems)
         if model.spec != want:
             raise ValueError(f"models: one is for {model.spec}, the data are {want}")
+        if model.spec.ctx and model.spec.systems < data.systems:
+            raise ValueError(f"models: one knows {model.spec.systems} systems, the data are of {data.systems}")

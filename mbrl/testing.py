@@ -16,7 +16,7 @@ import copy
 import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class Subject:
     def args(self, model: Dynamics, groups: int = 1, n: int = ROWS, seed: int = 0) -> tuple[Tensor, Tensor, StepInput]:
         """obs [n, O], ctx [groups, C] and a step's input [n, ...]."""
         g = self.generator(seed)
-        obs, ctx = self.normal(g, n, self.spec.obs), self.normal(g, groups, self.spec.ctx)
+        obs, ctx = self.normal(g, n, self.spec.obs), self.normal(g, groups, model.spec.ctx)
         act = self.normal(g, n, self.spec.act).tanh()
         noise = model.draw(n, 1, g)
         return obs, ctx, StepInput(act, noise, torch.full_like(obs[:, :1], self.dt))
@@ -211,7 +211,9 @@ def shapes(s: Subject) -> None:
     """Rows lead every state; predictions, uncertainties and losses have the shapes and types that loops rely on."""
     model = s.model()
     assert isinstance(model, Dynamics), f"build returned a {type(model).__name__}, expected a mbrl.core.Dynamics"
-    assert model.spec == s.spec, f"spec is {model.spec}, expected the one it was built for, {s.spec}"
+    brings = s.spec.systems > 1 and s.spec.ctx == 0  # contexts of its own, of a width that it chooses
+    known = replace(s.spec, ctx=model.spec.ctx) if brings else s.spec
+    assert model.spec == known, f"spec is {model.spec}, expected the one it was built for, {s.spec}"
     for name, least in [("noise_dim", 0), ("parts", 1)]:
         value = getattr(model, name)
         ok = isinstance(value, int) and value >= least
@@ -327,6 +329,21 @@ def conditions_lead_with_groups(s: Subject) -> None:
             assert leads, (
                 f"condition: a leaf is {tuple(x.shape)} for {groups} contexts; it must lead with 1 or {groups}"
             )
+
+
+@_check
+def the_datas_systems_have_contexts(s: Subject) -> None:
+    """`context` gives those of the systems it is asked for, in that order, as `condition` takes them."""
+    model = s.model()
+    order = torch.arange(s.spec.systems, device=s.device).flip(0)
+    ctx = model.context(order)
+    want = (s.spec.systems, model.spec.ctx)
+    assert ctx.shape == want, f"context is {tuple(ctx.shape)} for {s.spec.systems} systems, expected {want}"
+    each = torch.cat([model.context(x[None]) for x in order])
+    _same(each, ctx, "contexts asked for one by one and together differ", exact=True)
+    obs, _, inp = s.args(model, n=s.spec.systems)
+    shape = _one(model, obs, ctx, inp)[1].obs.shape
+    assert shape == obs.shape, f"a step under the systems' contexts predicts {tuple(shape)} of {tuple(obs.shape)}"
 
 
 @_check
@@ -708,9 +725,9 @@ def _error(s: Subject, model: Dynamics, segment: Segment) -> float | None:
     """The mean squared error of the first step of each window; None where it takes contexts, which a learner that has
     them learns for itself."""
     obs, n = segment.obs[:, 0], len(segment.obs)
-    if any(len(x) > 1 for x in pytree.tree_leaves(model.condition(obs.new_zeros(2, s.spec.ctx)))):
+    if any(len(x) > 1 for x in pytree.tree_leaves(model.condition(obs.new_zeros(2, model.spec.ctx)))):
         return None
-    ctx = obs.new_zeros(1, s.spec.ctx)
+    ctx = obs.new_zeros(1, model.spec.ctx)
     inp = StepInput(segment.act[:, 0], model.draw(n, 1, s.generator(6)), segment.dt[:, 0])
     return (_one(model, obs, ctx, inp)[1].obs - segment.obs[:, 1]).square().mean().item()
 

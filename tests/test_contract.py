@@ -80,6 +80,9 @@ class Hyper(Markov):
         obs = state + (F.silu(x @ w1 + b1) @ w2 + b2).flatten(0, 1)
         return obs, certain(obs)
 
+    def context(self, system):
+        return self.contexts[system]
+
     def loss(self, segment, noise):
         return forced_mse(self, segment, noise, 1.0, self.condition(self.contexts[segment.system]))
 
@@ -196,6 +199,9 @@ SUBJECTS = {
     "experts": Subject(lambda spec: experts(spec, SingleConfig(True, (16, 16), (0.0,) * 3))),
     "experts-untold": Subject(lambda spec: experts(spec, PlrnnConfig(Shallow(16), 5)), Spec(obs=3, act=2)),
     "heads": Subject(lambda spec: HeadsConfig((16, 16), gaussian=True).build(spec)),
+    "hypernetwork-alone": Subject(hypernetwork, Spec(obs=3, act=2, systems=2)),
+    "experts-alone": Subject(lambda spec: experts(spec, SingleConfig(False, (16,), (0.0,) * 2)), Spec(3, 2, systems=2)),
+    "heads-alone": Subject(lambda spec: HeadsConfig((16,)).build(spec), Spec(obs=3, act=2, systems=2)),
     "heads-shared": Subject(lambda spec: HeadsConfig((16,), shared=True).build(spec), Spec(obs=3, act=2, systems=2)),
     "filtered-ode": Subject(lambda spec: filtered(ode(spec, solver=Tsit5(), reward=True))),
     "filtered-plrnn": Subject(lambda spec: filtered(plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True))),
@@ -219,6 +225,9 @@ ALIKE = {
     "hypernetwork-mip-chunked",
     "experts-untold",
     "heads-shared",
+    "hypernetwork-alone",
+    "experts-alone",
+    "heads-alone",
     "filtered-hypernetwork",
     "ode-biased",
     "filtered-ode",
@@ -321,6 +330,13 @@ class Counted(Hyper):
     def step(self, state, inp, cond):
         obs, pred = super().step(state, inp, cond)
         return obs, pred._replace(reward=0.0 * pred.reward + cond[1].shape[0])
+
+
+class Mislaid(Hyper):
+    """Hands out its whole table, whatever it is asked for."""
+
+    def context(self, system):
+        return self.contexts
 
 
 class Lying(Plain):
@@ -486,6 +502,7 @@ BROKEN = {  # what each must fail; with ..., whatever else
         "candidates_share_the_condition",
     },
     Counted: {"rows_do_not_see_each_other", "a_shared_context_is_a_repeated_context"},
+    Mislaid: {"the_datas_systems_have_contexts"},
     Lying: {"a_step_observes_what_it_predicts", "ended_rows_may_be_dropped"},
     Tiled: {"branch_is_steps"},
     Deaf: {"each_part_tells_its_future"},

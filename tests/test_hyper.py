@@ -109,11 +109,21 @@ def test_a_batch_of_tasks_is_each_task_by_itself():
 
 
 def test_without_a_context_the_first_embedding_serves():
-    model = build(SMALL, Spec(2, 1, 0, 2))
-    assert model.contexts.shape == (2, SMALL.embedding)
+    model = build(SMALL, Spec(2, 1))
+    assert model.contexts.shape == (1, SMALL.embedding)
+    assert model.context(torch.zeros(3, dtype=torch.int64)).shape == (3, 0)
     for got, want in zip(
         model.condition(torch.zeros(5, 0)), model.split(model.generate(model.contexts[:1])), strict=True
     ):
+        assert torch.equal(got, want)
+
+
+def test_several_systems_bring_contexts():
+    model = build(SMALL, Spec(2, 1, 0, 2))
+    assert model.spec == Spec(2, 1, SMALL.embedding, 2)
+    assert torch.equal(model.context(torch.tensor([1, 0])), model.contexts.flip(0))
+    with_its_own = model.condition(model.context(torch.tensor([1])))
+    for got, want in zip(with_its_own, model.split(model.generate(model.contexts[1:])), strict=True):
         assert torch.equal(got, want)
 
 

@@ -1,5 +1,5 @@
-"""It plugs in: a PLRNN and a neural ODE, by the names and the functions of the command line, where the ensemble stands
-by default: as the model of the planner, and inside the MOREC filter of the offline loop."""
+"""It plugs in: a PLRNN, a neural ODE, a hypernetwork and experts, by the names and the functions of the command line,
+where the ensemble stands by default: as the model of the planner, and inside the MOREC filter of the offline loop."""
 
 from dataclasses import replace
 from functools import cache
@@ -22,7 +22,7 @@ from mbrl.mpc import Mpc, episode, gathered
 from mbrl.offline import Imagination
 from mbrl.planner import ICEM, Worth
 
-NAMES = ["plrnn", "ode"]
+NAMES = ["plrnn", "ode", "hyper", "experts"]
 
 # ---------------------------------------------------------------- the planner
 
@@ -68,13 +68,15 @@ def bounds(env_id):
     return sum(random) / 3, planned(env_id, control.TRUTHS[env_id]())[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize(
+    ("env_id", "name"), [(env_id, name) for env_id in TASKS for name in NAMES[: 4 if env_id == "Pendulum-v1" else 2]]
+)
 def test_a_planner_with_what_random_actions_taught_comes_near_one_that_knows_the_world(env_id, name):
     """It gains, over random actions, more than 0.6 of what the planner with the true model gains; 0.4 for a PLRNN on
     the cart-pole, whose actions enter linearly: a push turns a hanging pole one way and an upright one the other."""
     data, stream = chance(env_id), devices.generator(0)
-    model = LEARNERS[name].build(data.spec, stream)
+    learner = LEARNERS[name] if name != "hyper" else replace(LEARNERS[name], hidden=(64, 64))  # a fit of seconds
+    model = learner.build(data.spec, stream)
     fit(model, data, FitConfig(64, 3e-3, holdout=0.1, patience=20, max_epochs=TASKS[env_id][2]), stream)
     got, counts = planned(env_id, model.eval())
     low, high = bounds(env_id)
@@ -127,16 +129,17 @@ def test_the_filter_of_the_offline_loop_takes_it(name):
 
     again, _ = learned(name)
     assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in result.agent.state_dict().items())
-    assert all(torch.equal(v, again.models[0].state_dict()[k]) for k, v in model.state_dict().items())
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(again.models[0].state_dict()[k], v, rtol=0, atol=0, equal_nan=True)
 
     agent, one = result.agent.one(0), Imagination(horizon=1, rollouts=400)
     doubt = lambda t: HIGHEST - model.reward(t.obs, t.act, t.next_obs)
     bare, chosen = imagined(agent, model.inner, one), imagined(agent, model, one)
     if model.inner.noise_dim:
-        assert doubt(chosen).mean() < doubt(bare).mean() - 0.02, "likelier futures are taken"
+        assert doubt(chosen).mean() < 0.8 * doubt(bare).mean(), "likelier futures are taken"
     else:  # its futures are all alike, and the filter can only end rollouts
         assert torch.equal(chosen.obs, bare.obs)
         assert (doubt(chosen).mean() - doubt(bare).mean()).abs() < 0.02
     assert len(imagined(agent, model, IMAGINATION).obs) == 60 * 8
-    limit = doubt(chosen).quantile(0.9).item()
+    limit = doubt(chosen).quantile(0.75).item()
     assert 60 < len(imagined(agent, model, IMAGINATION, limit).obs) < 60 * 7

@@ -445,7 +445,9 @@ def _dataset(world: _World, episodes: list[_Episode], steps: int, seed: int) -> 
     reward = np.concatenate([e.reward for e in episodes])[:steps].astype(np.float32)
     task = world.task
     names = ("obs", "act", "reward", "next_obs", "terminal")
-    columns = {k: torch.from_numpy(x) for k, x in zip(names, (obs, act, reward, after, terminal[:steps]), strict=True)}
+    columns: dict[str, Any] = {
+        k: torch.from_numpy(x) for k, x in zip(names, (obs, act, reward, after, terminal[:steps]), strict=True)
+    }
     return Dataset(
         **columns,
         paired=torch.ones(steps, dtype=torch.bool),

@@ -7,7 +7,7 @@ learner serves as the expert."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -57,6 +57,8 @@ class Experts(Dynamics):
             )
         inner = Spec(spec.obs, spec.act)
         made = [config.expert.build(inner, generator) for _ in range(config.most)]
+        if spec.systems > 1:
+            spec = replace(spec, ctx=spec.ctx or spec.systems)
         self.spec, self.config = spec, config
         self.noise_dim, self.noisy_loss = made[0].noise_dim, made[0].noisy_loss
         object.__setattr__(self, "inner", made[0])  # unregistered
@@ -96,6 +98,14 @@ class Experts(Dynamics):
         """The chosen experts' parameters, and their own conditions, [G, ...]."""
         index = ctx.argmax(1) if self.spec.ctx else self.active[None]
         return self._conditions(self.pick(index))
+
+    def context(self, system: Tensor) -> Tensor:
+        """The active expert's scores, or those of a system's own."""
+        like, wide = next(iter(self.theta.values())), self.spec.ctx
+        if not wide:
+            return super().context(system)
+        own = system if self.spec.systems > 1 else self.active.expand(len(system))
+        return nn.functional.one_hot(own, self.config.most)[:, :wide].to(like)
 
     def pinned(self, part: Tensor) -> Tree:
         return self._conditions(self.pick(self.active[None]))

@@ -104,6 +104,9 @@ class Filtered(Dynamics):
     def condition(self, ctx: Tensor) -> Tree:
         return self.inner.condition(ctx)
 
+    def context(self, system: Tensor) -> Tensor:
+        return self.inner.context(system)
+
     def pinned(self, part: Tensor) -> Tree:
         return self.inner.pinned(part)
 
@@ -389,6 +392,7 @@ class Game:
         self.rows = Rows(data, config.length, like)
         windows = FitConfig(length=config.length)
         self.index = torch.cat(self.rows.split(windows, generator))  # all windows, in random order
+        self.even = self.rows.even(self.index)
         self.reward = config.build(data.spec, generator).to(like)
         self.player = DynamicsReward(data.spec, config, generator, members=1).to(like)
         self._prepare()
@@ -425,8 +429,10 @@ class Game:
         return segment.obs[:, :-1].flatten(0, 1), segment.act.flatten(0, 1), segment.obs[:, 1:].flatten(0, 1)
 
     def _batch(self, generator: torch.Generator) -> Segment:
-        pick = torch.randint(len(self.index), (self.config.batch,), generator=generator, device=generator.device)
-        return self.rows.segment(self.index[pick.to(self.index.device)])
+        systems, n = self.even.shape
+        size = (systems, max(1, self.config.batch // systems))
+        pick = torch.randint(n, size, generator=generator, device=generator.device)
+        return self.rows.segment(self.even.gather(1, pick.to(self.even.device)).flatten())
 
     def update(self, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of whoever's turn it is."""
@@ -473,7 +479,7 @@ class Game:
     def _generate(self, segment: Segment, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The generator's transitions [B * T, ...] under the data's actions, from the data's first states."""
         model, (b, t) = self.model, segment.mask.shape
-        cond = model.condition(segment.obs.new_zeros(1, model.spec.ctx))
+        cond = model.condition(model.context(segment.system).to(segment.obs))
         state, out = model.init(segment.obs[:, 0], cond), []
         for i in range(t):
             noise = model.draw(b, 1, generator)
@@ -546,7 +552,7 @@ class Game:
     def _own(self, segment: Segment, generator: torch.Generator) -> tuple[Segment, Tensor]:
         """What the model's own loss reads: the same windows for each of its parts."""
         tile = lambda x: x.repeat(self.model.parts, *[1] * (x.ndim - 1))
-        wide = Segment(*(tile(x) for x in segment))._replace(system=segment.system)
+        wide = Segment(*(tile(x) for x in segment))
         return wide, noise_of(self.model, wide, generator)
 
     @torch.no_grad()

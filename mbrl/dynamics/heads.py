@@ -1,7 +1,7 @@
 """One network with a head for each task: the shape in which fine-tuning, rehearsal, EWC, SI and the multi-task oracle
 of continual learning are usually tried (e.g. by HyperCRL, arXiv 2009.11997)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -46,6 +46,8 @@ class Heads(OneStep):
             raise ValueError(
                 f"HeadsConfig: contexts of width {spec.ctx} for {spec.systems} systems, expected a head each"
             )
+        if spec.systems > 1 and not config.shared:
+            self.spec = spec = replace(spec, ctx=spec.ctx or spec.systems)
         heads = 1 if config.shared else spec.ctx or spec.systems
         self.trunk = StackedMLP(1, [spec.obs + spec.act, *config.hidden], "silu", truncated, generator)
         self.heads = StackedMLP(heads, [config.hidden[-1], self.outputs], "silu", truncated, generator)
@@ -60,6 +62,9 @@ class Heads(OneStep):
     def condition(self, ctx: Tensor) -> Tree:
         """The heads as weighed: weight [G, H, out], bias [G, 1, out]; bounds [G, O + 1] where there is a variance."""
         return self._weighed(ctx if self.spec.ctx else self.contexts[:1])
+
+    def context(self, system: Tensor) -> Tensor:
+        return self.contexts[system] if self.spec.ctx else super().context(system)
 
     def pinned(self, part: Tensor) -> Tree:
         return self._weighed(self.contexts[:1])

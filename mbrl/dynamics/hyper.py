@@ -7,7 +7,7 @@ magnitude-invariant parametrisation is that of Ortiz et al. (arXiv 2304.07645)."
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import final
 
@@ -53,7 +53,7 @@ class HyperConfig:
 class Hyper(OneStep):
     """A condition is the generated weights, leading with the
     contexts; a context is an embedding, those of the data's systems are the rows of `contexts` [systems, E]. Where the
-    spec has no contexts, the first row serves.
+    spec has no contexts, several systems make it have them; of a single one, the row serves.
 
     Noise and uncertainty are those of `mbrl.onestep.OneStep`. The normalisers are set once, by the first call of
     `prepare`, and stay: what was anchored would mean something else otherwise."""
@@ -72,6 +72,8 @@ class Hyper(OneStep):
         self.size = sum(i * o for i, o in self.shapes)
         device = "cpu" if generator is None else generator.device
         embedding = spec.ctx or config.embedding
+        if spec.systems > 1:
+            self.spec = replace(spec, ctx=embedding)
         normal = lambda *shape: torch.empty(*shape, device=device).normal_(generator=generator)
         self.contexts = nn.Parameter(normal(spec.systems, embedding))
         chunks = 0 if config.chunk is None else -(-self.size // config.chunk)
@@ -140,6 +142,9 @@ class Hyper(OneStep):
 
     def condition(self, ctx: Tensor) -> Tree:
         return self.split(self.generate(ctx if self.spec.ctx else self.contexts[:1]))
+
+    def context(self, system: Tensor) -> Tensor:
+        return self.contexts[system] if self.spec.ctx else super().context(system)
 
     def pinned(self, part: Tensor) -> Tree:
         return self.split(self.generate(self.contexts[:1]))
