@@ -22,8 +22,10 @@ from mbrl.dynamics.plrnn import (
     fit_plrnn,
     growth,
     jacobian,
+    orbit,
     random_features,
 )
+from mbrl.fit import FitConfig, fit
 
 KINDS = {
     "shallow": Shallow(7, clipped=False),
@@ -442,6 +444,74 @@ def test_the_noise_head_tells_the_noise_and_the_reward_head_the_reward():
     assert pred.uncertainty["aleatoric"][0] > 3 * pred.uncertainty["aleatoric"][1]
     assert drawn.tolist() == pytest.approx([1.0, 0.1], rel=0.35)
     assert pred.reward.tolist() == pytest.approx([1.5, 1.5], abs=0.15)
+
+
+def autoregressive(n=4000):
+    """x' = 0.5 x + 0.3 e in two dimensions, the second of a tenth of the size; the reward is x_0 and noise of 0.2."""
+    g, size = gen(5), torch.tensor([0.3, 0.03])
+    x, noise = [torch.zeros(2)], torch.randn(n, 2, generator=g)
+    for e in noise:
+        x.append(0.5 * x[-1] + size * e)
+    x, yes, none = torch.stack(x), torch.ones(n, dtype=torch.bool), torch.zeros(n, 0)
+    reward = x[:-1, 0] + 0.2 * torch.randn(n, generator=g)
+    return Dataset(x[:-1], none, reward, x[1:], ~yes, yes, torch.tensor([0, n]), none[0], none[0])
+
+
+@pytest.mark.parametrize("readout", ["identity", "affine"])
+@pytest.mark.parametrize("by", ["fit_plrnn", "fit"])
+def test_constant_noise_is_what_one_step_misses(readout, by):
+    data = autoregressive()
+    config = PlrnnConfig(
+        Shallow(10), readout=readout, forcing=Constant(0.9), noise="constant", reward=True, heads=(16,)
+    )
+    model = config.build(data.spec, gen())
+    if by == "fit":
+        fit(model, data, FitConfig(64, 1e-2, 5, max_epochs=6), gen(1))
+    else:
+        fit_plrnn([model], data, PlrnnFit(6, 50, 64, 5, lr=1e-2), [gen(1)])
+    model.requires_grad_(False)
+    cond, inp = model.condition(data.obs), StepInput(data.act, data.obs.new_zeros(4000, 3), data.obs[:, :1])
+    pred = model.step(model.init(data.obs, cond), inp, cond)[1]
+    error = torch.cat([pred.obs - data.next_obs, (pred.reward - data.reward)[:, None]], 1).abs().median(0).values
+    error = error / 0.67449  # as large as normal errors of this median are
+    std = (inp._replace(noise=x) for x in torch.eye(3)[:, None].expand(3, 4000, 3))
+    moved = [model.step(model.init(data.obs, cond), x, cond)[1] for x in std]
+    told = torch.stack([moved[0].obs[0, 0] - pred.obs[0, 0], moved[1].obs[0, 1] - pred.obs[0, 1]])
+    told = torch.cat([told, (moved[2].reward - pred.reward)[:1]])
+    if by == "fit":  # a moving variance; the reward's head still learns
+        told, error = told[:2], error[:2]
+    torch.testing.assert_close(told, error, rtol=1e-3 if by == "fit_plrnn" else 0.1, atol=0)
+    assert told[:2].tolist() == pytest.approx([0.3, 0.03], rel=0.1)
+    if by == "fit_plrnn":
+        assert pred.uncertainty["aleatoric"][0].item() == pytest.approx(told.norm().item(), rel=1e-4)
+    long = orbit(model, data.obs[:1], 4000, generator=gen(3))[0]
+    assert long.std(0).tolist() == pytest.approx([0.3 / 0.75**0.5, 0.03 / 0.75**0.5], rel=0.25)
+
+
+@pytest.mark.parametrize("noise", [True, "constant", False])
+def test_a_noisy_orbit_is_the_steps_under_its_draws(noise, monkeypatch):
+    spec = Spec(obs=3, act=1)
+    model = PlrnnConfig(Shallow(8), readout="affine", latent=4, noise=noise).build(spec, gen())
+    model.requires_grad_(False)
+    if noise == "constant":
+        model.residual.copy_(torch.tensor([0.01, 0.04, 0.09, 0.0]))
+    obs, act = torch.randn(2, 3, generator=gen(1)), torch.randn(2, 5, 1, generator=gen(2))
+    got = orbit(model, obs, 5, act, generator=gen(4))
+    drawn, cond, want = torch.randn(5, 2, model.noise_dim, generator=gen(4)), model.condition(obs), []
+    state = model.init(obs, cond)
+    for t in range(5):
+        state, pred = model.step(state, StepInput(act[:, t], drawn[t], torch.ones(2, 1)), cond)
+        want.append(pred.obs)
+    torch.testing.assert_close(got, torch.stack(want, 1))
+    still = orbit(model, obs, 5, act)
+    assert torch.equal(still, got) == (noise is False)
+    monkeypatch.setattr(plrnn.compiled, "serves", lambda x: False)
+    torch.testing.assert_close(orbit(model, obs, 5, act, generator=gen(4)), got)
+
+
+def test_constant_noise_needs_every_state_observed():
+    with pytest.raises(ValueError, match="constant noise needs every state observed, got 5 for 3 observed"):
+        PlrnnConfig(Shallow(8), latent=5, noise="constant").build(Spec(obs=3), gen())
 
 
 def test_heads_do_not_shape_the_dynamics():

@@ -25,6 +25,8 @@ from mbrl.parallel import forced, pays
 
 Params = Mapping[str, Tensor]  # each leads with the seeds, [S, ...]
 LOG_VARIANCE = (-12.0, 2.0)  # the noise head's, softly bounded
+QUARTILE = 0.6744897501960817  # half of a standard normal's draws are within it
+RECENT = 0.01  # the share of a batch in the moving variance of constant noise
 
 
 # ---------------------------------------------------------------- the kinds
@@ -253,8 +255,10 @@ class PlrnnConfig:
 
     latent_decay: lambda (|1 - A|^2 + |W1|^2 + |W2|^2 + |h1|^2 + |h2|^2 + |C|^2), or the kind's weights; readout_decay:
     lambda (1 - s_max / s_min)^2 of B. `noise`: a second network tells the variance of observation (and reward) from z
-    and the action, so that the learner can be sampled and reports "aleatoric"; `reward`: one tells the reward from z,
-    the action and z'. Both read the dynamics and do not shape it."""
+    and the action, so that the learner can be sampled and reports "aleatoric"; "constant" has no network, but one
+    variance for each of them, that of the training data's one-step errors, each from the state at what was observed
+    (by their median: a few sudden events do not count). `reward`: one tells the reward from z, the action and z'. None
+    of them shapes the dynamics."""
 
     kind: Kind = field(default_factory=Shallow)
     latent: int | None = None
@@ -262,7 +266,7 @@ class PlrnnConfig:
     forcing: Forcing = field(default_factory=Adaptive)
     latent_decay: float = 0.0
     readout_decay: float = 0.0
-    noise: bool = False
+    noise: bool | Literal["constant"] = False
     reward: bool = False
     heads: tuple[int, ...] = (64, 64)
 
@@ -274,7 +278,7 @@ class PlrnnConfig:
 class Plrnn(Dynamics):
     """The state is z [B, M], in units of the standardised observation. It takes no account of dt.
 
-    With a noise head the noise [B, O + 1] is that of the observation and, last, of the reward, in the standardised
+    Where it has noise, the noise [B, O + 1] is that of the observation and, last, of the reward, in the standardised
     units; it moves the latent state. What of an affine readout is imposed on the state is pinv(B) x."""
 
     noisy_loss = False
@@ -291,6 +295,8 @@ class Plrnn(Dynamics):
             raise ValueError(
                 f"PlrnnConfig: latent is {m}, expected at least {least} for {spec.obs} observed dimensions"
             )
+        if config.noise == "constant" and config.readout == "identity" and m > spec.obs:
+            raise ValueError(f"PlrnnConfig: constant noise needs every state observed, got {m} for {spec.obs} observed")
         if isinstance(forcing, Sparse) and forcing.interval < 1:
             raise ValueError(f"Sparse: interval is {forcing.interval}, expected at least 1")
         first = {Constant: "alpha", Annealed: "start", Adaptive: "start"}.get(type(forcing))
@@ -307,13 +313,16 @@ class Plrnn(Dynamics):
             p["L"] = _uniform(1 / spec.obs**0.5, generator, m - spec.obs, spec.obs)
         self.theta = nn.ParameterDict(p)
         head = lambda inputs, out: StackedMLP(1, [inputs, *config.heads, out], "silu", uniform, generator)
-        self.doubt = head(m + spec.act, spec.obs + 1) if config.noise else None
+        self.doubt = head(m + spec.act, spec.obs + 1) if config.noise is True else None
         self.worth = head(2 * m + spec.act, 1) if config.reward else None
         device = p["A"].device
         self.observed, self.rewarded = Normalizer(spec.obs).to(device), Normalizer(1).to(device)
         self.register_buffer("bounds", torch.tensor(LOG_VARIANCE, device=device))
         self.register_buffer("alpha", torch.tensor(alpha, device=device))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
+        if config.noise == "constant":
+            self.register_buffer("residual", torch.zeros(spec.obs + 1, device=device))
+            self.schedules = (*Plrnn.schedules, "residual")
 
     def params(self) -> dict[str, Tensor]:
         """All that is trained, with a leading axis of one seed: the equation's letters, and the heads' layers."""
@@ -340,10 +349,9 @@ class Plrnn(Dynamics):
         p, act = self.params(), inp.act[None]
         z, doubt, shift = step(self.config.kind, p, state[None], act)[0], {}, 0.0
         if self.config.noise:
-            std = spread(p, self.bounds, state[None], act)[0].sqrt()
+            std = self._variance(p, state, act).sqrt()
             error = std * inp.noise
-            unseen = self.width - self.spec.obs
-            z = z + (F.pad(error[:, :-1], (0, unseen)) if cond == () else error[:, :-1] @ cond[0].mT)
+            z = z + self.moved(error[:, :-1], cond)
             shift = error[:, -1] * self.rewarded.std
             size = (std * torch.cat([self.observed.std, self.rewarded.std * self.config.reward])).norm(dim=-1)
             doubt["aleatoric"] = torch.where(size.isnan(), torch.inf, size)
@@ -351,6 +359,28 @@ class Plrnn(Dynamics):
         if self.config.reward:
             reward = self.rewarded.inverse(worth(p, state[None], act, z[None])[0])[:, 0] + shift
         return z, Prediction(self.observe(z, cond), reward, doubt)
+
+    def moved(self, error: Tensor, cond: Tree) -> Tensor:
+        """What an error of the observation [..., O], standardised, does to the state: [..., M]."""
+        return F.pad(error, (0, self.width - self.spec.obs)) if cond == () else error @ cond[0].mT
+
+    def _variance(self, p: Params, state: Tensor, act: Tensor) -> Tensor:
+        """[B, O + 1]"""
+        if self.config.noise == "constant":
+            return self.get_buffer("residual").expand(len(state), -1)
+        return spread(p, self.bounds, state[None], act)[0]
+
+    @torch.no_grad()
+    def residuals(self, obs: Tensor, act: Tensor, after: Tensor, reward: Tensor) -> Tensor:
+        """The variances [O + 1] of one-step errors from rows [R, ...], standardised, as normal errors of the same
+        median size would have; of the reward, last, 0 where it has no head."""
+        p, own = self.params(), []
+        z = lift(p, self.observed(obs)[None], self._inverse())
+        y = step(self.config.kind, p, z, act[None])
+        own.append(read(p, y, self.spec.obs)[0] - self.observed(after))
+        scaled = self.rewarded(reward[:, None])
+        own.append(worth(p, z, act[None], y)[0] - scaled if self.config.reward else torch.zeros_like(scaled))
+        return (torch.cat(own, 1).abs().median(0).values / QUARTILE).square()
 
     def jacobian(self, state: Tensor, inp: StepInput, cond: Tree) -> Tensor:
         """dz' / dz [B, M, M] in closed form, without noise."""
@@ -375,12 +405,17 @@ class Plrnn(Dynamics):
 
     @torch.no_grad()
     def advance(self, segment: Segment) -> None:
-        """Sets `alpha` for the next update."""
+        """Sets `alpha` for the next update, and what constant noise there is."""
         self.updates += 1
         x = self.observed(segment.obs[:, 1:])
         signal = lift(self.params(), x.flatten(0, 1)[None], self._inverse()).unflatten(1, x.shape[:2])
         kind, forcing = self.config.kind, self.config.forcing
         self.alpha.copy_(estimate(kind, forcing, self.params(), self.alpha[None], int(self.updates), signal)[0])
+        if self.config.noise == "constant":
+            flat = lambda x: x[segment.mask]
+            rows = (segment.obs[:, :-1], segment.act, segment.obs[:, 1:], segment.reward)
+            share = max(RECENT, 1 / int(self.updates))
+            self.get_buffer("residual").lerp_(self.residuals(*map(flat, rows)), share)
 
     def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The squared error of the forced prediction, standardised, with the regularisers and what the heads add."""
@@ -461,13 +496,13 @@ def objective(
     mean = lambda x: torch.where(flat(mask[..., None]), x, 0.0).sum((1, 2)) / (many * x.shape[-1])
     mse = mean(error**2)
     loss = mse + decay(config, p)
-    if states is not None and (config.noise or config.reward):
+    if states is not None and (config.noise is True or config.reward):
         z, y, act = flat(states).detach(), flat(after).detach(), flat(window.act)
         wrong = torch.zeros_like(error[..., :1])
         if config.reward:
             wrong = worth(p, z, act, y) - window.reward.flatten(1)[..., None]
             loss = loss + mean(wrong**2)
-        if config.noise:
+        if config.noise is True:
             wide = torch.cat([error, wrong], -1).detach() ** 2
             var = spread(p, bounds, z, act)
             loss = loss + 0.5 * mean((wide / var + var.log())[..., : n + config.reward])
@@ -555,6 +590,8 @@ def fit_plrnn(
     for m in models:
         m.observed.fit(track.obs)
         m.rewarded.fit(data.reward[:, None])
+    like = lambda x: x.to(model.theta["A"])
+    columns = (data.obs, data.act, data.next_obs, data.reward)
     track.obs = model.observed(track.obs)
     track.reward = model.rewarded(track.reward[:, None])[:, 0]
     p = {k: torch.cat([m.params()[k].detach() for m in models]).requires_grad_() for k in model.params()}
@@ -592,6 +629,9 @@ def fit_plrnn(
                 x.copy_(p[k][seed : seed + 1])
             m.alpha.copy_(trainer.alpha[seed])
             m.updates.fill_(trainer.updates)
+            if m.config.noise == "constant":
+                at = data.paired.nonzero()[:, 0]
+                m.get_buffer("residual").copy_(m.residuals(*(like(x[at]) for x in columns)))
     return PlrnnReport(
         epochs=trainer.epoch,
         updates=trainer.updates,
@@ -704,7 +744,7 @@ class _Trainer:
             drive = (p["h1"][:, None, None] + act @ p["C"][:, None].mT).expand(signal.shape)
             weights = (p["A"], p["W1"], p["W2"], p["h2"])
             after = compiled.forced(*weights, start, drive, signal, keep, kind.clipped)
-            if not (self.model.config.noise or self.model.config.reward):
+            if not (self.model.config.noise is True or self.model.config.reward):
                 return after, None
             with torch.no_grad():
                 mixed = pull(after, signal, (1 - keep)[:, None])
@@ -813,21 +853,31 @@ def random_features(
 
 
 @torch.no_grad()
-def orbit(model: Plrnn, obs: Tensor, steps: int, act: Tensor | None = None) -> Tensor:
-    """Free runs [B, steps, O] from observations [B, O], without noise, as `mbrl.metrics.free_run` gives them, by the
-    compiled loop where it serves: a hundred times faster. act: [B, steps, A], zeros by default."""
+def orbit(
+    model: Plrnn, obs: Tensor, steps: int, act: Tensor | None = None, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Free runs [B, steps, O] from observations [B, O], as `mbrl.metrics.free_run` gives them, by the compiled loop
+    where it serves: a hundred times faster. act: [B, steps, A], zeros by default. Noise is drawn from the generator,
+    zero without one; that of a head is told step by step."""
     act = obs.new_zeros(len(obs), steps, model.spec.act) if act is None else act
     p, cond, kind = model.params(), model.condition(obs), model.config.kind
     state = model.init(obs.to(p["A"]), cond)
     act = act.to(state)
-    if isinstance(kind, Shallow) and compiled.serves(state[None]):
-        drive = p["h1"][:, None, None] + act @ p["C"][:, None].mT
-        keep = drive.new_ones(1, steps, model.width)
-        z = compiled.forced(p["A"], p["W1"], p["W2"], p["h2"], state[None], drive, drive, keep, kind.clipped)[0]
-    else:
-        out = []
+    noise = act.new_zeros(len(obs), steps, model.noise_dim)
+    if generator is not None:
+        shape = (steps, len(obs), model.noise_dim)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(act).movedim(0, 1)
+    noisy = generator is not None and model.noise_dim > 0
+    told = noisy and model.config.noise is True  # by the state
+    if not (isinstance(kind, Shallow) and compiled.serves(state[None])) or told:
+        out, dt = [], torch.ones_like(act[:, 0, :1].sum(-1, keepdim=True))
         for t in range(steps):
-            state = step(kind, p, state[None], act[None, :, t])[0]
-            out.append(state)
-        z = torch.stack(out, 1)
+            state, pred = model.step(state, StepInput(act[:, t], noise[:, t], dt), cond)
+            out.append(pred.obs)
+        return torch.stack(out, 1)
+    drive = p["h1"][:, None, None] + act @ p["C"][:, None].mT
+    if noisy:
+        drive = drive + model.moved(noise[..., :-1] * model.get_buffer("residual")[:-1].sqrt(), cond)
+    keep = drive.new_ones(1, steps, model.width)
+    z = compiled.forced(p["A"], p["W1"], p["W2"], p["h2"], state[None], drive, drive, keep, kind.clipped)[0]
     return model.observe(z.flatten(0, 1), cond).unflatten(0, z.shape[:2])
