@@ -28,7 +28,7 @@ from torch import Tensor
 from mbrl import device as devices
 from mbrl import metrics
 from mbrl.data import Dataset
-from mbrl.dynamics.plrnn import Adaptive, Annealed, Constant, PlrnnConfig, PlrnnFit, Shallow, Sparse, fit_plrnn, orbit
+from mbrl.dynamics.plrnn import Adaptive, Constant, PlrnnConfig, PlrnnFit, Shallow, Sparse, fit_plrnn, orbit
 from mbrl.nulls import null_table
 from mbrl.offline import digest
 from mbrl.run import machine, versions, write_json
@@ -57,21 +57,15 @@ SETTINGS = {
     "ecg-agtf": Setting(
         "ecg", replace(ECG, forcing=Adaptive(), latent_decay=1e-5, readout_decay=1e-6), published=row(4.5, 0.34, 2.4e-3)
     ),
-    "ecg-annealed": Setting(
-        "ecg",
-        replace(ECG, forcing=Annealed(0.3, 0.02, 150_000)),
-        PlrnnFit(clip=1.0),
-        goal=row(2.0, 0.20, 1.5e-3),
-    ),
-    "ecg-noise": Setting(
-        "ecg",
-        replace(ECG, forcing=Constant(0.2)),
-        PlrnnFit(2000, clip=1.0, noise=0.05),
-        goal=row(2.0, 0.20, 1.5e-3),
-    ),
-    "ecg-stochastic": Setting(
+    "ecg-agtf-noise": Setting(
         "ecg",
         PlrnnConfig(Shallow(249), readout="affine", latent_decay=1e-5, readout_decay=1e-6, noise="constant"),
+        goal=row(2.0, 0.20, 1.5e-3),
+    ),
+    "ecg-stf-noise": Setting(
+        "ecg",
+        replace(ECG, kind=Shallow(249), forcing=Sparse(20), noise="constant"),
+        PlrnnFit(clip=1.0),
         goal=row(2.0, 0.20, 1.5e-3),
     ),
     "lorenz63": Setting("lorenz63", PlrnnConfig(Shallow(100), latent_decay=1e-5), PlrnnFit(2000)),

@@ -268,11 +268,10 @@ def run_reconstruct(args: Reconstruct) -> Run:
         if name != "all" and name not in RECONSTRUCTORS:
             raise ValueError(f"--compare {name}: expected names among {', '.join(RECONSTRUCTORS)}, or all")
     train_set, test_set, system = load(args)
-    if args.ahead < 1 or len(longest(test_set)[0]) <= args.ahead + 1:
-        raise ValueError(f"--ahead {args.ahead}: expected at least 1 and less than the test's longest stretch")
+    _check(args, train_set, test_set)
     args = replace(args, seeds=args.seeds or (devices.fresh_seed(),))
     label = "compare" if args.compare else name_of(args.dynamics)
-    stem = train_set.name.replace("/", "_").replace(":", "_")
+    stem = train_set.name.partition("[")[0].replace("/", "_").replace(":", "_")
     out = args.out or Path("runs") / stem / f"{label}-{'-'.join(map(str, args.seeds))}"
     file = lambda x: str(Path(x).resolve()) if x is not None and Path(x).exists() else x and str(x)
     local = {"data": file(args.data), "test": file(args.test), "threads": torch.get_num_threads()}
@@ -280,6 +279,25 @@ def run_reconstruct(args: Reconstruct) -> Run:
     plain = to_plain(replace(args, data=train_set.name, test=None, out=None))
     run = Run.create(out, {"algorithm": label, "data": facts, "arguments": plain}, local, quiet=args.quiet)
     return _go(run, args, train_set, test_set, system)
+
+
+def _check(args: Reconstruct, train: Dataset, test: Dataset) -> None:
+    """Raises ValueError for what would fail in the course of a run."""
+    have = len(longest(test)[0])
+    if args.ahead < 1 or have <= args.ahead + 1:
+        what = f"expected at least 1, and at most {have - 2} for the test's longest stretch of {have} observations"
+        raise ValueError(f"--ahead {args.ahead}: {what}")
+    for part, x in (("training", longest(train)[0]), ("test", longest(test)[0])):
+        still = (x == x[:1]).all(0).nonzero()[:, 0].tolist()
+        if still:
+            raise ValueError(f"{train.name}: the {part} part does not move in the dimensions {still}; leave these out")
+    longest_fit, needs = int(train.lengths.max()), args.schedule.length
+    plrnn = args.compare or isinstance(args.dynamics, PlrnnConfig)
+    if plrnn and longest_fit < needs:
+        raise ValueError(
+            f"--schedule.length {needs}: the longest stretch of the training part has {longest_fit} steps; pass a "
+            "smaller length, or longer series"
+        )
 
 
 def name_of(config: Any) -> str:
@@ -309,9 +327,12 @@ def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) 
             found[name], runs[name] = [scores for scores, _ in each], each[0][1].cpu()
         known, floor = longest(data)[0].cpu(), longest(test)[0].cpu()
         run.progress("nulls", 0, 1, {})
-        table = {}
+        stream = devices.generator(0)
         if data.spec.act == 0:
-            table = nulls.null_table(known, floor, args.ahead, generator=devices.generator(0))
+            table = nulls.null_table(known, floor, args.ahead, generator=stream)
+        else:
+            drive = longest(data)[1].cpu(), longest(test)[1].cpu()
+            table = nulls.driven_table((known, drive[0]), (floor, drive[1]), args.ahead, generator=stream)
         run.progress("nulls", 1, 1, {})
     true = true_exponents(system, data.dt) if system is not None and data.spec.act == 0 else None
     result = {
@@ -336,21 +357,48 @@ def middle(rows: list[dict[str, Any]], key: str) -> float | None:
     return torch.tensor(values, dtype=torch.float64).quantile(0.5).item() if values else None
 
 
+NULLS = {
+    "iid_gaussian": "i.i.d. Gaussian",
+    "phase_surrogate": "random phases",
+    "truth": "truth elsewhere",
+}  # the other names speak for themselves
+
+
+def _heading(key: str) -> tuple[str, str]:
+    """A score's name over a column, and which variant it is."""
+    if key.startswith("d_stsp_histogram"):
+        return "D_stsp", f"D_stsp: histogram, {key.removeprefix('d_stsp_histogram')} bins a dimension"
+    if key.startswith("d_stsp"):
+        return "D_stsp", "D_stsp: mixtures of unit Gaussians"
+    if key.startswith("d_h_sigma"):
+        return "D_H", f"D_H: spectra smoothed over {key.removeprefix('d_h_sigma')} frequencies"
+    if key.startswith("pe_"):
+        return f"PE({key.removeprefix('pe_')})", ""
+    return key, ""
+
+
 def tell(result: dict[str, Any]) -> None:
     """The table: every learner's medians over seeds, then the nulls."""
     learners, null_rows = result["learners"], result["nulls"]
     keys = [k for k in next(iter(learners.values()))[0] if k not in ("lyapunov", "fixed_points", "rmse")]
     extra = ["rmse"] if any("rmse" in rows[0] for rows in learners.values()) else ["lyapunov"]
     title = f"{result['dataset']}: medians over {len(result['seeds'])} seeds, T = {result['test_steps']}"
-    last = "RMSE" if extra == ["rmse"] else "largest exponent"
-    words = Table("", *keys, last, "parameters", "seconds", title=title)
+    last = "RMSE" if extra == ["rmse"] else "exponent"
+    names, says = zip(*(_heading(k) for k in keys), strict=True)
+    also = ["size: parameters", "s: seconds of fitting"]
+    also.insert(
+        0, "RMSE: of a free run, first dimension" if last == "RMSE" else "exponent: the largest, per unit of time"
+    )
+    words = Table("", *names, last, "size", "s", title=title, caption="; ".join([*(x for x in says if x), *also]))
+    words.columns[0].no_wrap = True
     show = lambda x: "-" if x is None else f"{x:.3g}"
     for name, rows in learners.items():
         cells = [show(middle(rows, k)) for k in (*keys, *extra)]
         words.add_row(name, *cells, str(result["parameters"][name]), f"{result['seconds'][name]:.0f}")
     words.add_section()
     for name, row in null_rows.items():
-        words.add_row(f"[dim]{name}[/dim]", *(show(row.get(k)) for k in keys), "-", "-", "-")
+        rmse = row.get("rmse", [None])[0]
+        words.add_row(f"[dim]{NULLS.get(name, name)}[/dim]", *(show(row.get(k)) for k in keys), show(rmse), "-", "-")
     console.print(words)
     if result["true_lyapunov"]:
         console.print("the system's own exponents: " + ", ".join(f"{x:.3g}" for x in result["true_lyapunov"]))

@@ -12,7 +12,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from mbrl.metrics import scores, settled
+from mbrl.metrics import prediction_error, scores, settled
 
 
 class Null(abc.ABC):
@@ -257,4 +257,81 @@ def null_table(
     truth = train if truth is None else truth
     if len(truth) >= len(test):
         table["truth"] = scores(test, truth[: len(test)], generator=generator)
+    return table
+
+
+# ---------------------------------------------------------------- driven systems
+
+
+@dataclass(frozen=True)
+class VarxConfig:
+    """x_{t+1} = c + sum_i (A_i x_{t-i} + B_i s_{t-i}), i = 0 .. order - 1, by least squares: the linear model of a
+    system with inputs s."""
+
+    order: int = 10
+
+    def fit(self, obs: Tensor, act: Tensor) -> "Varx":
+        """obs [T, N]; act [T - 1 or more, A]: act[t] leads from obs[t] to obs[t + 1]. Of all best coefficients the
+        smallest are taken. Raises ValueError for a series too short for the order."""
+        obs, act, p = _training(obs, "VarxConfig"), act.detach().double()[: len(obs) - 1], self.order
+        rows, width = len(obs) - p, p * (obs.shape[1] + act.shape[1]) + 1
+        if p < 1 or rows <= width:
+            raise ValueError(f"VarxConfig: got {len(obs)} steps and order {p}, expected more than {width + p} steps")
+        past = [torch.cat([obs[p - 1 - i : len(obs) - 1 - i], act[p - 1 - i : len(act) - i]], 1) for i in range(p)]
+        x = torch.cat([torch.ones_like(obs[p:, :1]), *past], 1)
+        coef = torch.linalg.pinv(x) @ obs[p:]  # [1 + p (N + A), N]
+        both = coef[1:].reshape(p, -1, obs.shape[1]).mT  # [p, N, N + A]
+        return Varx(coef[0], both[..., : obs.shape[1]], both[..., obs.shape[1] :])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Varx:
+    intercept: Tensor  # [N]
+    lags: Tensor  # [p, N, N]  A_0 .. A_{p-1}
+    inputs: Tensor  # [p, N, A]  B_0 .. B_{p-1}
+
+    @property
+    def name(self) -> str:
+        return f"varx({len(self.lags)})"
+
+    def run(self, obs: Tensor, act: Tensor) -> Tensor:
+        """Free steps after observations [B, p, N] under act [B, p - 1 + n, A], which counts from the first of them:
+        [B, n, N]."""
+        p = len(self.lags)
+        out, act = list(obs.double().unbind(1)), act.double()
+        for t in range(act.shape[1] - p + 1):
+            new = self.intercept.expand_as(out[-1])
+            for i in range(p):
+                new = new + out[-1 - i] @ self.lags[i].T + act[:, t + p - 1 - i] @ self.inputs[i].T
+            out.append(new)
+        return torch.stack(out[p:], 1)
+
+
+def driven_table(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    n: int = 20,
+    *,
+    generator: torch.Generator,
+    order: int = 10,
+) -> dict[str, dict[str, float | list[float]]]:
+    """The nulls of a system with inputs, (obs [T, N], act [T - 1 or more, A]) each, as a model is judged: a free run
+    under the test's inputs against what follows its beginning, and PE(n). {name: scores, with "rmse" of each dimension}
+    of a VARX, begun on the test's first `order` observations, and of persistence, on the first."""
+    (obs, act), (true, drive) = train, (test[0].double(), test[1].double()[: len(test[0]) - 1])
+    p = order
+    linear = VarxConfig(order).fit(obs, act)
+    free = {linear.name: linear.run(true[None, :p], drive[None])[0]}
+    starts = len(true) - p - n + 1
+    windows, acts = true.unfold(0, p, 1).mT[:starts], drive.unfold(0, p - 1 + n, 1).mT[:starts]
+    ahead = {linear.name: linear.run(windows, acts)}
+    free["persistence"] = true[:1].expand(len(true) - 1, -1)
+    ahead["persistence"] = PersistenceConfig().fit(obs).forecast(true, n)
+    table: dict[str, dict[str, float | list[float]]] = {}
+    for name, x in free.items():
+        truth = true[len(true) - len(x) :]
+        found = {k: float(v) for k, v in scores(truth, x, None, n, generator=generator).items()}
+        found[f"pe_{n}"] = prediction_error(ahead[name], true).item()
+        table[name] = {**found, "rmse": [float(v) for v in (x - truth).square().mean(0).sqrt()]}
     return table

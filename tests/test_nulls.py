@@ -13,6 +13,8 @@ from mbrl.nulls import (
     Surrogate,
     SurrogateConfig,
     VarConfig,
+    VarxConfig,
+    driven_table,
     null_table,
 )
 
@@ -197,3 +199,57 @@ def test_wide_series_are_scored_by_the_mixture():
 def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---------------------------------------------------------------- driven systems
+
+
+def pushed(length, seed=0):
+    """x' = A x + B s + 0.1, exactly, and its inputs."""
+    A, B = torch.tensor([[0.8, 0.3], [-0.4, 0.7]], dtype=F64), torch.tensor([[0.5], [1.0]], dtype=F64)
+    drive, out = normal(length - 1, 1, seed=seed), [normal(2, seed=seed + 1)]
+    for s in drive:
+        out.append(A @ out[-1] + B @ s + 0.1)
+    return torch.stack(out), drive, A, B
+
+
+def test_a_varx_is_the_linear_system_it_was_given():
+    obs, act, A, B = pushed(200)
+    null = VarxConfig(1).fit(obs, act)
+    close(null.lags[0], A)
+    close(null.inputs[0], B)
+    close(null.intercept, torch.full((2,), 0.1, dtype=F64))
+    assert null.name == "varx(1)"
+    close(null.run(obs[None, :1], act[None])[0], obs[1:])
+    close(VarxConfig(3).fit(obs, act).run(obs[None, 5:8], act[None, 5:20])[0], obs[8:21])
+
+
+def test_a_varx_is_statsmodels_with_its_own_lags():
+    """An input that acts with a delay, and noise."""
+    from statsmodels.api import OLS
+
+    g, (obs, act, *_) = gen(3), pushed(400)
+    obs = obs + 0.1 * torch.randn(obs.shape, generator=g, dtype=F64)
+    null = VarxConfig(2).fit(obs, act)
+    x = torch.cat([torch.ones(398, 1, dtype=F64), obs[1:-1], act[1:], obs[:-2], act[:-1]], 1)
+    want = OLS(obs[2:].numpy(), x.numpy()).fit().params
+    got = torch.cat([null.intercept[None], null.lags[0].T, null.inputs[0].T, null.lags[1].T, null.inputs[1].T])
+    close(got, torch.from_numpy(want))
+
+
+def test_driven_nulls_are_judged_as_models_are():
+    (obs, act, *_), (true, drive, *_) = pushed(300), pushed(200, seed=9)
+    table = driven_table((obs, act), (true, drive), 5, generator=gen(), order=3)
+    assert list(table) == ["varx(3)", "persistence"]
+    exact, still = table["varx(3)"], table["persistence"]
+    assert max(exact["rmse"]) < 1e-6 < 0.1 < min(still["rmse"])
+    assert exact["pe_5"] < 1e-10
+    close(torch.tensor(still["rmse"], dtype=F64), (true[1:] - true[0]).square().mean(0).sqrt())
+    close(torch.tensor(still["pe_5"], dtype=F64), (true[5:] - true[:-5]).square().mean())
+    assert {"d_stsp_histogram30", "d_h_sigma20"} <= set(exact)
+
+
+def test_a_series_too_short_for_a_varx_is_refused():
+    obs, act, *_ = pushed(12)
+    with pytest.raises(ValueError, match="got 12 steps and order 4, expected more than 17 steps"):
+        VarxConfig(4).fit(obs, act)
