@@ -70,7 +70,9 @@ SETTINGS = {
     ),
     "lorenz63": Setting("lorenz63", PlrnnConfig(Shallow(100), latent_decay=1e-5), PlrnnFit(2000)),
     "lorenz96": Setting("lorenz96-20", PlrnnConfig(Shallow(200), forcing=Constant(0.15)), PlrnnFit(600, length=100)),
-    "neuron": Setting("hindmarsh-rose", PlrnnConfig(Shallow(200), forcing=Constant(0.1)), PlrnnFit(1500)),
+    "neuron": Setting(
+        "hindmarsh-rose", PlrnnConfig(Shallow(200), forcing=Constant(0.1), noise="constant"), PlrnnFit(1500)
+    ),
     "eeg": Setting("eeg", EEG, PlrnnFit(600, length=50), published=row(2.1, 0.11, 0.55)),
 }
 FLOWS = ("lorenz63", "lorenz96-20", "hindmarsh-rose")

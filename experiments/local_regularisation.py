@@ -29,8 +29,9 @@ from torch import Tensor
 
 from mbrl import device as devices
 from mbrl.core import Segment, Spec
-from mbrl.dynamics.ode import Dopri5, ErrorEstimate, Local, NeuralODE, OdeConfig, StiffnessRatio, Tsit5
+from mbrl.dynamics.ode import ErrorEstimate, Local, NeuralODE, OdeConfig, StiffnessRatio
 from mbrl.run import machine, versions, write_json
+from mbrl.solvers import Dopri5, Tsit5
 
 RESULTS = Path(__file__).parent / "results" / "local_regularisation.json"
 NONE = 1e-30  # a weight that is none

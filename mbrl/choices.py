@@ -18,7 +18,7 @@ from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig, HyperFit
-from mbrl.dynamics.ode import RK4, Dopri5, ErrorEstimate, Local, OdeConfig, StiffnessRatio, Tsit5
+from mbrl.dynamics.ode import ErrorEstimate, Local, OdeConfig, StiffnessRatio
 from mbrl.dynamics.plrnn import (
     Adaptive,
     AlmostLinear,
@@ -33,6 +33,7 @@ from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
 from mbrl.planner import Planner, Worth
 from mbrl.sac import SacConfig
+from mbrl.solvers import RK4, Dopri5, Tsit5
 
 console = Console()
 

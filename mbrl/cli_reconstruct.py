@@ -2,6 +2,8 @@
 the nulls that tell whether the scores mean anything."""
 
 import copy
+import math
+import statistics
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, 
 SAVE_EVERY = 10.0  # seconds between checkpoints of a fit
 LONGEST = 100_000  # steps of a series that scores are taken from
 EXPONENTS = 10_000  # steps
+ORBITS = 10  # of a known system, that share these steps
 SHOWN = 1000  # steps of a series that the figure shows
 
 
@@ -229,16 +232,21 @@ def fixed_points(model: Plrnn, free: Tensor, cond: Any) -> list[dict[str, Any]]:
 
 
 def true_exponents(system: Any, dt: float, seed: int = 0) -> list[float]:
-    """The Lyapunov spectrum of a system that is known, per unit of time; at most ten."""
-    from mbrl_envs.systems import Flow
+    """The Lyapunov spectrum of a system that is known, per unit of time, the mean over ORBITS orbits; at most ten. None
+    of a stiff one: explicit steps of its tangents would be too small."""
+    from mbrl_envs.systems import Flow, integrate
 
-    start = system.starts(1, devices.generator(seed)).double()
+    start = system.starts(ORBITS, devices.generator(seed)).double()
     if isinstance(system, Flow):
-        walk, steps = metrics.flow_step(system.field, system.jacobian, dt, max(1, round(dt / 0.01))), EXPONENTS
+        if system.stiff:
+            return []
+        if system.transient:
+            start = integrate(system, start, 1, system.transient)[:, -1]
+        walk = metrics.flow_step(system.field, system.jacobian, dt, max(1, round(dt / 0.01)))
     else:
-        walk, steps = (lambda x: (system.step(x), system.jacobian(x))), EXPONENTS
-    k = min(10, system.dim)
-    return metrics.lyapunov_spectrum(walk, start, steps, transient=steps // 5, k=k, dt=dt)[0].tolist()
+        walk = lambda x: (system.step(x), system.jacobian(x))
+    k, steps = min(10, system.dim), EXPONENTS // ORBITS
+    return metrics.lyapunov_spectrum(walk, start, steps, transient=steps // 5, k=k, dt=dt).mean(0).tolist()
 
 
 # ---------------------------------------------------------------- the command
@@ -291,7 +299,7 @@ def _check(args: Reconstruct, train: Dataset, test: Dataset) -> None:
         still = (x == x[:1]).all(0).nonzero()[:, 0].tolist()
         if still:
             raise ValueError(f"{train.name}: the {part} part does not move in the dimensions {still}; leave these out")
-    longest_fit, needs = int(train.lengths.max()), args.schedule.length
+    longest_fit, needs = train.longest, args.schedule.length
     plrnn = args.compare or isinstance(args.dynamics, PlrnnConfig)
     if plrnn and longest_fit < needs:
         raise ValueError(
@@ -350,11 +358,12 @@ def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) 
 
 
 def middle(rows: list[dict[str, Any]], key: str) -> float | None:
-    """The median over seeds of a score; of a list, of its first entry."""
-    values = [
-        r[key][0] if isinstance(r[key], list) and r[key] else r[key] for r in rows if r.get(key) not in (None, [])
-    ]
-    return torch.tensor(values, dtype=torch.float64).quantile(0.5).item() if values else None
+    """The median over seeds of a score; of a list, of its first entry. A seed that has none counts as one that
+    diverged; None where most have none."""
+    found = [r.get(key) for r in rows]
+    values = [math.inf if x is None or x == [] else x[0] if isinstance(x, list) else x for x in found]
+    value = statistics.median(math.inf if math.isnan(x) else x for x in values)
+    return value if math.isfinite(value) or all(x not in (None, []) for x in found) else None
 
 
 NULLS = {

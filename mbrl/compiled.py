@@ -62,7 +62,18 @@ def forced(
 
     A [S, M], W1 [S, M, L], W2 [S, L, M], h2 [S, L]; drive, signal [S, B, T, M]; keep [S, T, M], a number that 1 or 0
     chooses, not interpolates. Gradients reach all but signal and keep. Rows are shared out to as many threads as torch
-    uses; the numbers do not depend on how many."""
+    uses; the numbers do not depend on how many. Raises ValueError for other shapes and types."""
+    (seeds, rows, steps, width), hidden = drive.shape, h2.shape[-1]
+    given = {"A": A, "W1": W1, "W2": W2, "h2": h2, "start": start, "signal": signal, "keep": keep}
+    want = {
+        "A": (seeds, width), "W1": (seeds, width, hidden), "W2": (seeds, hidden, width), "h2": (seeds, hidden),
+        "start": (seeds, rows, width), "signal": tuple(drive.shape), "keep": (seeds, steps, width),
+    }  # fmt: skip
+    for name, x in given.items():  # the loop in C reads what it is told to
+        if x.shape != want[name] or x.dtype != drive.dtype:
+            raise ValueError(
+                f"compiled.forced: {name} is {list(x.shape)} of {x.dtype}, expected {list(want[name])} of {drive.dtype}"
+            )
     return _Forced.apply(A, W1, W2, h2, start, drive, signal, keep, clipped)
 
 

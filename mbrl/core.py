@@ -146,6 +146,10 @@ class Dynamics(nn.Module, abc.ABC):
     def finish(self, errors: Tensor) -> None:
         """Called once after a fit with the best held-out error of each part [parts] (an ensemble picks its elites)."""
 
+    def measure(self, segment: Segment) -> None:
+        """Called last, with (a sample of) the training data and the parameters that the fit keeps: set buffers that
+        say something about these (how large their errors are)."""
+
     def forward(self, f: Callable, *args):
         """f(self, *args): through this, `functional_call` and `vmap` reach every method and every loop."""
         return f(self, *args)

@@ -74,6 +74,13 @@ class Dataset:
         return self.starts[1:] - self.starts[:-1]
 
     @property
+    def longest(self) -> int:
+        """Steps of the longest stretch without a gap."""
+        rows = torch.arange(len(self), device=self.paired.device)
+        gap = torch.maximum(torch.where(self.paired, -1, rows), self.starts[self.episode] - 1)
+        return int((rows - gap.cummax(0).values).max())
+
+    @property
     def returns(self) -> Tensor:
         """[E] undiscounted sums of the rewards."""
         total = torch.cat([self.reward.new_zeros(1, dtype=torch.float64), self.reward.double().cumsum(0)])

@@ -95,6 +95,7 @@ def fit(
             checkpoint(parts.state() | {"generator.first": first, "generator": generator.get_state()})
     parts.finish()
     model.finish(parts.best)
+    model.measure(rows.segment(rows.even(train[: SAMPLE // config.length]).flatten()))
     return FitReport(
         epochs=parts.epoch,
         steps=parts.epoch * per_epoch,
@@ -143,17 +144,21 @@ class Rows:
         rows = self.table.index_select(0, index).unflatten(0, (n, t))
         return segment_of(rows, self.spec, self.dt, self.system.repeat(parts))
 
+    def whole(self) -> Tensor:
+        """The rows at which a whole window begins, in order."""
+        t, data = self.length, self.data
+        if t == 1:
+            return data.paired.nonzero()[:, 0]
+        unpaired = torch.cat([data.paired.new_zeros(1, dtype=torch.int64), (~data.paired).long().cumsum(0)])
+        rows = torch.arange(len(data), device=unpaired.device)
+        ends = data.starts[1:][data.episode]
+        return ((rows + t <= ends) & (unpaired[(rows + t).clamp(max=len(data))] == unpaired[rows])).nonzero()[:, 0]
+
     def split(self, config: FitConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows at which a whole window begins, in random order: (train, held out)."""
         device, t, data = self.table.device, self.length, self.data
-        if t == 1:
-            total = int(data.paired.sum())
-        else:
-            unpaired = torch.cat([data.paired.new_zeros(1, dtype=torch.int64), (~data.paired).long().cumsum(0)])
-            rows = torch.arange(len(data), device=unpaired.device)
-            ends = data.starts[1:][data.episode]
-            whole = (rows + t <= ends) & (unpaired[(rows + t).clamp(max=len(data))] == unpaired[rows])
-            total = int(whole.sum())
+        index = self.whole()
+        total = len(index)
         if total < 2:
             raise ValueError(
                 f"fit: the data hold {total} windows of {t} steps within an episode, expected at least 2: "
@@ -163,7 +168,6 @@ class Rows:
         if t == 1:
             train, held = data.split(count, generator)
             return train.to(device), held.to(device)
-        index = whole.nonzero()[:, 0]
         order = torch.randperm(total, generator=generator, device=generator.device).to(index.device)
         index = index[order]
         episode = data.episode[index]

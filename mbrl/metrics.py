@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mbrl import device as devices
 from mbrl.core import Dynamics, StepInput, Tree, repeat
 from mbrl.rollout import unroll
 
@@ -216,7 +217,8 @@ def autocorrelation(x: Tensor, lags: int, unbiased: bool = False) -> Tensor:
     length = x.shape[-2]
     if not 0 <= lags < length:
         raise ValueError(f"autocorrelation: got {lags} lags, expected 0 <= lags < T = {length}")
-    x = x - x.mean(-2, keepdim=True)
+    still = x.std(-2, correction=0, keepdim=True) <= STILL * x.abs().amax(-2, keepdim=True)
+    x = torch.where(still, 0.0, x - x.mean(-2, keepdim=True))
     spectrum = torch.fft.rfft(x, n=2 * length, dim=-2).abs().square()
     sums = torch.fft.irfft(spectrum, n=2 * length, dim=-2)[..., : lags + 1, :]
     if unbiased:
@@ -439,8 +441,9 @@ def lyapunov_spectrum(
 ) -> Tensor:
     """The k largest exponents (all M by default), per unit time, descending: state [B, M] -> [B, k]. Each row is an
     orbit of its own. Benettin's method: k tangent vectors follow the orbit and are made orthonormal every `every`
-    steps; the first `transient` steps align them and do not count. A map that is not invertible has exponents of minus
-    infinity; an orbit that diverges has NaN."""
+    steps; the first `transient` steps align them and do not count (fewer than M vectors begin in no special direction,
+    and need some transient). A map that is not invertible has exponents of minus infinity, or as low as
+    rounding allows; an orbit that diverges has NaN."""
     rows, width = state.shape
     k = width if k is None else k
     if not 1 <= k <= width or steps < 1 or transient < 0 or every < 1:
@@ -449,7 +452,10 @@ def lyapunov_spectrum(
             f"expected 1 <= k <= {width}, steps and every of at least 1, transient of at least 0"
         )
     state = state.double()
-    tangent = torch.eye(width, k, dtype=state.dtype, device=state.device).expand(rows, -1, -1)
+    tangent = torch.eye(width, k, dtype=state.dtype)
+    if k < width:  # coordinates may be invariant, and hold only some of the exponents
+        tangent = torch.linalg.qr(torch.randn(width, k, generator=devices.generator(0), dtype=state.dtype))[0]
+    tangent = tangent.to(state.device).expand(rows, -1, -1)
     total = state.new_zeros(rows, k)
     for t in range(1, transient + steps + 1):
         state, jacobian = step_jacobian(state)
@@ -527,14 +533,16 @@ def model_step(
 
 def kaplan_yorke(exponents: Tensor) -> Tensor:
     """The Kaplan-Yorke dimension of spectra [..., k] -> [...]: how many exponents sum to no less than 0, and the part
-    of the next that is left. k where all do: then the spectrum is that of a volume, or is not whole."""
+    of the next that is left. k where all do: then the spectrum is that of a volume, or is not whole. NaN where an
+    exponent is NaN."""
     spectrum = exponents.double().sort(-1, descending=True).values
     sums = spectrum.cumsum(-1)
     whole = (sums >= 0).cumprod(-1).sum(-1)  # [...]
     last = sums.gather(-1, (whole - 1).clamp(min=0)[..., None])[..., 0]
     after = spectrum.gather(-1, whole.clamp(max=spectrum.shape[-1] - 1)[..., None])[..., 0]
     partial = (whole > 0) & (whole < spectrum.shape[-1])
-    return whole + torch.where(partial, last / after.abs(), 0.0)
+    found = whole + torch.where(partial, last / after.abs(), 0.0)
+    return torch.where(spectrum.isnan().any(-1), torch.nan, found)
 
 
 class Divergence(NamedTuple):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mbrl.metrics import prediction_error, scores, settled
 
+EXACT = 1e-12  # of the data's variance: what a VAR leaves below this is rounding
+
 
 class Null(abc.ABC):
     """A fitted baseline. history: how many observations a prediction reads, 0 where it makes none."""
@@ -146,10 +148,11 @@ class VarConfig:
         width, rows = train.shape[1], len(train) - most
         r = _triangle(train, most)
         price = {"aic": 2.0, "bic": math.log(rows)}[self.criterion] / rows
-        values = []
+        values, least = [], EXACT * float(train.var(0, correction=0).sum())
         for p in range(1, most + 1):
             rest = r[1 + width * p :, -width:]  # what the first columns leave: the factorisation is nested
-            values.append(torch.linalg.slogdet(rest.T @ rest / rows)[1] + price * p * width**2)
+            spread = torch.linalg.eigvalsh(rest.T @ rest / rows).clamp(min=least)  # what is exact stays out of it
+            values.append(spread.log().sum() + price * p * width**2)
         return int(torch.stack(values).argmin()) + 1
 
 

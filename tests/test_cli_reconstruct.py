@@ -1,10 +1,12 @@
 """The command `mbrl reconstruct`: what it leaves behind, resuming, and what it refuses."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from mbrl_envs import systems
 
 from mbrl import cli, cli_reconstruct
 from mbrl.run import Run
@@ -98,6 +100,18 @@ def test_a_known_system_brings_its_exponents(tmp_path):
     assert sum(got["true_lyapunov"]) == pytest.approx(np.log(0.3), abs=1e-6)  # the area shrinks by b each step
 
 
+def test_a_stiff_system_has_no_exponents_here():
+    assert cli_reconstruct.true_exponents(systems.system("ks-64"), 0.25) == []
+
+
+def test_medians_count_seeds_that_diverged():
+    rows = lambda key, *values: [{key: x} for x in values]
+    assert cli_reconstruct.middle(rows("pe_5", 1.0, math.inf, 3.0), "pe_5") == 3.0
+    assert cli_reconstruct.middle(rows("pe_5", 1.0, math.inf, math.inf), "pe_5") == math.inf
+    assert cli_reconstruct.middle(rows("lyapunov", [0.9], [], [0.7]), "lyapunov") == 0.9
+    assert cli_reconstruct.middle(rows("lyapunov", [], [], [0.9]), "lyapunov") is None
+
+
 def test_the_exponents_of_a_linear_model_are_its_own():
     """z' = A z: |A| gives them."""
     from mbrl.core import Spec
@@ -186,4 +200,4 @@ def test_bad_input_is_one_error_and_no_folder(tmp_path, spiral, capsys, words, s
 def test_a_window_longer_than_the_data_says_so(tmp_path, spiral, capsys):
     with pytest.raises(SystemExit):
         go("--data", spiral, "--out", tmp_path / "a", "--schedule.length", "5000")
-    assert "the longest stretch of the training part has 420 steps" in said(capsys)
+    assert "the longest stretch of the training part has 419 steps" in said(capsys)

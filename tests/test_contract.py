@@ -13,10 +13,11 @@ from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig
-from mbrl.dynamics.ode import RK4, Local, OdeConfig, StiffnessRatio, Tsit5
+from mbrl.dynamics.ode import Local, OdeConfig, StiffnessRatio
 from mbrl.dynamics.plrnn import AlmostLinear, Constant, Dendritic, PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
 from mbrl.rollout import forced_mse, imagine, unroll
+from mbrl.solvers import RK4, Tsit5
 from mbrl.testing import CHECKS, Subject, check_dynamics
 
 

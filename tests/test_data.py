@@ -320,3 +320,12 @@ def test_another_buffer_s_state_is_refused(seeds, capacity, spec):
 def test_a_buffer_that_holds_nothing_is_refused():
     with pytest.raises(ValueError, match="capacity is 0, expected at least 1"):
         Buffer(1, 0, ONE)
+
+
+def test_the_longest_stretch_has_no_gap():
+    assert episodes([3, 5, 2]).longest == 5
+    assert episodes([3, 5, 2], unpaired=(1,)).longest == 4
+    data = episodes([3, 6])
+    paired = data.paired.clone()
+    paired[5] = False  # the third of six
+    assert replace(data, paired=paired).longest == 3

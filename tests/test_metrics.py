@@ -486,6 +486,24 @@ def test_the_kaplan_yorke_dimension():
     close(got, torch.tensor([2 + 0.9 / 14.5, 2 + 0.9 / 14.5, 0, 3, 1.5], dtype=F64))
 
 
+def test_an_orbit_that_diverged_has_no_dimension():
+    found = metrics.kaplan_yorke(torch.tensor([[math.nan, -1.0], [0.5, -1.0]]))
+    assert found[0].isnan()
+    assert found[1] == 1.5
+
+
+def test_the_largest_exponents_are_found_where_coordinates_are_invariant():
+    walk = lambda x: (x, torch.diag(torch.tensor([0.5, 2.0, 0.1], dtype=torch.float64)).expand(len(x), -1, -1))
+    for k in (1, 2, 3):
+        got = metrics.lyapunov_spectrum(walk, torch.ones(1, 3), 200, transient=100, k=k)[0]
+        assert got.tolist() == pytest.approx([math.log(2), -math.log(2), math.log(0.1)][:k], abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1000 / 3, 0.0])
+def test_a_series_that_stands_still_has_no_autocorrelation(value):
+    assert metrics.autocorrelation(torch.full((100, 1), value, dtype=torch.float64), 3).isnan().all()
+
+
 def test_the_maximal_exponent_from_data():
     x = [torch.tensor([0.3, 0.1], dtype=F64)]
     for _ in range(5000):

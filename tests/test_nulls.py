@@ -79,6 +79,16 @@ def test_the_order_is_statsmodels(criterion, length):
     assert VarConfig(max_order=8, criterion=criterion).fit(train).history == want.selected_orders[criterion]
 
 
+@pytest.mark.parametrize("delays", [2, 3])
+def test_the_order_does_not_read_what_dimensions_say_of_each_other_exactly(delays):
+    for seed in range(4):
+        rng, x = np.random.default_rng(seed), [0.0]
+        for _ in range(3000):
+            x.append(0.8 * x[-1] + rng.standard_normal())
+        embedded = torch.tensor(x, dtype=torch.float64).unfold(0, delays, 1)
+        assert VarConfig().fit(embedded).history == 1
+
+
 def test_an_ar_of_order_one_predicts_as_well_as_it_can():
     train = torch.tensor(signal.lfilter([1.0], [1.0, -0.8], normal(100_000).numpy()))[:, None]
     got = metrics.k_step_error(VarConfig(1).fit(train).forecast(train, 5), train)

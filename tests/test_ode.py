@@ -11,11 +11,12 @@ from mbrl_envs import systems
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
+from mbrl import solvers
 from mbrl.core import Segment, Spec, StepInput
-from mbrl.dynamics import ode
-from mbrl.dynamics.ode import RK4, Dopri5, ErrorEstimate, Local, OdeConfig, StiffnessRatio, Tsit5, rk4_step, tsit5_step
+from mbrl.dynamics.ode import ErrorEstimate, Local, OdeConfig, StiffnessRatio
 from mbrl.fit import FitConfig, fit
 from mbrl.rollout import forced_mse, steps, unroll
+from mbrl.solvers import RK4, Dopri5, Tsit5, rk4_step, tsit5_step
 from mbrl.testing import CHECKS, Subject
 
 close = torch.testing.assert_close
@@ -97,9 +98,9 @@ def test_order(name):
 def test_tsit5_meets_the_order_conditions():
     """On x' = t^p and on linear systems the coefficients act through these sums alone."""
     a = np.zeros((7, 7))
-    for i, row in enumerate(ode.TSIT5):
+    for i, row in enumerate(solvers.TSIT5):
         a[i + 1, : i + 1] = row
-    b, c, other = a[6], a.sum(1), a[6] - np.array(ode.TSIT5_ERROR)
+    b, c, other = a[6], a.sum(1), a[6] - np.array(solvers.TSIT5_ERROR)
     assert c == pytest.approx([0, 0.161, 0.327, 0.9, 0.9800255409045097, 1, 1], abs=1e-14)
     for weights, order in ((b, 5), (other, 4)):
         for p in range(1, order + 1):

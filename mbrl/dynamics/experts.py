@@ -164,6 +164,14 @@ class Experts(Dynamics):
         for k in range(self.config.most):
             self._edit(k, lambda m: m.finish(errors.expand(m.parts)))
 
+    def measure(self, segment: Segment) -> None:
+        """Each expert on the transitions of its own systems."""
+        own, rows = self._trained(segment), len(segment.obs) // len(segment.system)
+        for k in own.unique().tolist():
+            mine = (own == k).repeat_interleave(rows)
+            part = Segment._make((*(x[mine] for x in segment[:-1]), segment.system.new_zeros(1)))
+            self._edit(k, lambda m, part=part: m.measure(part))
+
     @torch.no_grad()
     def errors(self, segment: Segment, noise: Tensor) -> Tensor:
         """[K]: the error of every expert on the same transitions; infinite for one that is not alive."""

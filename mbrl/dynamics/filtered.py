@@ -188,6 +188,9 @@ class Filtered(Dynamics):
     def finish(self, errors: Tensor) -> None:
         self.inner.finish(errors)
 
+    def measure(self, segment: Segment) -> None:
+        self.inner.measure(segment)
+
 
 def standardised(x: Tensor, keep: Tensor) -> Tensor:
     """x [B, K] by the mean and standard deviation of what is kept of each row; 0 where nothing differs."""

@@ -26,7 +26,7 @@ from mbrl.parallel import forced, pays
 Params = Mapping[str, Tensor]  # each leads with the seeds, [S, ...]
 LOG_VARIANCE = (-12.0, 2.0)  # the noise head's, softly bounded
 QUARTILE = 0.6744897501960817  # half of a standard normal's draws are within it
-RECENT = 0.01  # the share of a batch in the moving variance of constant noise
+MEASURED = 2**17  # transitions that constant noise is measured on
 
 
 # ---------------------------------------------------------------- the kinds
@@ -206,7 +206,7 @@ def estimate(kind: Kind, forcing: Forcing, p: Params, alpha: Tensor, update: int
     """The strengths [S] for the next update, after so many of them; signal [S, B, T, M] is where `Adaptive` looks."""
     if isinstance(forcing, Annealed):
         share = min(1.0, update / max(forcing.updates, 1))
-        return torch.full_like(alpha, forcing.start * (max(forcing.end, 1e-8) / max(forcing.start, 1e-8)) ** share)
+        return torch.full_like(alpha, forcing.start * (forcing.end / forcing.start) ** share)
     if not isinstance(forcing, Adaptive) or update % forcing.every:
         return alpha
     rows, norm = signal.flatten(1, 2), spectral
@@ -301,6 +301,11 @@ class Plrnn(Dynamics):
             raise ValueError(f"Sparse: interval is {forcing.interval}, expected at least 1")
         first = {Constant: "alpha", Annealed: "start", Adaptive: "start"}.get(type(forcing))
         alpha = 1.0 if first is None else float(getattr(forcing, first))
+        if isinstance(forcing, Annealed) and min(forcing.start, forcing.end) <= 0:
+            raise ValueError(
+                f"Annealed: the strength goes from {forcing.start} to {forcing.end}, expected both to be positive: the "
+                "way between is exponential"
+            )
         if not 0 <= alpha <= 1:
             raise ValueError(f"{type(forcing).__name__}: {first} is {alpha}, expected 0 to 1")
         self.spec, self.config, self.width = spec, config, m
@@ -322,7 +327,6 @@ class Plrnn(Dynamics):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
         if config.noise == "constant":
             self.register_buffer("residual", torch.zeros(spec.obs + 1, device=device))
-            self.schedules = (*Plrnn.schedules, "residual")
 
     def params(self) -> dict[str, Tensor]:
         """All that is trained, with a leading axis of one seed: the equation's letters, and the heads' layers."""
@@ -405,17 +409,13 @@ class Plrnn(Dynamics):
 
     @torch.no_grad()
     def advance(self, segment: Segment) -> None:
-        """Sets `alpha` for the next update, and what constant noise there is."""
+        """Sets `alpha` for the next update."""
         self.updates += 1
         x = self.observed(segment.obs[:, 1:])
-        signal = lift(self.params(), x.flatten(0, 1)[None], self._inverse()).unflatten(1, x.shape[:2])
+        flat, nowhere = x.flatten(0, 1)[None], x.new_zeros(1, x[..., 0].numel(), self.width)
+        signal = imposed(nowhere, flat, self._inverse()).unflatten(1, x.shape[:2])
         kind, forcing = self.config.kind, self.config.forcing
         self.alpha.copy_(estimate(kind, forcing, self.params(), self.alpha[None], int(self.updates), signal)[0])
-        if self.config.noise == "constant":
-            flat = lambda x: x[segment.mask]
-            rows = (segment.obs[:, :-1], segment.act, segment.obs[:, 1:], segment.reward)
-            share = max(RECENT, 1 / int(self.updates))
-            self.get_buffer("residual").lerp_(self.residuals(*map(flat, rows)), share)
 
     def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The squared error of the forced prediction, standardised, with the regularisers and what the heads add."""
@@ -431,6 +431,15 @@ class Plrnn(Dynamics):
         """Raises RuntimeError where the fit never reached a finite error."""
         if not bool(errors.isfinite().all()):
             raise RuntimeError("Plrnn: the fit has diverged; expected finite data, or try a stronger forcing")
+
+    def measure(self, segment: Segment) -> None:
+        """Sets the constant noise."""
+        keep = segment.mask
+        self._measure(*(x[keep] for x in (segment.obs[:, :-1], segment.act, segment.obs[:, 1:], segment.reward)))
+
+    def _measure(self, *rows: Tensor) -> None:
+        if self.config.noise == "constant":
+            self.get_buffer("residual").copy_(self.residuals(*(x[:MEASURED] for x in rows)))
 
     def _inverse(self) -> Tensor | None:
         return self.condition(self.theta["A"]) if self.config.readout == "affine" else None
@@ -629,9 +638,8 @@ def fit_plrnn(
                 x.copy_(p[k][seed : seed + 1])
             m.alpha.copy_(trainer.alpha[seed])
             m.updates.fill_(trainer.updates)
-            if m.config.noise == "constant":
-                at = data.paired.nonzero()[:, 0]
-                m.get_buffer("residual").copy_(m.residuals(*(like(x[at]) for x in columns)))
+            at = data.paired.nonzero()[:, 0]
+            m._measure(*(like(x[at]) for x in columns))
     return PlrnnReport(
         epochs=trainer.epoch,
         updates=trainer.updates,
@@ -661,8 +669,8 @@ class Track:
         self.first = first[ahead[first + length] - ahead[first] == length].cpu()  # [K]
         if len(self.first) == 0:
             raise ValueError(
-                f"fit_plrnn: no episode of the data has {length} steps (the longest has {int(data.lengths.max())}): "
-                "pass longer series, or a smaller window length"
+                f"fit_plrnn: no episode of the data has {length} steps (the longest has {data.longest}): pass longer "
+                "series, or a smaller window length"
             )
         self.obs, self.act, self.reward = (x.to(like) for x in (obs, place(data.act), place(data.reward)))
         self.length = length
@@ -846,6 +854,7 @@ def random_features(
         error += float((z[:, 0] * w[0] + shared @ w[1:] - y[:, 0]).square().mean()) / m
     p["W2"].copy_(W2)
     p["h2"].copy_(h2)
+    model._measure(*(x[at].to(p["A"]) for x in (data.obs, data.act, data.next_obs, data.reward)))
     return error
 
 
@@ -857,9 +866,15 @@ def orbit(
     model: Plrnn, obs: Tensor, steps: int, act: Tensor | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """Free runs [B, steps, O] from observations [B, O], as `mbrl.metrics.free_run` gives them, by the compiled loop
-    where it serves: a hundred times faster. act: [B, steps, A], zeros by default. Noise is drawn from the generator,
-    zero without one; that of a head is told step by step."""
+    where it serves: a hundred times faster. act: [steps, A] for all or [B, steps, A], zeros by default; later ones do
+    not count. Noise is drawn from the generator, all of it at once (`free_run` draws step by step, so that its runs
+    are others), and is zero without one. Raises ValueError for actions of another shape or too few."""
     act = obs.new_zeros(len(obs), steps, model.spec.act) if act is None else act
+    act = act if act.ndim == 3 else act[None]
+    if act.shape[0] not in (1, len(obs)) or act.shape[1] < steps or act.shape[2] != model.spec.act:
+        want = f"[{len(obs)}, >= {steps}, {model.spec.act}]"
+        raise ValueError(f"orbit: the actions are {list(act.shape)}, expected {want}: one for each step taken")
+    act = act[:, :steps].expand(len(obs), -1, -1)
     p, cond, kind = model.params(), model.condition(obs), model.config.kind
     state = model.init(obs.to(p["A"]), cond)
     act = act.to(state)
