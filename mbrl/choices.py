@@ -18,6 +18,7 @@ from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig, HyperFit
+from mbrl.dynamics.mixer import Coda, Geps, Hierarchical, MixerConfig, MixerFit, Ncf
 from mbrl.dynamics.ode import ErrorEstimate, Local, OdeConfig, StiffnessRatio
 from mbrl.dynamics.plrnn import (
     Adaptive,
@@ -46,6 +47,7 @@ def learners() -> dict[str, Any]:
     control = PlrnnConfig(Shallow(200, clipped=False), forcing=Constant(0.5), noise=True, reward=True)
     found |= {"plrnn": control, "ode": OdeConfig(reward=True)}
     found |= {"hyper": HyperConfig(gaussian=True), "experts": ExpertsConfig(SingleConfig())}
+    found |= {"mixer": MixerConfig(Coda((128, 128)), gating="gradient", reward=True)}
     for point in metadata.entry_points(group="mbrl.learners"):
         try:
             cls = point.load()
@@ -71,6 +73,15 @@ RECONSTRUCTORS: dict[str, Any] = {
     "plrnn-almost-linear": PlrnnConfig(AlmostLinear(10), latent=20, forcing=Sparse(20)),
     "ode": OdeConfig(),
 }  # for series: without reward and noise
+MIXERS: dict[str, Any] = {
+    "mixer": MixerConfig(),
+    "mixer-coda": MixerConfig(Coda()),
+    "mixer-geps": MixerConfig(Geps()),
+    "mixer-plrnn": MixerConfig(Hierarchical(), alpha=0.1),
+    "meta-learner": MixerConfig(experts=1),
+    "naive-gate": MixerConfig(gating="gradient"),
+    "separate": MixerConfig(gating="own"),
+}  # for families of systems
 KNOWN = (
     *{type(x) for x in LEARNERS.values()},
     *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
@@ -78,6 +89,7 @@ KNOWN = (
     *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
     *(Planner, Worth, HeadsConfig, HyperFit),
     *{type(x) for x in STUDENTS.values()},
+    *(MixerConfig, MixerFit, Ncf, Coda, Geps, Hierarchical),
     *(PlrnnConfig, Shallow, Dendritic, AlmostLinear, Constant, Sparse, Annealed, Adaptive),
 )
 
@@ -104,6 +116,13 @@ WORDS = {
     "plrnn-annealed": "The same under forcing that falls.",
     "plrnn-dendritic": "A PLRNN whose units are sums of shifted rectifiers.",
     "plrnn-almost-linear": "A PLRNN of which few units are rectified.",
+    "mixer": "Experts that share a context, and a gate that reads it: neural context flows.",
+    "mixer-coda": "The same of networks whose weights the context moves.",
+    "mixer-geps": "The same by low-rank products.",
+    "mixer-plrnn": "The same of piecewise-linear maps.",
+    "meta-learner": "One expert for all.",
+    "naive-gate": "A gate that is trained by gradient with the rest.",
+    "separate": "A model for each system.",
     "finetune": "One network goes on from task to task.",
     "single-task": "A network for each task.",
     "multi-task": "The oracle that keeps all data.",
@@ -129,4 +148,5 @@ Algorithm: Any = union({name: (offline.OfflineConfig, preset) for name, preset i
 Student: Any = union({name: (type(x), x) for name, x in STUDENTS.items()})
 Learner: Any = union({name: (type(x), x) for name, x in LEARNERS.items()})
 Reconstructor: Any = union({name: (type(x), x) for name, x in RECONSTRUCTORS.items()})
+Mixture: Any = union({name: (type(x), x) for name, x in MIXERS.items()})
 Search: Any = union({name: (Planner, x) for name, x in planner.PRESETS.items()})

@@ -26,6 +26,7 @@ from mbrl import mpc, offline, suite
 from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console
 from mbrl.cli_continual import Continual, run_continual
 from mbrl.cli_control import Online, Plan, run_online, run_plan
+from mbrl.cli_meta import Meta, run_meta
 from mbrl.cli_reconstruct import Reconstruct, run_reconstruct
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -759,6 +760,7 @@ def _commands() -> Any:
         "online": Online,
         "reconstruct": Reconstruct,
         "continual": Continual,
+        "meta": Meta,
         "list": List,
         "demo": Demo,
     }
@@ -788,14 +790,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         Online: run_online,
         Reconstruct: run_reconstruct,
         Continual: run_continual,
+        Meta: run_meta,
         Demo: run_demo,
     }
     try:
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt:
-        name = {Plan: "plan", Online: "online", Reconstruct: "reconstruct", Continual: "continual"}.get(
-            type(command), "offline"
-        )
+        named = (Plan, Online, Reconstruct, Continual, Meta)
+        name = type(command).__name__.lower() if isinstance(command, named) else "offline"
         console.print(f"\ninterrupted; `mbrl {name} --resume <run folder>` continues a run to the same numbers")
         sys.exit(130)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

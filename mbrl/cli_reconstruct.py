@@ -3,23 +3,28 @@ the nulls that tell whether the scores mean anything."""
 
 import copy
 import math
+import re
+import shlex
 import statistics
+import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from mbrl import compiled, metrics, nulls, piecewise
 from mbrl import device as devices
-from mbrl import metrics, nulls, piecewise
 from mbrl.choices import KNOWN, RECONSTRUCTORS, Reconstructor, console
-from mbrl.core import Dynamics, StepInput
+from mbrl.core import Dynamics, Spec, StepInput
 from mbrl.data import Dataset
-from mbrl.dynamics.plrnn import Plrnn, PlrnnConfig, PlrnnFit, fit_plrnn, orbit
-from mbrl.fit import FitConfig, fit
+from mbrl.dynamics.plrnn import Plrnn, PlrnnConfig, PlrnnFit, Shallow, fit_plrnn, orbit
+from mbrl.fit import FitConfig, Rows, fit
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
 
 SAVE_EVERY = 10.0  # seconds between checkpoints of a fit
@@ -27,6 +32,9 @@ LONGEST = 100_000  # steps of a series that scores are taken from
 EXPONENTS = 10_000  # steps
 ORBITS = 10  # of a known system, that share these steps
 SHOWN = 1000  # steps of a series that the figure shows
+DRAWN = 10_000  # of an attractor
+STILL = 0.01  # of the truth's range: a run that ends in a point spans less in its last quarter
+AWAY = 10.0  # ranges of the truth: one that leaves goes farther from its middle
 
 
 @dataclass(frozen=True)
@@ -34,17 +42,18 @@ class Reconstruct:
     """Fit a model to a recorded series and judge it as a dynamical system, beside null models."""
 
     data: str | None = None
-    """A .npy, .npz or CSV file, or system:NAME (system:list names them) to integrate one."""
+    """A .npy, .npz or CSV file, or system:NAME (system:list names them) to integrate one. A CSV's first row is a header
+    unless all of it is numbers; a column named time, timestamp or t tells dt and is not observed."""
     test: Path | None = None
     """A second file to judge by; by default the last part of the data."""
     holdout: float = 0.3
     """The share of the data that is that part."""
     columns: tuple[str, ...] = ()
-    """Which are observed, by number or name; all that are no inputs by default."""
+    """Which are observed, by number or name; all that are no inputs and no time by default."""
     inputs: tuple[str, ...] = ()
     """Which drive the system."""
     dt: float | None = None
-    """Time between samples; the file's own, or 1, by default."""
+    """Time between samples; the file's own (a .npz's dt, a CSV's column of time), or 1, by default."""
     steps: int = 100_000
     """Of an integrated system."""
     noise: float = 0.0
@@ -63,6 +72,7 @@ class Reconstruct:
     threads: int = 0
     """CPU threads; 0 is torch's own choice."""
     quiet: bool = False
+    """Print nothing but where the report is."""
     schedule: PlrnnFit = field(default_factory=lambda: PlrnnFit(epochs=500))
     """How PLRNNs are trained; the published fit has 5000 epochs."""
     fitting: FitConfig = field(default_factory=lambda: FitConfig(length=20, batch=32, max_epochs=40))
@@ -71,6 +81,7 @@ class Reconstruct:
     """The model; its settings follow its name."""
 
 
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # a path stays whole
 TYPES = (*KNOWN, PlrnnFit, Reconstruct)
 
 
@@ -97,10 +108,13 @@ def load(args: Reconstruct) -> tuple[Dataset, Dataset, Any]:
     number = lambda names: [int(x) if x.lstrip("-").isdigit() else x for x in names] or None
     read = lambda path: series.read_series(path, number(args.columns), number(args.inputs), dt=args.dt)
     data = read(args.data)
-    train, test = series.split(data, 1 - args.holdout) if args.test is None else series.pair(data, read(args.test))
-    if train.spec != test.spec:
-        raise ValueError(f"--test {args.test}: is of {test.spec}, the data of {train.spec}")
-    return train, test, None
+    if args.test is None:
+        return *series.split(data, 1 - args.holdout), None
+    test = read(args.test)
+    try:
+        return *series.pair(data, test), None
+    except ValueError as error:
+        raise ValueError(f"--test {args.test}: {error}; --columns, --inputs and --dt hold for both files") from None
 
 
 def longest(data: Dataset) -> tuple[Tensor, Tensor]:
@@ -113,8 +127,9 @@ def longest(data: Dataset) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- fitting
 
 
-def train(run: Run, args: Reconstruct, config: Any, data: Dataset, name: str) -> list[Dynamics]:
-    """The fitted models, a seed each; those that the run already holds are read, an interrupted fit goes on."""
+def train(run: Run, args: Reconstruct, config: Any, data: Dataset, name: str) -> tuple[list[Dynamics], list[bool]]:
+    """The fitted models, a seed each, and whether their losses were finite at the end; those that the run already holds
+    are read, an interrupted fit goes on. Raises RunError for a fit that gives no model."""
     models = [config.build(data.spec, devices.generator(seed)) for seed in args.seeds]
     device = devices.pick(args.device)
     for model in models:
@@ -124,15 +139,21 @@ def train(run: Run, args: Reconstruct, config: Any, data: Dataset, name: str) ->
         for i, model in enumerate(models):
             own = {k.partition(".")[2]: v for k, v in kept[0].items() if k.startswith(f"{i}.")}
             model.load_state_dict(own)
-        return models
-    if isinstance(config, PlrnnConfig):
-        _together(run, args, models, data, name)
-    else:
-        for model, seed in zip(models, args.seeds, strict=True):
-            _alone(run, args, model, data, f"{name}-{seed}", seed)
+        return models, kept[1].get("finite", [True] * len(models))
+    try:
+        if isinstance(config, PlrnnConfig):
+            finite = _together(run, args, models, data, name)
+        else:
+            pairs = zip(models, args.seeds, strict=True)
+            finite = [_alone(run, args, model, data, f"{name}-{seed}", seed) for model, seed in pairs]
+    except RuntimeError as error:
+        if "diverged" not in str(error):
+            raise
+        part = "schedule" if isinstance(config, PlrnnConfig) else "fitting"
+        raise RunError(f"{name}: {error}; begin again with a smaller --{part}.lr, or --{part}.clip 1") from error
     states = {f"{i}.{k}": v for i, m in enumerate(models) for k, v in m.state_dict().items()}
-    run.save(f"fitted-{name}", states, {"seeds": list(args.seeds)})
-    return models
+    run.save(f"fitted-{name}", states, {"seeds": list(args.seeds), "finite": finite})
+    return models, finite
 
 
 class _Saver:
@@ -147,7 +168,7 @@ class _Saver:
             self.last = time.monotonic()
 
 
-def _together(run: Run, args: Reconstruct, models: Any, data: Dataset, name: str) -> None:
+def _together(run: Run, args: Reconstruct, models: Any, data: Dataset, name: str) -> list[bool]:
     before = run.load(f"fitted-{name}.partial")
 
     def tell(epoch: int, epochs: int | None, figures: dict[str, float]) -> None:
@@ -159,13 +180,14 @@ def _together(run: Run, args: Reconstruct, models: Any, data: Dataset, name: str
     report = fit_plrnn(models, data, args.schedule, streams, tell, checkpoint=save, resume=resume)
     facts = {"skipped": sum(report.skipped), "fallbacks": report.fallbacks, "seconds": report.seconds}
     run.log(f"fit {name}, done", report.epochs, facts)
+    return [math.isfinite(x) for x in report.loss[-1]]
 
 
-def _alone(run: Run, args: Reconstruct, model: Dynamics, data: Dataset, name: str, seed: int) -> None:
+def _alone(run: Run, args: Reconstruct, model: Dynamics, data: Dataset, name: str, seed: int) -> bool:
     done = run.load(f"part-{name}")
     if done is not None:
         model.load_state_dict(done[0])
-        return
+        return done[1].get("finite", True)
     before = run.load(f"part-{name}.partial")
 
     def tell(epoch: int, epochs: int | None, figures: dict[str, float]) -> None:
@@ -173,8 +195,10 @@ def _alone(run: Run, args: Reconstruct, model: Dynamics, data: Dataset, name: st
         run.progress(f"fit {name}", epoch, epochs, figures)
 
     stream, save = devices.generator(1_000 + seed), _Saver(run, f"part-{name}")
-    fit(model, data, args.fitting, stream, tell, checkpoint=save, resume=before and before[0])
-    run.save(f"part-{name}", model.state_dict(), {})
+    report = fit(model, data, args.fitting, stream, tell, checkpoint=save, resume=before and before[0])
+    finite = all(math.isfinite(x) for x in (*report.best, *report.train_loss[-1:]))
+    run.save(f"part-{name}", model.state_dict(), {"finite": finite})
+    return finite
 
 
 # ---------------------------------------------------------------- judging
@@ -196,6 +220,7 @@ def judge(model: Dynamics, test: Dataset, ahead: int, seed: int) -> tuple[dict[s
     window = obs[: min(length, 20_000)]
     predict = lambda x, n: metrics.forecast(model, x, n, cond=cond, act=act[: len(x)], dt=dt)
     found: dict[str, Any] = metrics.scores(truth, free, None, ahead, generator=stream)
+    found["ends"] = ends(free, truth, driven)
     found[f"pe_{ahead}"] = metrics.prediction_error(predict(window, ahead), window).item()
     if driven:
         found["rmse"] = [float(x) for x in (free - truth).square().mean(0).sqrt()]
@@ -204,6 +229,17 @@ def judge(model: Dynamics, test: Dataset, ahead: int, seed: int) -> tuple[dict[s
     if isinstance(model, Plrnn) and not driven and bool(free.isfinite().all()):
         found["fixed_points"] = fixed_points(model, free, cond)
     return found, free
+
+
+def ends(free: Tensor, truth: Tensor, driven: bool = False) -> str:
+    """How a free run [T, N] ends: it "leaves" (is not finite, or far from the truth in its last quarter), stays in a
+    "point" (a driven one: where the truth does not), or "moves"."""
+    last, same = (x[-max(2, len(x) // 4) :] for x in (free, truth))
+    low, high = truth.amin(0), truth.amax(0)
+    if not bool(free.isfinite().all()) or bool(((last - (low + high) / 2).abs() > AWAY * (high - low)).any()):
+        return "leaves"
+    rests = lambda x: bool((x.amax(0) - x.amin(0) < STILL * (high - low)).all())
+    return "point" if rests(last) and not (driven and rests(same)) else "moves"
 
 
 def exponents(model: Dynamics, free: Tensor, cond: Any, dt: float) -> list[float]:
@@ -253,7 +289,9 @@ def true_exponents(system: Any, dt: float, seed: int = 0) -> list[float]:
 
 
 def run_reconstruct(args: Reconstruct) -> Run:
-    """The command `mbrl reconstruct`; returns the finished run."""
+    """The command `mbrl reconstruct`; returns the finished run. Interrupted, it says how to go on and exits."""
+    if args.threads < 0:
+        raise ValueError(f"--threads {args.threads}: expected 0 (torch's own choice) or more")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.resume is not None:
@@ -272,9 +310,7 @@ def run_reconstruct(args: Reconstruct) -> Run:
             )
         run.rewind()
         return _go(run, args, train_set, test_set, system)
-    for name in args.compare:
-        if name != "all" and name not in RECONSTRUCTORS:
-            raise ValueError(f"--compare {name}: expected names among {', '.join(RECONSTRUCTORS)}, or all")
+    _check_settings(args)
     train_set, test_set, system = load(args)
     _check(args, train_set, test_set)
     args = replace(args, seeds=args.seeds or (devices.fresh_seed(),))
@@ -289,8 +325,61 @@ def run_reconstruct(args: Reconstruct) -> Run:
     return _go(run, args, train_set, test_set, system)
 
 
+COUNTS = ("epochs", "batches", "batch", "length", "holdout-max", "patience", "max-epochs", "hidden", "reward-hidden",
+          "heads", "bases", "every", "interval")  # at least 1  # fmt: skip
+POSITIVE = ("lr", "lr-end", "clip")
+SIZES = ("noise", "gain", "latent-decay", "readout-decay", "rectified")  # at least 0
+
+
+def _numbers(option: str, config: Any) -> Iterator[tuple[str, float]]:
+    """The option of every number in a config, and the number."""
+    for f in fields(config):
+        value, name = getattr(config, f.name), f"{option}.{f.name.replace('_', '-')}"
+        if is_dataclass(value):
+            yield from _numbers(name, value)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, int | float) and not isinstance(x, bool):
+                yield name, x
+
+
+def _check_settings(args: Reconstruct) -> None:
+    """Raises ValueError for settings that serve with no data."""
+    for name in args.compare:
+        if name != "all" and name not in RECONSTRUCTORS:
+            raise ValueError(f"--compare {name}: expected names among {', '.join(RECONSTRUCTORS)}, or all")
+    if args.compare and args.dynamics != RECONSTRUCTORS["plrnn"]:
+        own = f"dynamics:{name_of(args.dynamics)} and its settings"
+        raise ValueError(
+            f"--compare {' '.join(args.compare)}: fits these with their presets; got {own}, which would not be "
+            "fitted; leave one of the two out"
+        )
+    if min(args.seeds, default=0) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: expected numbers from 0 on, each once")
+    if args.dt is not None and not 0 < args.dt < math.inf:
+        raise ValueError(f"--dt {args.dt}: expected a time between samples, above 0")
+    if args.steps < 2:
+        raise ValueError(f"--steps {args.steps}: expected at least 2")
+    if not 0 <= args.noise < math.inf:
+        raise ValueError(f"--noise {args.noise}: expected a share of the standard deviation, 0 or more")
+    parts = {"--schedule": args.schedule, "--fitting": args.fitting, "--dynamics": args.dynamics}
+    for option, value in (x for at, config in parts.items() for x in _numbers(at, config)):
+        name, least = option.rpartition(".")[2], None
+        if name in COUNTS and value < 1:
+            least = "at least 1"
+        elif name in POSITIVE and not value > 0:
+            least = "a number above 0"
+        elif name in SIZES and not value >= 0:
+            least = "0 or more"
+        elif option == "--fitting.holdout" and not 0 < value < 1:
+            least = "a share between 0 and 1"
+        if least or not math.isfinite(value):
+            raise ValueError(f"{option} {value}: expected {least or 'a finite number'}")
+
+
 def _check(args: Reconstruct, train: Dataset, test: Dataset) -> None:
     """Raises ValueError for what would fail in the course of a run."""
+    from mbrl_envs.series import dimensions
+
     have = len(longest(test)[0])
     if args.ahead < 1 or have <= args.ahead + 1:
         what = f"expected at least 1, and at most {have - 2} for the test's longest stretch of {have} observations"
@@ -298,14 +387,54 @@ def _check(args: Reconstruct, train: Dataset, test: Dataset) -> None:
     for part, x in (("training", longest(train)[0]), ("test", longest(test)[0])):
         still = (x == x[:1]).all(0).nonzero()[:, 0].tolist()
         if still:
-            raise ValueError(f"{train.name}: the {part} part does not move in the dimensions {still}; leave these out")
-    longest_fit, needs = train.longest, args.schedule.length
-    plrnn = args.compare or isinstance(args.dynamics, PlrnnConfig)
-    if plrnn and longest_fit < needs:
+            named = ", ".join(dimensions(train)[i] for i in still)
+            raise ValueError(f"{train.name}: the {part} part does not move in {named}; leave it out with --columns")
+    configs, device = configs_of(args), devices.pick(args.device)
+    for name, config in configs.items():
+        _build(args, name, config, train.spec)
+    kinds = {name: config.kind for name, config in configs.items() if isinstance(config, PlrnnConfig)}
+    if kinds and train.longest < args.schedule.length:
         raise ValueError(
-            f"--schedule.length {needs}: the longest stretch of the training part has {longest_fit} steps; pass a "
-            "smaller length, or longer series"
+            f"--schedule.length {args.schedule.length}: the longest stretch of the training part has {train.longest} "
+            "steps; pass a smaller length, or longer series"
         )
+    if args.schedule.solver == "compiled":
+        serves = compiled.serves(torch.zeros(1, 1, 1, device=device))
+        without = [name for name, kind in kinds.items() if not (serves and isinstance(kind, Shallow))]
+        if without:
+            why = compiled.problem() or "it serves shallow PLRNNs on a CPU"
+            raise ValueError(f"--schedule.solver compiled: not for {', '.join(without)}: {why}; leave it at auto")
+    if len(kinds) < len(configs):
+        try:
+            Rows(train, args.fitting.length, torch.zeros(1)).split(args.fitting, devices.generator(0))
+        except ValueError as error:
+            raise ValueError(f"--fitting.length {args.fitting.length}: {error}") from None
+
+
+def _build(args: Reconstruct, name: str, config: Any, spec: Spec) -> None:
+    """Raises ValueError, which names the option where the learner says which of its settings it cannot be built by."""
+    try:
+        config.build(spec, devices.generator(0))
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        said = re.match(r"(\w+): (\w+) is (\S+), (.*)", str(error), re.DOTALL)
+        at = {type(x).__name__: option for option, x in _configs("--dynamics", config)}
+        if args.compare or said is None or said[1] not in at:
+            option = f"--compare {name}" if args.compare else f"dynamics:{name}"
+            raise ValueError(f"{option}: {error}") from error
+        raise ValueError(f"{at[said[1]]}.{said[2].replace('_', '-')} {said[3]}: {said[4]}") from error
+
+
+def _configs(option: str, config: Any) -> Iterator[tuple[str, Any]]:
+    yield option, config
+    for f in fields(config):
+        if is_dataclass(getattr(config, f.name)):
+            yield from _configs(f"{option}.{f.name.replace('_', '-')}", getattr(config, f.name))
+
+
+def configs_of(args: Reconstruct) -> dict[str, Any]:
+    """What is fitted, by name."""
+    names = tuple(RECONSTRUCTORS) if "all" in args.compare else args.compare
+    return {n: RECONSTRUCTORS[n] for n in names} or {name_of(args.dynamics): args.dynamics}
 
 
 def name_of(config: Any) -> str:
@@ -315,24 +444,38 @@ def name_of(config: Any) -> str:
 
 
 def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) -> Run:
+    try:
+        return _carry_out(run, args, data, test, system)
+    except KeyboardInterrupt:
+        again = f"mbrl reconstruct --resume {shlex.quote(str(run.folder))}"
+        console.print(f"\ninterrupted; `{again}` continues it to the same numbers", **PLAIN)
+        sys.exit(130)
+
+
+def _carry_out(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) -> Run:
+    from mbrl_envs.series import dimensions
+
     device, began = devices.pick(args.device), time.perf_counter()
     data, test = data.to(device, torch.float32), test.to(device, torch.float32)
-    names = tuple(RECONSTRUCTORS) if "all" in args.compare else args.compare
-    configs = {n: RECONSTRUCTORS[n] for n in names} or {name_of(args.dynamics): args.dynamics}
+    configs, dims = configs_of(args), dimensions(data)
+    scored = test.name
+    if scored == data.name:
+        scored += ", another orbit" if system is not None else ", the file of --test"
     if not args.quiet:
-        words = f"{data.name}: {len(data)} steps of {data.spec.obs} dimensions, dt {data.dt:g}"
-        console.print(f"[bold]{run.folder}[/bold]  {words}; {', '.join(configs)}, seeds {args.seeds}")
+        console.print(f"{run.folder}  {in_words(data, dims)}; {', '.join(configs)}, seeds {args.seeds}", **PLAIN)
+        console.print(f"scored on {scored}: {len(longest(test)[0])} steps", **PLAIN)
     found: dict[str, list[dict[str, Any]]] = {}
     runs: dict[str, Tensor] = {}
     sizes, seconds = {}, {}
     with run:
         for name, config in configs.items():
             clock = time.perf_counter()
-            models = train(run, args, config, data, name)
+            models, finite = train(run, args, config, data, name)
             seconds[name] = round(time.perf_counter() - clock, 1)
             sizes[name] = sum(p.numel() for p in models[0].parameters())
             each = [judge(m, test, args.ahead, seed) for m, seed in zip(models, args.seeds, strict=True)]
-            found[name], runs[name] = [scores for scores, _ in each], each[0][1].cpu()
+            found[name] = [{**scores, "finite_fit": ok} for (scores, _), ok in zip(each, finite, strict=True)]
+            runs[name] = each[0][1].cpu()
         known, floor = longest(data)[0].cpu(), longest(test)[0].cpu()
         run.progress("nulls", 0, 1, {})
         stream = devices.generator(0)
@@ -344,17 +487,27 @@ def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) 
         run.progress("nulls", 1, 1, {})
     true = true_exponents(system, data.dt) if system is not None and data.spec.act == 0 else None
     result = {
-        "command": "reconstruct", "dataset": data.name, "sha256": data.sha256, "seeds": list(args.seeds),
-        "steps": len(data), "test_steps": len(floor), "dt": data.dt, "learners": found, "parameters": sizes,
-        "seconds": seconds, "nulls": table, "true_lyapunov": true, "wall_s": round(time.perf_counter() - began, 1),
-        **machine(), "versions": versions(),
+        "command": "reconstruct", "dataset": data.name, "test": scored, "sha256": data.sha256,
+        "seeds": list(args.seeds), "dimensions": dims, "steps": len(data), "test_steps": len(floor), "dt": data.dt,
+        "learners": found, "parameters": sizes, "seconds": seconds, "nulls": table, "true_lyapunov": true,
+        "wall_s": round(time.perf_counter() - began, 1), **machine(), "versions": versions(),
     }  # fmt: skip
     draw(run, run.folder / "report.png", floor, runs, result)
     write_json(run.folder / "result.json", result)
     if not args.quiet:
         tell(result)
-        console.print(f"report: {run.folder / 'report.png'}")
+    console.print(f"report: {run.folder / 'report.png'}", **PLAIN)
     return run
+
+
+def in_words(data: Dataset, dims: list[str]) -> str:
+    """What the data are, in a line."""
+    named = f" ({', '.join(dims)})" if data.meta.get("columns") and len(dims) <= 10 else ""
+    inputs = [x for x in data.meta.get("inputs") or () if isinstance(x, str)]
+    driven = f" under {', '.join(inputs) or f'{data.spec.act} inputs'}" if data.spec.act else ""
+    clock = data.meta.get("time")
+    timed = f" (the column {clock!r} is time, and not observed)" if clock else ""
+    return f"{data.name}: {len(data)} steps of {data.spec.obs} dimensions{named}{driven}, dt {data.dt:g}{timed}"
 
 
 def middle(rows: list[dict[str, Any]], key: str) -> float | None:
@@ -389,14 +542,17 @@ def _heading(key: str) -> tuple[str, str]:
 def tell(result: dict[str, Any]) -> None:
     """The table: every learner's medians over seeds, then the nulls."""
     learners, null_rows = result["learners"], result["nulls"]
-    keys = [k for k in next(iter(learners.values()))[0] if k not in ("lyapunov", "fixed_points", "rmse")]
+    keys = [k for k, x in next(iter(learners.values()))[0].items() if isinstance(x, float)]
     extra = ["rmse"] if any("rmse" in rows[0] for rows in learners.values()) else ["lyapunov"]
-    title = f"{result['dataset']}: medians over {len(result['seeds'])} seeds, T = {result['test_steps']}"
+    title = f"{escape(result['test'])}: medians over {len(result['seeds'])} seeds, T = {result['test_steps']}"
     last = "RMSE" if extra == ["rmse"] else "exponent"
     names, says = zip(*(_heading(k) for k in keys), strict=True)
     also = ["size: parameters", "s: seconds of fitting"]
     also.insert(
-        0, "RMSE: of a free run, first dimension" if last == "RMSE" else "exponent: the largest, per unit of time"
+        0,
+        f"RMSE: of a free run, {escape(result['dimensions'][0])}"
+        if last == "RMSE"
+        else "exponent: the largest, per unit of time",
     )
     words = Table("", *names, last, "size", "s", title=title, caption="; ".join([*(x for x in says if x), *also]))
     words.columns[0].no_wrap = True
@@ -409,6 +565,8 @@ def tell(result: dict[str, Any]) -> None:
         rmse = row.get("rmse", [None])[0]
         words.add_row(f"[dim]{NULLS.get(name, name)}[/dim]", *(show(row.get(k)) for k in keys), show(rmse), "-", "-")
     console.print(words)
+    for line in failures(learners):
+        console.print(line, **PLAIN)
     if result["true_lyapunov"]:
         console.print("the system's own exponents: " + ", ".join(f"{x:.3g}" for x in result["true_lyapunov"]))
     for name, rows in learners.items():
@@ -421,47 +579,93 @@ def tell(result: dict[str, Any]) -> None:
             console.print(f"{name}: fixed points: {counted}")
 
 
+def failures(learners: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A line for each learner and each way in which some of its seeds failed."""
+    out = []
+    for name, rows in learners.items():
+        count = lambda key, value, rows=rows: sum(r[key] == value for r in rows)
+        for many, what in (
+            (count("finite_fit", False), "fits are not finite: their losses are nan or infinite"),
+            (count("ends", "leaves"), "free runs leave the data's range or are not finite"),
+            (count("ends", "point"), "free runs end in a point"),
+        ):
+            out += [f"{name}: {many} of {len(rows)} {what}"] if many else []
+    return out
+
+
+ENDS = {"leaves": " (leaves)", "point": " (ends in a point)", "moves": ""}
+
+
 def draw(run: Run, path: Path, test: Tensor, runs: dict[str, Tensor], result: dict[str, Any]) -> None:
-    """Attractor, series, spectra, and the fit's course."""
+    """Attractor, series, spectra, and the fit's course; of each learner the first seed's run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    dims = (0, min(1, test.shape[1] - 1)) if test.shape[1] > 1 else (0, 0)
-    lag = 0 if test.shape[1] > 1 else max(1, _lag(test[:, 0]))
-    show = lambda x: (x[: len(x) - lag or None, dims[0]][:20_000], x[lag:, dims[1]][:20_000])
-    series = {"data": test, **runs}
-    for i, (name, x) in enumerate(series.items()):
-        kw = {"color": "0.6" if i == 0 else f"C{i - 1}", "label": name}
-        axes[0, 0].plot(*show(x), lw=0.3, alpha=0.8, **kw)
-        axes[0, 1].plot(torch.arange(min(SHOWN, len(x))) * result["dt"], x[:SHOWN, 0], lw=0.8, **kw)
-        frequency, power = _power(x[:, 0], result["dt"])
-        axes[1, 0].plot(frequency, power, lw=0.8, **kw)
-    second = f"dimension {dims[1] + 1}" if lag == 0 else f"dimension 1, {lag} steps later"
-    axes[0, 0].set(title="attractor", xlabel="dimension 1", ylabel=second)
+    names, second = result["dimensions"], min(1, test.shape[1] - 1)
+    lag = 0 if second else max(1, _lag(test[:, 0]))
     low, high = test.amin(0), test.amax(0)
     room = 0.3 * (high - low)
-    axes[0, 0].set(xlim=(low[dims[0]] - room[dims[0]], high[dims[0]] + room[dims[0]]))
-    axes[0, 0].set(ylim=(low[dims[1]] - room[dims[1]], high[dims[1]] + room[dims[1]]))
-    axes[0, 1].set(title="series, dimension 1", xlabel="time", ylim=(low[0] - room[0], high[0] + room[0]))
-    axes[1, 0].set(title="power spectrum, dimension 1", xlabel="frequency", xscale="log", yscale="log")
+    show = lambda x: (x[: len(x) - lag or None, 0][:DRAWN], x[lag:, second][:DRAWN])
+    colors = {name: f"C{i}" for i, name in enumerate(runs)}
+    for i, (name, x) in enumerate({"data": test, **runs}.items()):
+        end = "moves" if i == 0 else result["learners"][name][0]["ends"]
+        kw = {"color": "0.55" if i == 0 else colors[name], "label": name + ENDS[end]}
+        x = torch.where((x - low).abs() < 2 * AWAY * (high - low), x, torch.nan)  # far away is no number to draw
+        axes[0, 0].plot(*show(x), lw=0.6, alpha=0.9 if i == 0 else 0.7, **kw)
+        axes[0, 1].plot(torch.arange(min(SHOWN, len(x))) * result["dt"], x[:SHOWN, 0], lw=1, **kw)
+        if end == "point":
+            axes[0, 0].plot(x[-1, 0], x[-1, second], "o", ms=8, mec="black", color=kw["color"], zorder=5)
+        if end == "moves":  # others have no spectrum
+            axes[1, 0].plot(*_power(x[:, 0], result["dt"]), lw=1, **kw)
+    limits = lambda d: (float(low[d] - room[d]), float(high[d] + room[d]))
+    other = names[1] if second else f"{names[0]}, {lag} steps later"
+    axes[0, 0].set(title="attractor", xlabel=names[0], ylabel=other, xlim=limits(0), ylim=limits(second))
+    axes[0, 1].set(title=f"series, {names[0]}", xlabel="time", ylabel=names[0], ylim=limits(0))
+    axes[1, 0].set(title=f"power spectrum, {names[0]}", xlabel="frequency", ylabel="share of the power")
+    power = _power(test[:, 0], result["dt"])[1]
+    axes[1, 0].set(xscale="log", yscale="log", ylim=(float(power.min()) / 5, float(power.max()) * 5))
     for ax in (axes[0, 0], axes[0, 1], axes[1, 0]):
-        ax.legend(fontsize=8)
-    ax, lines = axes[1, 1], run.metrics()
-    for stage in dict.fromkeys(x["stage"] for x in lines if not x["stage"].endswith("done")):
-        for key in ("mse", "train", "holdout", "alpha"):
-            points = [(x["step"], x[key]) for x in lines if x["stage"] == stage and x.get(key)]
-            if points:
-                ax.plot(
-                    *zip(*points, strict=True), lw=0.8, ls=":" if key == "alpha" else "-", label=f"{stage[4:]}: {key}"
-                )
-    ax.set(title="fit", xlabel="epochs", yscale="log")
-    if ax.get_lines():
-        ax.legend(fontsize=7)
-    figure.suptitle(f"{result['dataset']}, T = {result['test_steps']}")
+        for line in ax.legend(fontsize=8).get_lines():
+            line.set(linewidth=2.5, alpha=1)
+    _draw_fits(axes[1, 1], run, colors)
+    seed = f", seed {result['seeds'][0]}" if len(result["seeds"]) > 1 else ""
+    figure.suptitle(f"{result['test']}, T = {result['test_steps']}{seed}")
     save_figure(figure, path)
+
+
+def _draw_fits(ax: Any, run: Run, colors: dict[str, str]) -> None:
+    """Losses, and on an axis of its own the forcing's strength."""
+    from matplotlib.ticker import MaxNLocator
+
+    lines = run.metrics()
+    right: Any = None
+    for stage in dict.fromkeys(x["stage"] for x in lines if not x["stage"].endswith("done")):
+        label = stage.removeprefix("fit ")
+        color = colors.get(label) or colors.get(label.rpartition("-")[0])
+        for key, style in (("mse", "-"), ("train", "-"), ("holdout", "--"), ("alpha", ":")):
+            points = [(x["step"], x[key]) for x in lines if x["stage"] == stage and key in x]
+            good = [p for p in points if math.isfinite(p[1]) and (p[1] > 0 or key == "alpha")]
+            if not points:
+                continue
+            if key == "alpha" and right is None:
+                right = ax.twinx()
+                right.set(ylabel="alpha, the forcing's strength", ylim=(-0.02, 1.05))
+            where, kw = right if key == "alpha" else ax, {"marker": "." if len(good) < 10 else None}
+            lost = " (not finite)" if not math.isfinite(points[-1][1]) else ""
+            x, y = zip(*good, strict=True) if good else ((), ())
+            where.plot(x, y, lw=1, ls=style, color=color, label=f"{label}: {key}{lost}", **kw)
+    ax.set(title="fit", xlabel="epochs", ylabel="loss")
+    if any(len(x.get_xdata()) for x in ax.get_lines()):
+        ax.set_yscale("log")
+    else:
+        ax.text(0.5, 0.5, "no loss is finite", transform=ax.transAxes, ha="center")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles = [*ax.get_lines(), *(right.get_lines() if right is not None else ())]
+    if handles:
+        (right or ax).legend(handles, [x.get_label() for x in handles], fontsize=7)
 
 
 def _lag(x: Tensor) -> int:
@@ -472,6 +676,7 @@ def _lag(x: Tensor) -> int:
 
 def _power(x: Tensor, dt: float, parts: int = 8) -> tuple[Tensor, Tensor]:
     """Frequencies and the power spectrum, averaged over stretches (Bartlett), normalised."""
+    parts = max(1, min(parts, len(x) // 8))
     n = len(x) // parts
     chunks = (x[: n * parts].double().reshape(parts, n) - x.double().mean()).nan_to_num()
     power = torch.fft.rfft(chunks).abs().square().mean(0)[1:]

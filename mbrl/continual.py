@@ -6,6 +6,7 @@ task, the multi-task oracle that keeps all data, rehearsal, EWC (Kirkpatrick et 
 (Zenke et al., ICML 2017, arXiv 1703.04200)."""
 
 import abc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mbrl.core import Dynamics, Segment, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics.heads import HeadsConfig
-from mbrl.dynamics.hyper import Hyper, HyperConfig, HyperFit, fit_hyper, importance_of
+from mbrl.dynamics.hyper import Hyper, HyperConfig, HyperFit, check_fit, demand, fit_hyper, importance_of
 from mbrl.fit import Rows, segment_of
 from mbrl.rollout import unroll
 
@@ -35,6 +36,25 @@ class Budget:
     lr: float = 1e-3
     clip: float = 5.0
     save_every: int = 500
+
+
+def check(budget: Budget) -> None:
+    """Raises ValueError for a budget that cannot be."""
+    demand(
+        "budget",
+        ("updates", budget.updates, "at least 1", budget.updates >= 1),
+        ("batch", budget.batch, "at least 1", budget.batch >= 1),
+        ("lr", budget.lr, "a positive number", 0 < budget.lr < math.inf),
+        ("clip", budget.clip, "above 0", budget.clip > 0),
+        ("save_every", budget.save_every, "at least 1", budget.save_every >= 1),
+    )
+
+
+def check_horizon(horizon: int, test: Sequence[Dataset]) -> None:
+    """Raises ValueError where the held-out episodes of a task cannot tell an error of so many steps."""
+    most, task = min(((x.longest, i) for i, x in enumerate(test)), default=(horizon, 0))
+    what = f"1 to {most}, as many steps as the longest held-out episode of task {task} has"
+    demand("continual", ("horizon", horizon, what, 1 <= horizon <= most))
 
 
 # ---------------------------------------------------------------- students
@@ -97,7 +117,8 @@ def spec_of(learner: Any, spec: Spec, tasks: int) -> Spec:
 
 @dataclass(frozen=True)
 class Hypernetwork:
-    """HyperCRL. `importance`: the anchor weighs generated parameters by the loss's mean square gradient."""
+    """HyperCRL. `importance`: the anchor weighs generated parameters by the loss's mean square gradient. The budget's
+    updates, batch, lr and clip stand in for the anchor's, and no lr_context is smaller than the budget's lr."""
 
     learner: HyperConfig = field(default_factory=HyperConfig)
     anchor: HyperFit = field(default_factory=HyperFit)
@@ -109,6 +130,7 @@ class Hypernetwork:
 
 class _Hyper(Student):
     def __init__(self, config: Hypernetwork, spec: Spec, generator: torch.Generator) -> None:
+        check_fit(config.anchor)
         self.config, self.model = config, config.learner.build(spec, generator)
         self.weigh = torch.zeros(0, self.model.size, device=self.model.head.device)
 
@@ -190,6 +212,7 @@ class _Shared(Student):
     """A network with heads, and what holds it or is rehearsed."""
 
     def __init__(self, config: Finetune, spec: Spec, tasks: int, generator: torch.Generator) -> None:
+        _check_student(config)
         self.config, self.tasks = config, tasks
         self.model = config.learner.build(spec_of(config.learner, spec, tasks), generator)
         self.held = {k: p for k, p in self.model.named_parameters() if k.startswith("trunk")}
@@ -356,6 +379,22 @@ STUDENTS: dict[str, Any] = {
 }
 
 
+def _check_student(config: Finetune) -> None:
+    widths = config.learner.hidden
+    rules: list[tuple[str, Any, str, bool]] = [
+        ("hidden", widths, "widths of at least 1", len(widths) > 0 and min(widths) >= 1)
+    ]
+    if isinstance(config, Replay):
+        rules.append(("capacity", config.capacity, "at least 1", config.capacity >= 1))
+    elif isinstance(config, Ewc | Si):
+        rules.append(("strength", config.strength, "a number of at least 0", 0 <= config.strength < math.inf))
+        if isinstance(config, Ewc):
+            rules.append(("batches", config.batches, "at least 1", config.batches >= 1))
+        else:
+            rules.append(("damping", config.damping, "a positive number", 0 < config.damping < math.inf))
+    demand(type(config).__name__, *rules)
+
+
 def _check(spec: Spec, tasks: int, task: int, data: Dataset) -> None:
     if not 0 <= task < tasks:
         raise ValueError(f"continual: task {task} is not one of the {tasks} that the student was begun for")
@@ -386,7 +425,9 @@ def _segment(
 def errors(model: Dynamics, ctx: Tensor, data: Dataset, horizon: int = 20, starts: int = 256) -> tuple[float, float]:
     """(one step, `horizon` steps): squared errors of the predicted observation, each dimension's mean over that
     dimension's variance (of the change, and of the observation), mean over the dimensions that vary. Without noise,
-    from as many starts as there are, evenly spread. nan where no episode is long enough."""
+    from as many starts as there are, evenly spread. nan where no episode is long enough. Raises ValueError for a
+    horizon below 1."""
+    demand("errors", ("horizon", horizon, "at least 1", horizon >= 1))
     like = next(model.parameters())
     obs, act, after = (x.to(like) for x in (data.obs, data.act, data.next_obs))
     cond, pairs = model.condition(ctx.to(like)), data.paired.nonzero()[:, 0]
@@ -442,7 +483,10 @@ def run(
     train: each task's data, or what gives them when their turn comes; test: each task's held-out data. progress: (task,
     update, updates, figures). save: after each task, its number, the student's state and the course so far; `course`
     with that state loaded goes on after it. keep: within a task (see `Student.learn`), for `resume`. Raises ValueError
-    where the spaces of the tasks differ."""
+    where the spaces of the tasks differ, for a budget that cannot be, and where a task has no held-out episode of
+    `horizon` steps."""
+    check(budget)
+    check_horizon(horizon, test)
     given = None if callable(train) else train
     known = test if given is None else (*given, *test)
     for i, data in enumerate(known):

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
+from mbrl.adapt import adapt, known
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Dynamics, StepInput, Tree, choose, rows
+from mbrl.core import Dynamics, Segment, StepInput, Tree, choose, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.offline import Forget, Record
@@ -164,6 +165,82 @@ class Mpc:
         mean = torch.zeros(envs, model.noise_dim, dtype=dt.dtype, device=dt.device)
         state, _ = model.step(state, StepInput(found.acts[:, 0], mean, dt), one)
         return tuple(found), tuple(shift(self.planner, plan)), state
+
+
+@dataclass(frozen=True)
+class Follow:
+    """How a context follows what control sees: each `every` steps of an environment, by `updates` steps of gradient
+    descent on the latest `window` transitions of its episode, from the last context and the `keep` best of the
+    learner's own."""
+
+    window: int = 100
+    every: int = 5
+    updates: int = 20
+    lr: float = 0.03
+    keep: int = 3
+
+
+@final
+class Adapting:
+    """An `Mpc` whose learner adapts its context within an episode, each environment's for itself; used as it is. An
+    episode begins with the context `first` [1, C], by default the mean of those of the learner's systems."""
+
+    def __init__(self, mpc: Mpc, follow: Follow | None = None, first: Tensor | None = None) -> None:
+        table = known(mpc.model)
+        self.mpc, self.follow = mpc, follow or Follow()
+        self.first = (table.mean(0, keepdim=True) if first is None else first).to(table)
+        self.begin(0)
+
+    def begin(self, envs: int) -> None:
+        """Forget everything: E new episodes."""
+        self.mpc.begin(envs)
+        self.seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(envs)]  # (obs, act, next obs)
+        self.steps = [0] * envs
+        self.ctx = self.first.repeat(envs, 1)
+        self.last: list[tuple[Tensor, Tensor] | None] = [None] * envs
+
+    def rows(self, kept: Sequence[int], begun: int = 0) -> None:
+        """As `Mpc.rows`."""
+        self.mpc.rows(kept, begun)
+        pick = lambda x, new: [x[i] for i in kept] + [new() for _ in range(begun)]
+        self.seen, self.steps, self.last = pick(self.seen, list), pick(self.steps, int), pick(self.last, lambda: None)
+        self.ctx = torch.cat([self.ctx[list(kept)], self.first.repeat(begun, 1)])
+
+    def clear(self, ended: Tensor) -> None:
+        """As `Mpc.clear`."""
+        self.mpc.clear(ended)
+        for i in ended.nonzero()[:, 0].tolist():
+            self.seen[i], self.steps[i], self.last[i] = [], 0, None
+            self.ctx[i] = self.first[0]
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        obs, f = obs.to(self.ctx), self.follow
+        for i, now in enumerate(obs):
+            if (last := self.last[i]) is not None:
+                self.seen[i] = [*self.seen[i], (*last, now)][-f.window :]
+                self.steps[i] += 1
+                if self.steps[i] % f.every == 0:
+                    self.ctx[i] = self._adapted(i)
+        if self.mpc.ctx.shape == self.ctx.shape:
+            self.mpc.ctx.copy_(self.ctx)  # where a captured plan reads it
+        else:
+            self.mpc.ctx = self.ctx.clone()
+        act = self.mpc(obs)
+        self.last = list(zip(obs.unbind(), act.unbind(), strict=True))
+        return act
+
+    def _adapted(self, i: int) -> Tensor:
+        """[C], from what environment i has shown."""
+        before, act, after = (torch.stack(x)[:, None] for x in zip(*self.seen[i], strict=True))
+        like = before[..., 0]
+        segment = Segment(
+            torch.cat([before, after], 1), act, torch.zeros_like(like), torch.zeros_like(like) > 0,
+            torch.ones_like(like) > 0, torch.full_like(like, self.mpc.dt)[..., None],
+            torch.zeros(1, dtype=torch.int64, device=like.device),
+        )  # fmt: skip
+        starts = torch.cat([self.ctx[i : i + 1], known(self.mpc.model)])
+        f = self.follow
+        return adapt(self.mpc.model, segment, starts=starts, keep=f.keep, updates=f.updates, lr=f.lr).ctx[0]
 
 
 def over(

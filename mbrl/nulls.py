@@ -266,25 +266,97 @@ def null_table(
 # ---------------------------------------------------------------- driven systems
 
 
+RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # in parts of each regressor's variance
+FOLDS = 3  # stretches of a training series, each held out once, on which orders are chosen
+LONGEST = 10_000  # steps of a free run that they are chosen by
+SLACK = 0.01  # of the least error: so much more a smaller order may have
+ROUNDING = 1e-6  # what a stable VARX's largest eigenvalue may have above 1, of data that are float32
+
+
 @dataclass(frozen=True)
 class VarxConfig:
-    """x_{t+1} = c + sum_i (A_i x_{t-i} + B_i s_{t-i}), i = 0 .. order - 1, by least squares: the linear model of a
-    system with inputs s."""
+    """x_{t+1} = c + sum_i (A_i x_{t-i} + B_i s_{t-i}), i = 0 .. order - 1: the linear model of a system with inputs s.
 
-    order: int = 10
+    order: by plain least squares; or None: that of 1 .. max_order (and what the data can carry), with that ridge of
+    `RIDGES`, whose free runs over thirds of the data, each fitted to the other two, err least. Lagged values of a
+    smooth series are nearly collinear, and plain least squares of many of them explodes: an unstable one is taken only
+    where none is stable."""
+
+    order: int | None = None
+    max_order: int = 10
 
     def fit(self, obs: Tensor, act: Tensor) -> "Varx":
         """obs [T, N]; act [T - 1 or more, A]: act[t] leads from obs[t] to obs[t + 1]. Of all best coefficients the
-        smallest are taken. Raises ValueError for a series too short for the order."""
-        obs, act, p = _training(obs, "VarxConfig"), act.detach().double()[: len(obs) - 1], self.order
-        rows, width = len(obs) - p, p * (obs.shape[1] + act.shape[1]) + 1
-        if p < 1 or rows <= width:
-            raise ValueError(f"VarxConfig: got {len(obs)} steps and order {p}, expected more than {width + p} steps")
-        past = [torch.cat([obs[p - 1 - i : len(obs) - 1 - i], act[p - 1 - i : len(act) - i]], 1) for i in range(p)]
-        x = torch.cat([torch.ones_like(obs[p:, :1]), *past], 1)
-        coef = torch.linalg.pinv(x) @ obs[p:]  # [1 + p (N + A), N]
-        both = coef[1:].reshape(p, -1, obs.shape[1]).mT  # [p, N, N + A]
-        return Varx(coef[0], both[..., : obs.shape[1]], both[..., obs.shape[1] :])
+        smallest are taken, in units of the regressors' spreads. Raises ValueError for a series too short for the
+        order."""
+        obs = _training(obs, "VarxConfig")
+        act = act.detach().double()[: len(obs) - 1]
+        each = obs.shape[1] + act.shape[1]  # regressors of a lag
+        carries = lambda steps, p: p >= 1 and steps > p * (each + 1) + 1
+        again = lambda p, ridge: _solved(_triangle_driven(obs, act, p), p, obs.shape[1], act.shape[1], ridge)
+        if self.order is not None:
+            if not carries(len(obs), self.order):
+                want = f"expected more than {self.order * (each + 1) + 1} steps"
+                raise ValueError(f"VarxConfig: got {len(obs)} steps and order {self.order}, {want}")
+            return again(self.order, 0.0)
+        fold = len(obs) // FOLDS
+        most = max((p for p in range(1, self.max_order + 1) if carries(fold, p)), default=0)
+        if most == 0:
+            want = f"expected max_order at least 1, and at least {FOLDS * (each + 3)} steps"
+            raise ValueError(f"VarxConfig: got {len(obs)} steps and max_order {self.max_order}, {want}")
+        ranked = _ranked(obs, act, most)
+        return next((null for null in (again(*x) for x in ranked) if null.stable), again(*ranked[0]))
+
+
+def _ranked(obs: Tensor, act: Tensor, most: int) -> list[tuple[int, float]]:
+    """Orders and ridges, the best first: by free runs over each fold of what is fitted to the others."""
+    choices = [(p, ridge) for p in range(1, most + 1) for ridge in RIDGES]
+    widths, fold, total = (obs.shape[1], act.shape[1]), len(obs) // FOLDS, torch.zeros(len(choices)).to(obs)
+    parts = [(obs[i : i + fold], act[i : i + fold - 1]) for i in range(0, FOLDS * fold, fold)]
+    each = [_triangle_driven(*part, most) for part in parts]
+    for i, (true, drive) in enumerate(parts):
+        true, drive = true[: LONGEST + most], drive[: LONGEST + most - 1]
+        r = torch.linalg.qr(torch.cat([x for j, x in enumerate(each) if j != i]), mode="r").R
+        wide = [_solved(r, p, *widths, ridge).padded(most) for p, ridge in choices]
+        forced = torch.stack([x.forced(drive[None]) for x in wide])
+        free = _rolled(torch.stack([x.weight for x in wide]), true[:most].expand(len(wide), 1, -1, -1), forced)
+        error = (free[:, 0] - true[most:]).square().mean(1) / obs.var(0, correction=0).clamp(min=1e-300)
+        total += error.mean(1).nan_to_num(nan=math.inf, posinf=math.inf) / FOLDS
+    errors = total.tolist()
+    near = (1 + SLACK) * min(errors) + EXACT
+    rank = lambda i: (0, choices[i][0], errors[i]) if errors[i] <= near else (1, errors[i], 0)
+    return [choices[i] for i in sorted(range(len(choices)), key=rank)]
+
+
+def _triangle_driven(obs: Tensor, act: Tensor, order: int) -> Tensor:
+    """R of [1, x_t, s_t, x_{t-1}, s_{t-1}, ..., x_{t+1}]; without its first row and column that of the same less their
+    means."""
+    steps = range(order - 1, -1, -1)
+    past = [torch.cat([obs[i : len(obs) - order + i], act[i : len(act) - order + 1 + i]], 1) for i in steps]
+    return torch.linalg.qr(torch.cat([torch.ones_like(obs[order:, :1]), *past, obs[order:]], 1), mode="r").R
+
+
+def _solved(r: Tensor, order: int, width: int, inputs: int, ridge: float) -> "Varx":
+    """The fit of this order or a smaller one than `_triangle_driven` had; the ridge spares the constant."""
+    k = order * (width + inputs)
+    size = r[1:, 1 : 1 + k].norm(dim=0)
+    size = torch.where(size > EXACT * r[:, 1 : 1 + k].norm(dim=0), size, math.inf)  # one that never changes has no say
+    u, s, v = torch.linalg.svd(r[1 : 1 + k, 1 : 1 + k] / size, full_matrices=False)
+    kept = s > s[0] * k * torch.finfo(s.dtype).eps
+    inverse = torch.where(kept, s / (s.square() + ridge).clamp(min=1e-300), 0.0)
+    coef = v.mT @ (inverse[:, None] * (u.mT @ r[1 : 1 + k, -width:])) / size[:, None]  # [p (N + A), N]
+    both = coef.reshape(order, -1, width).mT  # [p, N, N + A]
+    constant = (r[0, -width:] - r[0, 1 : 1 + k] @ coef) / r[0, 0]
+    return Varx(constant, both[..., :width], both[..., width:])
+
+
+def _rolled(weight: Tensor, history: Tensor, forced: Tensor) -> Tensor:
+    """Free steps of M models, weight [M, p N, N], after history [M, B, p, N], each with what is added to it, forced
+    [M, B, n, N]: [M, B, n, N]."""
+    p, out = history.shape[2], torch.cat([history, forced], 2)
+    for t in range(forced.shape[2]):
+        out[:, :, p + t] += out[:, :, t : t + p].flatten(2) @ weight
+    return out[:, :, p:]
 
 
 @final
@@ -298,17 +370,33 @@ class Varx:
     def name(self) -> str:
         return f"varx({len(self.lags)})"
 
+    @property
+    def weight(self) -> Tensor:
+        """[p N, N], which p observations in their order, the oldest first, are multiplied by."""
+        return self.lags.flip(0).mT.flatten(0, 1)
+
+    @property
+    def stable(self) -> bool:
+        p, width = self.lags.shape[:2]
+        companion = torch.zeros(p * width, p * width, dtype=self.lags.dtype, device=self.lags.device)
+        companion[:width] = self.lags.transpose(0, 1).flatten(1)
+        companion[width:, :-width] = torch.eye((p - 1) * width)
+        return bool(torch.linalg.eigvals(companion).abs().max() <= 1 + ROUNDING)
+
+    def padded(self, order: int) -> "Varx":
+        """The same with lags of nothing, up to this order."""
+        more = lambda x: torch.cat([x, x.new_zeros(order - len(x), *x.shape[1:])])
+        return Varx(self.intercept, more(self.lags), more(self.inputs))
+
+    def forced(self, act: Tensor) -> Tensor:
+        """What does not depend on observations, of act [B, p - 1 + n, A]: [B, n, N]."""
+        windows = act.double().unfold(1, len(self.inputs), 1)  # [B, n, A, p], the oldest first
+        return self.intercept + torch.einsum("btap,pna->btn", windows, self.inputs.flip(0))
+
     def run(self, obs: Tensor, act: Tensor) -> Tensor:
         """Free steps after observations [B, p, N] under act [B, p - 1 + n, A], which counts from the first of them:
         [B, n, N]."""
-        p = len(self.lags)
-        out, act = list(obs.double().unbind(1)), act.double()
-        for t in range(act.shape[1] - p + 1):
-            new = self.intercept.expand_as(out[-1])
-            for i in range(p):
-                new = new + out[-1 - i] @ self.lags[i].T + act[:, t + p - 1 - i] @ self.inputs[i].T
-            out.append(new)
-        return torch.stack(out[p:], 1)
+        return _rolled(self.weight[None], obs.double()[None], self.forced(act)[None])[0]
 
 
 def driven_table(
@@ -317,14 +405,16 @@ def driven_table(
     n: int = 20,
     *,
     generator: torch.Generator,
-    order: int = 10,
+    order: int | None = None,
 ) -> dict[str, dict[str, float | list[float]]]:
     """The nulls of a system with inputs, (obs [T, N], act [T - 1 or more, A]) each, as a model is judged: a free run
     under the test's inputs against what follows its beginning, and PE(n). {name: scores, with "rmse" of each dimension}
-    of a VARX, begun on the test's first `order` observations, and of persistence, on the first."""
+    of a VARX, begun on the test's first `order` observations, and of persistence, on the first.
+
+    order: the VARX's; chosen, as `VarxConfig` does, where None."""
     (obs, act), (true, drive) = train, (test[0].double(), test[1].double()[: len(test[0]) - 1])
-    p = order
-    linear = VarxConfig(order).fit(obs, act)
+    linear = VarxConfig(order, max(1, min(VarxConfig.max_order, len(true) - n))).fit(obs, act)
+    p = len(linear.lags)
     free = {linear.name: linear.run(true[None, :p], drive[None])[0]}
     starts = len(true) - p - n + 1
     windows, acts = true.unfold(0, p, 1).mT[:starts], drive.unfold(0, p - 1 + n, 1).mT[:starts]

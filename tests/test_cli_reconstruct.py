@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,19 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+def interrupted_once(does):
+    """Ctrl-C at the first call."""
+    left = [KeyboardInterrupt]
+
+    class Once(list):
+        def __call__(self, *a, **kw):
+            if self:
+                raise self.pop()
+            return does(*a, **kw)
+
+    return Once(left)
+
+
 def said(capsys):
     return " ".join(capsys.readouterr().err.split())
 
@@ -55,6 +69,8 @@ def test_a_run_holds_scores_nulls_exponents_and_a_picture(tmp_path, spiral):
     got = result(tmp_path / "a")
     rows = got["learners"]["plrnn"]
     assert len(rows) == 2
+    assert [(r["ends"], r["finite_fit"]) for r in rows] == [("point", True)] * 2
+    assert (got["test"], got["dimensions"]) == ("spiral[420:600]", ["dimension 0", "dimension 1"])
     assert {"d_stsp_histogram30", "d_h_sigma20", "pe_5", "lyapunov", "fixed_points"} <= set(rows[0])
     assert rows[0]["pe_5"] != rows[1]["pe_5"]
     assert {"iid_gaussian", "phase_surrogate", "persistence", "truth"} <= set(got["nulls"])
@@ -68,7 +84,18 @@ def test_a_run_holds_scores_nulls_exponents_and_a_picture(tmp_path, spiral):
 
 
 def test_learners_side_by_side(tmp_path, spiral):
-    go("--data", spiral, "--out", tmp_path / "a", "--compare", "plrnn", "plrnn-almost-linear", "ode", epochs=2)
+    go(
+        "--data",
+        spiral,
+        "--out",
+        tmp_path / "a",
+        "--compare",
+        "plrnn",
+        "plrnn-almost-linear",
+        "ode",
+        epochs=2,
+        options=(),
+    )
     got = result(tmp_path / "a")
     assert list(got["learners"]) == ["plrnn", "plrnn-almost-linear", "ode"]
     assert all(got["parameters"][k] > 0 for k in got["learners"])
@@ -90,12 +117,13 @@ def test_driven_data_are_judged_under_their_inputs(tmp_path):
     (row,) = got["learners"]["plrnn-gtf"]
     assert row["rmse"][0] < 0.3 * np.std(x)
     assert "lyapunov" not in row
-    assert got["nulls"]["varx(10)"]["rmse"][0] < 1e-3 < np.std(x) / 2 < got["nulls"]["persistence"]["rmse"][0]
+    assert got["nulls"]["varx(1)"]["rmse"][0] < 1e-3 < np.std(x) / 2 < got["nulls"]["persistence"]["rmse"][0]
 
 
 def test_a_known_system_brings_its_exponents(tmp_path):
     go("--data", "system:henon", "--steps", "400", "--out", tmp_path / "a", epochs=2)
     got = result(tmp_path / "a")
+    assert got["test"] == "henon, another orbit"
     assert got["true_lyapunov"][0] == pytest.approx(0.419, abs=0.08)
     assert sum(got["true_lyapunov"]) == pytest.approx(np.log(0.3), abs=1e-6)  # the area shrinks by b each step
 
@@ -125,11 +153,178 @@ def test_the_exponents_of_a_linear_model_are_its_own():
     assert found == pytest.approx([np.log(0.9) / 0.5, np.log(0.5) / 0.5], rel=1e-4)
 
 
+# ---------------------------------------------------------------- what failed is said
+
+
+def wave(length=400, scale=1.0):
+    t = torch.arange(length) * 0.1
+    return scale * torch.stack([t.sin(), t.cos()], 1)
+
+
+def test_how_a_free_run_ends():
+    truth, fades = wave(), torch.exp(-torch.arange(400) / 20)[:, None]
+    nan = torch.where(torch.arange(400)[:, None] == 7, torch.nan, wave())
+    early = torch.where(torch.arange(400)[:, None] == 7, 1e6, wave())
+    for free, want in (
+        (wave(scale=0.1), "moves"),
+        (truth[:1].expand(400, -1), "point"),
+        (wave() * fades, "point"),
+        (torch.cat([wave()[:, :1], torch.zeros(400, 1)], 1), "moves"),
+        (wave() / fades, "leaves"),
+        (wave() + 18.0, "moves"),
+        (wave() + 25.0, "leaves"),
+        (nan, "leaves"),
+        (early, "moves"),
+    ):
+        assert cli_reconstruct.ends(free, truth) == want
+    rest = truth * (torch.arange(400) < 200)[:, None]
+    assert cli_reconstruct.ends(rest, rest, driven=True) == "moves"  # as its inputs want it
+    assert cli_reconstruct.ends(rest, rest) == "point"
+    assert cli_reconstruct.ends(rest, truth, driven=True) == "point"
+
+
+def test_failed_seeds_are_counted_in_plain_lines():
+    row = lambda end, ok=True: {"ends": end, "finite_fit": ok}
+    rows = {"a": [row("moves")] * 2, "b": [row("point"), row("moves"), row("point")], "c": [row("leaves", False)]}
+    assert cli_reconstruct.failures(rows) == [
+        "b: 2 of 3 free runs end in a point",
+        "c: 1 of 1 fits are not finite: their losses are nan or infinite",
+        "c: 1 of 1 free runs leave the data's range or are not finite",
+    ]
+
+
+@pytest.mark.parametrize("learner", ["plrnn", "ode"])
+def test_a_fit_that_is_not_finite_says_so(tmp_path, spiral, capsys, monkeypatch, learner):
+    monkeypatch.setattr(cli_reconstruct, "judge", failing := interrupted_once(cli_reconstruct.judge))
+    options, rate = () if learner == "ode" else ("--dynamics.kind.hidden", "5"), ("--schedule.lr", "1e20")
+    if learner == "ode":
+        fit = cli_reconstruct.fit
+        lost = lambda *a, **kw: replace(fit(*a, **kw), train_loss=[1.0, math.nan])
+        monkeypatch.setattr(cli_reconstruct, "fit", lost)
+    with pytest.raises(SystemExit):
+        go("--data", spiral, "--out", tmp_path / "a", *rate, epochs=2, learner=learner, options=options)
+    assert failing == []
+    cli.main(["reconstruct", "--resume", str(tmp_path / "a")])  # the fit is read, not repeated
+    assert f"{learner}: 1 of 1 fits are not finite" in " ".join(capsys.readouterr().out.split())
+    assert [r["finite_fit"] for r in result(tmp_path / "a")["learners"][learner]] == [False]
+
+
+def test_a_fit_that_gives_no_model_is_one_error(tmp_path, spiral, capsys, monkeypatch):
+    def diverging(*a, **kw):
+        raise RuntimeError("fit_plrnn: a seed has diverged")
+
+    monkeypatch.setattr(cli_reconstruct, "fit_plrnn", diverging)
+    with pytest.raises(SystemExit):
+        go("--data", spiral, "--out", tmp_path / "a")
+    assert "plrnn: fit_plrnn: a seed has diverged; begin again with a smaller --schedule.lr" in said(capsys)
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def drawn(monkeypatch, run, test, runs, **more):
+    """The figure's axes, left open."""
+    import matplotlib.pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(cli_reconstruct, "save_figure", lambda figure, path: kept.append(figure))
+    ends = {n: cli_reconstruct.ends(x, test) for n, x in runs.items()}
+    facts = {"test": "late[300:400]", "dimensions": ["level", "flow"], "dt": 0.5, "seeds": [3, 4], "test_steps": 400}
+    learners = {n: [{"ends": e}] for n, e in ends.items()}
+    cli_reconstruct.draw(run, run.folder / "report.png", test, runs, {**facts, "learners": learners, **more})
+    plt.close(kept[0])
+    return kept[0], kept[0].axes
+
+
+def fresh(folder, *lines):
+    run = Run.create(folder, {}, {})
+    for stage, step, values in lines:
+        run.log(stage, step, values)
+    return run
+
+
+def test_the_picture_tells_which_runs_fail(tmp_path, monkeypatch):
+    still = torch.full((400, 2), 0.25)
+    runs = {"good": wave(scale=0.9), "flat": still, "lost": wave() * torch.nan, "far": wave() * 1e30}
+    figure, (attractor, series, spectrum, *_) = drawn(monkeypatch, fresh(tmp_path / "a"), wave(), runs)
+    named = lambda ax: [x.get_text() for x in ax.get_legend().get_texts()]
+    assert named(attractor) == ["data", "good", "flat (ends in a point)", "lost (leaves)", "far (leaves)"]
+    assert named(series) == named(attractor)
+    assert named(spectrum) == ["data", "good"]
+    (point,) = [x for x in attractor.get_lines() if x.get_marker() == "o"]
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == (0.25, 0.25)
+    assert all(x.get_linewidth() >= 2 for x in attractor.get_legend().get_lines())
+    low, high = spectrum.get_ylim()
+    power = spectrum.get_lines()[0].get_ydata()
+    assert power.min() / 10 < low < power.min() < power.max() < high
+    assert (attractor.get_xlabel(), attractor.get_ylabel(), series.get_ylabel()) == ("level", "flow", "level")
+    assert figure.get_suptitle() == "late[300:400], T = 400, seed 3"
+
+
+def test_the_picture_of_a_fit_has_an_axis_for_each_kind_of_number(tmp_path, monkeypatch):
+    lines = [("fit good", i, {"mse": 1 / i, "alpha": 0.9}) for i in (1, 2, 3)]
+    lines += [("fit ode-7", i, {"train": 0.5 if i == 1 else math.nan, "holdout": 2.0}) for i in (1, 2, 3)]
+    _, axes = drawn(monkeypatch, fresh(tmp_path / "a", *lines), wave(), {"good": wave(), "ode": wave()})
+    fit, right = axes[3], axes[4]
+    assert [x.get_label() for x in fit.get_lines()] == ["good: mse", "ode-7: train (not finite)", "ode-7: holdout"]
+    assert [x.get_label() for x in right.get_lines()] == ["good: alpha"]
+    assert (fit.get_ylabel(), fit.get_yscale()) == ("loss", "log")
+    assert "alpha" in right.get_ylabel()
+    assert right.get_yscale() == "linear"
+    assert all(float(x).is_integer() for x in fit.get_xticks())
+    assert len({x.get_color() for x in fit.get_lines()}) == 2
+    bare = [("fit good", i, {"mse": math.nan, "alpha": 0.9}) for i in (1, 2)]
+    _, axes = drawn(monkeypatch, fresh(tmp_path / "b", *bare), wave(), {"good": wave()})
+    assert [x.get_text() for x in axes[3].texts] == ["no loss is finite"]
+
+
+def test_a_short_series_has_a_spectrum():
+    assert len(cli_reconstruct._power(torch.tensor([1.0, 2.0, 4.0, 2.0]), 1.0)[1]) == 2
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A driven, damped level with a clock."""
+    rng, x = np.random.default_rng(2), 0.0
+    lines = ["Time,level,valve"]
+    for i in range(300):
+        u = rng.uniform(-1, 1)
+        lines.append(f"{0.25 * i},{x},{u}")
+        x = 0.9 * x + u
+    path = tmp_path / "tank.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_the_facts_name_columns_time_and_the_part_that_is_scored(tmp_path, table, capsys):
+    words = [x for x in QUICK if x != "--quiet"]
+    more = ["--data", str(table), "--inputs", "valve", "--out", str(tmp_path / "a"), "--schedule.epochs", "1"]
+    cli.main(["reconstruct", *words, *more, "dynamics:plrnn", "--dynamics.kind.hidden", "5"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "210 steps of 1 dimensions (level) under valve, dt 0.25 (the column 'Time' is time" in out
+    assert "scored on tank[210:300]: 90 steps" in out
+    assert "tank[210:300]: medians over 1 seeds" in out
+    assert "RMSE: of a free run, level" in out
+    assert out.endswith(f"report: {tmp_path / 'a/report.png'}")
+    assert (result(tmp_path / "a")["dt"], result(tmp_path / "a")["dimensions"]) == (0.25, ["level"])
+
+
+def test_a_second_file_is_named_and_quiet_prints_where_the_report_is_and_nothing_else(tmp_path, spiral, capsys):
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other/spiral.npy", np.load(spiral)[:200])
+    go("--data", spiral, "--test", tmp_path / "other/spiral.npy", "--out", tmp_path / "a", epochs=1)
+    assert result(tmp_path / "a")["test"] == "spiral, the file of --test"
+    assert capsys.readouterr().out == f"report: {tmp_path / 'a/report.png'}\n"
+
+
 # ---------------------------------------------------------------- going on
 
 
 @pytest.mark.parametrize("learner", ["plrnn", "ode"])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, spiral, monkeypatch, learner):
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, spiral, monkeypatch, capsys, learner):
     monkeypatch.setattr(cli_reconstruct, "SAVE_EVERY", 0.0)
     options = () if learner == "ode" else ("--dynamics.kind.hidden", "8")
     words = ("--data", spiral, "--fitting.max-epochs", "3")
@@ -143,12 +338,16 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, spiral, monkey
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "save", failing)
-    with pytest.raises(SystemExit):
-        go(*words, "--out", tmp_path / "b", learner=learner, options=options)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        go(*words, "--out", tmp_path / "b c", learner=learner, options=options)
+    assert end.value.code == 130
+    told = f"interrupted; `mbrl reconstruct --resume '{tmp_path / 'b c'}'` continues it"
+    assert told in capsys.readouterr().out
     assert all(name.endswith(".partial") for name in count)
     monkeypatch.setattr(Run, "save", save)
-    cli.main(["reconstruct", "--resume", str(tmp_path / "b"), "--quiet"])
-    assert result(tmp_path / "b")["learners"] == result(tmp_path / "a")["learners"]
+    cli.main(["reconstruct", "--resume", str(tmp_path / "b c"), "--quiet"])
+    assert result(tmp_path / "b c")["learners"] == result(tmp_path / "a")["learners"]
 
 
 def test_other_data_or_a_finished_run_are_not_gone_on_with(tmp_path, spiral, capsys, monkeypatch):
@@ -184,13 +383,40 @@ def test_other_data_or_a_finished_run_are_not_gone_on_with(tmp_path, spiral, cap
         (["--data", "{spiral}", "--compare", "lstm"], "--compare lstm"),
         (["--data", "{spiral}", "--test", "{other}"], "{other}"),
         (["--data", "{broken}"], "{broken}"),
+        (["--data", "{spiral}", "--test", "{other}"], "wide has 3 observed columns, expected 2 as spiral has"),
+        (["--data", "{still}"], "the training part does not move in dimension 1; leave it out"),
+        (["--data", "{named}"], "the training part does not move in flow; leave it out"),
+        (["--data", "{spiral}", "--seeds", "0", "0"], "--seeds 0 0: expected numbers from 0 on, each once"),
+        (["--data", "{spiral}", "--seeds", "3", "-1"], "--seeds 3 -1: expected"),
+        (["--data", "{spiral}", "--threads", "-1"], "--threads -1: expected 0"),
+        (["--data", "{spiral}", "--dt", "0"], "--dt 0.0: expected a time"),
+        (["--data", "{spiral}", "--dt", "inf"], "--dt inf: expected a time"),
+        (["--data", "system:henon", "--steps", "1"], "--steps 1: expected at least 2"),
+        (["--data", "system:henon", "--noise", "nan"], "--noise nan: expected"),
+        (["--data", "{spiral}", "--device", "abacus"], "device: got 'abacus'"),
+        (["--data", "{spiral}", "--schedule.lr", "nan"], "--schedule.lr nan: expected a number above 0"),
+        (["--data", "{spiral}", "--schedule.lr", "inf"], "--schedule.lr inf: expected a finite number"),
+        (["--data", "{spiral}", "--schedule.lr-end", "0"], "--schedule.lr-end 0.0: expected a number above 0"),
+        (["--data", "{spiral}", "--schedule.epochs", "0"], "--schedule.epochs 0: expected at least 1"),
+        (["--data", "{spiral}", "--schedule.batch", "-4"], "--schedule.batch -4: expected at least 1"),
+        (["--data", "{spiral}", "--schedule.clip", "0"], "--schedule.clip 0.0: expected a number above 0"),
+        (["--data", "{spiral}", "--schedule.noise", "-1"], "--schedule.noise -1.0: expected 0 or more"),
+        (["--data", "{spiral}", "--fitting.max-epochs", "0"], "--fitting.max-epochs 0: expected at least 1"),
+        (["--data", "{spiral}", "--fitting.holdout", "1"], "--fitting.holdout 1.0: expected a share"),
+        (
+            ["--data", "{spiral}", "--compare", "plrnn", "ode"],
+            "--compare plrnn ode: fits these with their presets; got dynamics:plrnn",
+        ),
     ],
 )
 def test_bad_input_is_one_error_and_no_folder(tmp_path, spiral, capsys, words, says):
     other, broken = tmp_path / "wide.npy", tmp_path / "broken.npy"
     np.save(other, np.zeros((300, 3)) + np.arange(300)[:, None])
     np.save(broken, np.full((300, 2), np.nan))
-    named = {"spiral": spiral, "other": other, "broken": broken}
+    still, header = tmp_path / "still.npy", tmp_path / "named.csv"
+    np.save(still, np.load(spiral) * [1, 0])
+    np.savetxt(header, np.load(spiral) * [1, 0], delimiter=",", header="level,flow", comments="")
+    named = {"spiral": spiral, "other": other, "broken": broken, "still": still, "named": header}
     with pytest.raises(SystemExit):
         go(*[w.format(**named) for w in words], "--out", tmp_path / "a")
     assert says.format(**{k: v.stem for k, v in named.items()}) in said(capsys)
@@ -201,3 +427,43 @@ def test_a_window_longer_than_the_data_says_so(tmp_path, spiral, capsys):
     with pytest.raises(SystemExit):
         go("--data", spiral, "--out", tmp_path / "a", "--schedule.length", "5000")
     assert "the longest stretch of the training part has 419 steps" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("learner", "options", "says"),
+    [
+        ("plrnn", ["--dynamics.kind.hidden", "0"], "--dynamics.kind.hidden 0: expected at least 1"),
+        ("plrnn", ["--dynamics.latent", "1"], "--dynamics.latent 1: expected at least 2 for 2 observed dimensions"),
+        ("plrnn", ["--dynamics.latent-decay", "nan"], "--dynamics.latent-decay nan: expected 0 or more"),
+        ("plrnn-dendritic", ["--dynamics.kind.bases", "0"], "--dynamics.kind.bases 0: expected at least 1"),
+        (
+            "plrnn-almost-linear",
+            ["--dynamics.kind.rectified", "30"],
+            "--dynamics.kind.rectified 30: expected 0 to the 20",
+        ),
+        ("plrnn-gtf", ["--dynamics.forcing.alpha", "2"], "--dynamics.forcing.alpha 2.0: expected 0 to 1"),
+        ("plrnn-stf", ["--dynamics.forcing.interval", "0"], "--dynamics.forcing.interval 0: expected at least 1"),
+        ("ode", ["--dynamics.hidden", "10", "0"], "--dynamics.hidden 0: expected at least 1"),
+        ("ode", ["--dynamics.alpha", "nan"], "--dynamics.alpha nan: expected a finite number"),
+    ],
+)
+def test_a_learner_that_cannot_be_built_is_one_error_and_no_folder(tmp_path, spiral, capsys, learner, options, says):
+    with pytest.raises(SystemExit):
+        go("--data", spiral, "--out", tmp_path / "a", learner=learner, options=options)
+    assert says in said(capsys)
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_only_some_of_the_compared_can_do_is_found_first(tmp_path, capsys):
+    path = tmp_path / "wide.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((300, 25)))
+    for words, says in (
+        (["--compare", "ode", "plrnn-dendritic"], "--compare plrnn-dendritic: PlrnnConfig: latent is 20"),
+        (["--compare", "ode", "--fitting.length", "900"], "--fitting.length 900: fit: the data hold 0 windows"),
+        (["--compare", "ode", "plrnn-dendritic", "--schedule.solver", "compiled", "--columns", "0", "1"],
+         "--schedule.solver compiled: not for plrnn-dendritic"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            go("--data", path, "--out", tmp_path / "a", *words, options=())
+        assert says in said(capsys)
+        assert not (tmp_path / "a").exists()

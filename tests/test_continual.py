@@ -278,6 +278,54 @@ def test_an_interrupted_sequence_goes_on_to_the_same_numbers(name):
     assert again.memory == whole.memory
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("updates", 0), ("batch", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf"))),
+        *(("clip", 0.0), ("save_every", 0)),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_before_anything_is_learned(field, value):
+    student = Finetune(NET).begin(SPEC, 1, gen())
+    before = {k: v.clone() for k, v in student.state().items()}
+    with pytest.raises(ValueError, match=f"budget: {field} is {value}, expected"):
+        run(student, TRAIN[:1], TEST[:1], Budget(**{field: value}), 0)
+    assert all(torch.equal(v, before[k]) for k, v in student.state().items())
+
+
+def test_a_horizon_that_no_held_out_episode_has_is_refused_before_anything_is_learned():
+    student = Finetune(NET).begin(SPEC, 2, gen())
+    quick = Budget(updates=2, batch=4)
+    asked = []
+    for horizon in (0, -1, 31):
+        with pytest.raises(ValueError, match=f"horizon is {horizon}, expected 1 to 30, .* episode of task 1 has"):
+            run(student, asked.append, [TEST[0], world(-1.0, length=30)], quick, 0, horizon=horizon)
+    assert asked == []
+    found = run(student, TRAIN[:2], [TEST[0], world(-1.0, length=30)], quick, 0, horizon=30)
+    assert np.isfinite(found.matrix).all()
+    with pytest.raises(ValueError, match="horizon is 0, expected at least 1"):
+        errors(Truth(1.0), torch.zeros(1, 0), TEST[0], horizon=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (Finetune(HeadsConfig(())), r"Finetune: hidden is \(\), expected"),
+        (SingleTask(HeadsConfig((8, 0))), r"hidden is \(8, 0\), expected"),
+        (Replay(NET, 0), "Replay: capacity is 0, expected"),
+        (Ewc(NET, -1.0), "Ewc: strength is -1.0, expected"),
+        (Ewc(NET, batches=0), "Ewc: batches is 0, expected"),
+        (Si(NET, float("nan")), "Si: strength is nan, expected"),
+        (Si(NET, damping=0.0), "Si: damping is 0.0, expected"),
+        (Hypernetwork(HYPER.learner, HyperFit(past=0)), "HyperFit: past is 0, expected"),
+        (Hypernetwork(HyperConfig(embedding=0)), "HyperConfig: embedding is 0, expected"),
+    ],
+)
+def test_a_student_that_cannot_be_is_not_begun(config, says):
+    with pytest.raises(ValueError, match=says):
+        config.begin(SPEC, 2, gen())
+
+
 def test_what_cannot_be_done_says_why():
     student = Finetune(NET).begin(SPEC, 2, gen())
     with pytest.raises(ValueError, match="task 2 is not one of the 2"):

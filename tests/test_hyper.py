@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -320,8 +321,17 @@ def test_what_cannot_be_done_says_why():
         fit_hyper(build(spec=Spec(3, 1, 3, 4)), data, 0, FIT, gen())
     with pytest.raises(ValueError, match=r"importance is \[2, 5\], expected \[1, 87\]"):
         fit_hyper(model, data, 1, FIT, gen(), importance=torch.ones(2, 5))
-    with pytest.raises(ValueError, match="chunk is 0"):
-        HyperConfig(chunk=0).build(SPEC)
+    for field, value in (("chunk", 0), ("embedding", 0), ("hidden", (8, 0)), ("hyper", (-1,))):
+        with pytest.raises(ValueError, match=f"HyperConfig: {field} is {re.escape(str(value))}, expected"):
+            HyperConfig(**{field: value}).build(SPEC)
+    with pytest.raises(ValueError, match="embedding is 0, expected at least 1; chunk is 0, expected"):  # all at once
+        HyperConfig(embedding=0, chunk=0).build(SPEC)
+    for field, value in (
+        *(("updates", -1), ("batch", 0), ("lr", float("nan")), ("lr", 0.0), ("lr_context", float("inf"))),
+        *(("beta", -1.0), ("past", 0), ("clip", 0.0)),
+    ):
+        with pytest.raises(ValueError, match=f"HyperFit: {field} is {value}, expected"):
+            fit_hyper(model, data, 0, HyperFit(**{field: value}), gen())
     kept = []
     fit_hyper(model, data, 0, FIT, gen(), checkpoint=lambda s: kept.append(dict(s)))
     with pytest.raises(ValueError, match=r"resume holds \[0, 87\] anchors, expected \[1, 87\]"):

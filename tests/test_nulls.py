@@ -13,6 +13,7 @@ from mbrl.nulls import (
     Surrogate,
     SurrogateConfig,
     VarConfig,
+    Varx,
     VarxConfig,
     driven_table,
     null_table,
@@ -259,7 +260,101 @@ def test_driven_nulls_are_judged_as_models_are():
     assert {"d_stsp_histogram30", "d_h_sigma20"} <= set(exact)
 
 
+def duffing(steps, seed):
+    """A noise-free hardening oscillator, x'' = -x - x^3 - 0.2 x' + s, of float32, its inputs held for 20 samples."""
+    rng, x, out, acts = np.random.default_rng(seed), np.array([0.1, 0.0]), [], []
+    field = lambda x, s: np.array([x[1], -x[0] - x[0] ** 3 - 0.2 * x[1] + s])
+    levels = rng.uniform(-1, 1, -(-steps // 20))
+    for s in np.repeat(levels, 20)[:steps]:
+        out.append(x)
+        acts.append([s])
+        k1 = field(x, s)
+        k2 = field(x + 0.05 * k1, s)
+        k3 = field(x + 0.05 * k2, s)
+        k4 = field(x + 0.1 * k3, s)
+        x = x + 0.1 / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return torch.tensor(np.array(out)).float(), torch.tensor(np.array(acts)).float()
+
+
+def test_the_varx_of_nearly_collinear_lags_does_not_explode():
+    """Plain least squares of ten lags does: the free run of the null must be the best linear one."""
+    (obs, act), (true, drive) = duffing(200, 3), duffing(700, 4)
+    rmse = lambda null: (
+        (null.run(true[None, : len(null.lags)], drive[None, :-1])[0] - true[len(null.lags) :]).square().mean().sqrt()
+    )
+    many, best = VarxConfig(10).fit(obs, act), VarxConfig().fit(obs, act)
+    assert not many.stable
+    assert rmse(many) > 1e20
+    assert best.stable
+    fixed = [VarxConfig(p).fit(obs, act) for p in range(1, 11)]
+    assert rmse(best) < 1.05 * min(rmse(x) for x in fixed if x.stable)
+    table = driven_table((obs, act), (true, drive), 5, generator=gen())
+    assert table[best.name]["rmse"][0] < true[:, 0].std() < table["persistence"]["rmse"][0] * 2
+
+
+@pytest.mark.parametrize(("steps", "seed"), [(200, 0), (100, 3), (100, 5)])
+def test_an_unstable_varx_is_taken_only_where_none_is_stable(steps, seed):
+    (obs, act), (true, _) = duffing(steps, seed), duffing(400, seed + 1)
+    best = VarxConfig().fit(obs, act)
+    assert best.stable
+    rest = best.run(true[None, : len(best.lags)], torch.zeros(1, 5000 + len(best.lags), 1))
+    assert rest.abs().max() < 100
+    drive, out = normal(299, 1), [torch.ones(1, dtype=F64)]
+    for s in drive:
+        out.append(1.05 * out[-1] + s)
+    grown = VarxConfig().fit(torch.stack(out), drive)
+    assert not grown.stable
+    close(grown.lags[0], torch.tensor([[1.05]], dtype=F64), rtol=1e-3, atol=0)
+
+
+def test_the_order_of_a_varx_is_the_smallest_that_serves():
+    obs, act, *_ = pushed(300)
+    null = VarxConfig().fit(obs, act)
+    assert null.name == "varx(1)"
+    delayed = [torch.zeros(1, dtype=F64)] * 3  # x_{t+1} = 0.5 x_{t-1} + s_{t-2}, with noise
+    noise = 0.01 * normal(600, 1, seed=5)
+    drive = normal(599, 1)
+    for t in range(2, 599):
+        delayed.append(0.5 * delayed[t - 1] + drive[t - 2] + noise[t])
+    late = VarxConfig().fit(torch.stack(delayed), drive)
+    assert late.name == "varx(3)"
+    close(late.inputs[2], torch.ones(1, 1, dtype=F64), rtol=0.01, atol=0)
+    assert len(VarxConfig(max_order=2).fit(torch.stack(delayed), drive).lags) <= 2
+
+
+def test_stability_is_that_of_the_companions_eigenvalues():
+    made = lambda *lags: Varx(
+        torch.zeros(1, dtype=F64), torch.tensor(lags, dtype=F64)[:, None, None], torch.zeros(len(lags), 1, 1, dtype=F64)
+    )
+    assert made(0.5, 0.49).stable
+    assert not made(0.5, 0.51).stable
+    assert made(1.0).stable  # an integrator
+    assert not made(0.2, -1.1).stable
+    turn = torch.tensor([[[0.6, -0.8], [0.8, 0.6]]], dtype=F64)  # a rotation
+    assert Varx(torch.zeros(2), turn, torch.zeros(1, 2, 1)).stable
+    assert not Varx(torch.zeros(2), 1.01 * turn, torch.zeros(1, 2, 1)).stable
+
+
+def test_an_input_that_never_changes_has_no_say():
+    obs, act, A, _ = pushed(200)
+    still = torch.cat([act, torch.full_like(act, 0.3)], 1)
+    null = VarxConfig(1).fit(obs, still)
+    close(null.lags[0], A)
+    assert not null.inputs[0][:, 1].any()
+
+
+def test_driven_nulls_of_a_short_test_series():
+    (obs, act, *_), (true, drive, *_) = pushed(300), pushed(12, seed=9)
+    obs = obs + 0.3 * normal(300, 2, seed=2)
+    assert all(np.isfinite(x["pe_8"]) for x in driven_table((obs, act), (true, drive), 8, generator=gen()).values())
+
+
 def test_a_series_too_short_for_a_varx_is_refused():
     obs, act, *_ = pushed(12)
     with pytest.raises(ValueError, match="got 12 steps and order 4, expected more than 17 steps"):
         VarxConfig(4).fit(obs, act)
+    with pytest.raises(ValueError, match=r"got 14 steps and max_order 10, expected .* at least 18 steps"):
+        VarxConfig().fit(*pushed(14)[:2])
+    assert VarxConfig().fit(*pushed(18)[:2]).name == "varx(1)"
+    with pytest.raises(ValueError, match="max_order 0"):
+        VarxConfig(max_order=0).fit(*pushed(200)[:2])

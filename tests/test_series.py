@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mbrl_envs.scores import DataError
-from mbrl_envs.series import cut, digest, from_arrays, pair, read_series, split, standardise
+from mbrl_envs.series import cut, digest, dimensions, from_arrays, pair, read_series, split, standardise
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((12, 3)) * [1, 10, 100] + [0, 5, -50]  # observations
@@ -139,7 +139,7 @@ def test_csv_with_a_gap_in_a_column_that_nobody_asks_for(save):
     data = read_series(path, columns="yEst", inputs="uEst", dt=4.0)
     assert data.obs.tolist() == [[2.0], [3.0], [4.0]]
     assert data.act.tolist() == [[-1.0], [0.0], [1.0]]
-    with pytest.raises(DataError, match="column 'Ts' is empty in line 3, expected a number"):
+    with pytest.raises(DataError, match="column 'Ts' is empty in line 3, expected a finite number"):
         read_series(path)
 
 
@@ -156,6 +156,50 @@ def test_csv_whose_episodes_a_column_tells(save):
     assert data.starts.tolist() == [0, 3, 5]
     assert data.obs.tolist() == [[1.0], [2.0], [3.0], [4.0], [5.0]]
     assert data.paired.tolist() == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["time", "T", "TimeStamp"])
+def test_a_column_of_time_tells_dt_and_is_not_observed(save, name):
+    path = save("x.csv", f"y,{name},u\n5,0.00,1\n6,0.25,2\n8,0.50,4\n9,0.75,5\n")
+    data = read_series(path, inputs="u")
+    assert data.obs.tolist() == [[5.0], [6.0], [8.0], [9.0]]
+    assert (data.dt, data.meta["columns"], data.meta["time"]) == (0.25, ["y"], name)
+    assert data.act.shape == (4, 1)
+    own = read_series(path, dt=3.0)
+    assert (own.dt, own.meta["columns"], own.meta["time"]) == (3.0, ["y", "u"], name)
+    assert (read_series(path, columns="y").dt, read_series(path, columns=["y"]).obs.shape) == (0.25, (4, 1))
+    asked = read_series(path, columns=[name, "y"])
+    assert (asked.dt, asked.obs[:, 0].tolist(), "time" in asked.meta) == (1.0, [0.0, 0.25, 0.5, 0.75], False)
+    driven = read_series(path, columns="y", inputs=name)
+    assert (driven.dt, driven.act.shape) == (1.0, (4, 1))
+    alone = read_series(save("z.csv", f"{name}\n1\n3\n5\n"))
+    assert (alone.dt, alone.obs.shape) == (1.0, (3, 1))
+
+
+def test_time_that_is_not_even_or_begins_again(save):
+    uneven = save("x.csv", "t,y\n0,5\n1,6\n3,7\n")
+    data = read_series(uneven, dt=0.5)
+    assert (data.dt, data.obs.tolist()) == (0.5, [[5.0], [6.0], [7.0]])
+    data = read_series(uneven, columns="y")
+    assert (data.dt, "time" in data.meta) == (1.0, False)
+    days = save("y.csv", "time,y\nMonday,5\nTuesday,6\n")
+    assert read_series(days, columns="y").dt == read_series(days, dt=1.0).dt == 1.0
+    again = read_series(save("z.csv", "t,run,y\n0,a,5\n2,a,6\n0,b,7\n2,b,8\n4,b,8\n"), episode="run")
+    assert (again.dt, again.starts.tolist(), again.obs.shape) == (2.0, [0, 2, 5], (5, 1))
+    rounded = read_series(save("w.csv", "t,y\n0.000,5\n0.333,6\n0.667,7\n1.000,8\n"))
+    assert rounded.dt == pytest.approx(1 / 3)
+    first = read_series(save("v.csv", "t,time,y\n7,0,5\n3,2,6\n5,4,7\n"))  # a temperature, say
+    assert (first.dt, first.meta["columns"]) == (2.0, ["t", "y"])
+
+
+def test_a_first_row_of_numbers_is_data(save):
+    assert read_series(save("x.csv", "1,2\n3,4\n5,6\n")).obs.tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+
+
+def test_dimensions_are_called_as_the_file_calls_them(save):
+    assert dimensions(read_series(save("x.csv", "t,a,b\n0,1,2\n1,3,4\n"))) == ["a", "b"]
+    assert dimensions(read_series(save("y.csv", "1,2\n3,4\n"), columns=[1, 0])) == ["dimension 0", "dimension 1"]
+    assert dimensions(read_series(save("x.npy", X))) == ["dimension 0", "dimension 1", "dimension 2"]
 
 
 # ---------------------------------------------------------------- errors
@@ -210,10 +254,19 @@ class Evil:
             "x.csv",
             "a;b\n1,5;2\n2,5;3\n",
             {},
-            "column 'a' holds '1,5' in line 2, expected a number with a decimal point",
+            "column 'a' holds '1,5' in line 2, expected a finite number with a decimal point",
         ),
         ("x.csv", "1,5;2,3\n2,5;3,1\n", {}, "holds '2,5' in line 2"),
-        ("x.csv", "a,b\n1,nan\n3,4\n", {}, r"obs holds nan at \[0, 1\]"),
+        ("x.csv", "a,b\n1,nan\n3,4\n", {}, "column 'b' holds 'nan' in line 2, expected a finite number"),
+        ("x.csv", "1,inf\n3,4\n", {}, "column 1 holds 'inf' in line 1, expected a finite number"),
+        (
+            "x.csv",
+            "Time,b\n0,1\n1,2\n3,4\n",
+            {},
+            r"column 'Time' goes on by 1 to 2, expected even .*; resample, or pass dt \(--dt\) .*, or columns",
+        ),
+        ("x.csv", "t,b\n2,1\n1,2\n0,4\n", {}, "column 't' goes on by -1 to -1"),
+        ("x.csv", "timestamp,b\nMonday,1\nTuesday,2\n", {}, "column 'timestamp' holds 'Monday' in line 2"),
         ("x.csv", "a,a\n1,2\n3,4\n", {}, "two columns are called 'a'"),
         (
             "x.csv",
@@ -324,12 +377,27 @@ def test_a_pair_shares_one_range_of_inputs():
 def test_a_pair_must_be_of_one_system():
     train = from_arrays(X, U, name="early")
     for test, match in (
-        (from_arrays(X[:, :2], U, name="late"), "late has observations 2, expected 3 as early has"),
-        (from_arrays(X, U[:, :1]), "has inputs 1, expected 2"),
-        (from_arrays(X, U, dt=2.0), "has dt 2.0, expected 1.0"),
+        (from_arrays(X[:, :2], U, name="late"), "late has 2 observed columns, expected 3 as early has"),
+        (from_arrays(X, U[:, :1]), "has 1 inputs, expected 2"),
+        (from_arrays(X, U, dt=2.0), "has dt 2, expected 1 as early has"),
     ):
         with pytest.raises(ValueError, match=match):
             pair(train, test)
+
+
+def test_a_pair_has_the_same_columns_in_the_same_order(save):
+    read = lambda name, text: read_series(save(name, text))
+    one, swapped = read("a.csv", "p,q\n1,2\n3,5\n"), read("b.csv", "q,p\n1,2\n3,5\n")
+    with pytest.raises(ValueError, match=r"b has 2 observed columns \(q, p\), expected 2 \(p, q\) as a has"):
+        pair(one, swapped)
+    assert pair(one, read("c.csv", "r,s\n1,2\n3,5\n"))[1].obs.shape == (2, 2)
+
+
+def test_a_pair_has_one_dt_to_what_times_are_rounded_to():
+    train, test = from_arrays(X, U, dt=1 / 3), from_arrays(X, U, dt=0.3333)
+    after = pair(train, test)[1]
+    assert after.dt == train.dt
+    assert after.sha256 == train.sha256
 
 
 def test_standardise_in_the_units_of_another():
@@ -341,5 +409,5 @@ def test_standardise_in_the_units_of_another():
     close(standardise(test, like=train).obs, (X[:5] + 1 - X.mean(0)) / X.std(0))
     close(torch.tensor(a.meta["std"]), X.std(0))
     assert a.sha256 != train.sha256
-    with pytest.raises(ValueError, match="observation 1 never changes"):
+    with pytest.raises(ValueError, match="standardise: dimension 1 never changes"):
         standardise(from_arrays(X * [1, 0, 1]))

@@ -26,6 +26,9 @@ from mbrl_envs.scores import DataError, close_matches
 Column = int | str
 OBS, ACT = ("obs", "x"), ("act", "u", "inputs")  # what a .npz may call them
 DELIMITERS = ("\t", ";", ",", None)  # None: any white space
+TIME = ("time", "timestamp", "t")  # what a CSV may call the column that tells dt, in any case of letters
+EVEN = 0.01  # of dt: how far a step of time may be from it
+SAME_DT = 1e-3  # relative: two files' dt that are so close are one
 
 
 def read_series(
@@ -41,12 +44,14 @@ def read_series(
     - `.npy`: [T], [T, N] or [E, T, N] (E episodes);
     - `.npz`: such an array named obs or x, and where it has them act (or u, or inputs) alike, and dt;
     - `.csv`, `.tsv`, `.txt`, `.dat`: a row a sample, with or without a header; separated by tab, semicolon, comma or
-      white space; lines that begin with # are comments, but for a header there.
+      white space; lines that begin with # are comments, but for a header there. A first row of numbers is data. Of a
+      header's columns one named time, timestamp or t tells dt and is not observed (`meta` holds its name as time),
+      where it is evenly spaced and neither asked for nor all there is.
 
-    columns: which are observed, by number or, in a file with a header, by name; by default all but the inputs and the
-    episode's. inputs: which drive the system. episode: of a CSV, the column whose changes begin a new episode. dt: the
-    time between samples, by default the file's, else 1. Raises DataError for whatever is wrong; nothing is ever
-    unpickled."""
+    columns: which are observed, by number or, in a file with a header, by name; by default all but the inputs, the
+    episode's and the time. inputs: which drive the system. episode: of a CSV, the column whose changes begin a new
+    episode. dt: the time between samples, by default the file's, else 1. Raises DataError for whatever is wrong;
+    nothing is ever unpickled."""
     file = Path(path).expanduser()
     label = str(file)
     if not file.is_file():
@@ -60,7 +65,7 @@ def read_series(
             raise DataError(f"{label}: episode={episode!r} is for CSV; in an array episodes are the first of 3 axes")
         read = _npy(label, file, columns, inputs) if suffix == ".npy" else _npz(label, file, columns, inputs)
     elif suffix in (".csv", ".tsv", ".txt", ".dat"):
-        read = _csv(label, raw, columns, inputs, episode)
+        read = _csv(label, raw, columns, inputs, episode, dt)
     else:
         raise DataError(f"{label}: unknown suffix {file.suffix!r}; expected .npy, .npz, .csv, .tsv, .txt or .dat")
     digested = hashlib.sha256(raw).hexdigest()
@@ -177,11 +182,21 @@ def split(data: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 def pair(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
     """The two, their actions scaled by one range, which spans both: two files give each its own. Raises ValueError
-    where they cannot be of one system: other widths, or another dt."""
-    facts = lambda d: {"observations": d.obs.shape[1], "inputs": d.act.shape[1], "dt": d.dt}
-    for what, got in facts(test).items():
-        if got != (want := facts(train)[what]):
-            raise ValueError(f"pair: {test.name} has {what} {got}, expected {want} as {train.name} has")
+    where they cannot be of one system: other widths, the same columns in another order, or another dt. One that
+    differs by no more than what times are rounded to becomes train's."""
+    for what, key, got, want in (
+        ("observed columns", "columns", test.obs.shape[1], train.obs.shape[1]),
+        ("inputs", "inputs", test.act.shape[1], train.act.shape[1]),
+    ):
+        mine, others = ([str(x) for x in d.meta.get(key) or []] for d in (test, train))
+        if got != want or (mine != others and sorted(mine) == sorted(others)):
+            listed = lambda names: f" ({', '.join(names)})" if names else ""
+            have = f"{test.name} has {got} {what}{listed(mine)}, expected {want}{listed(others)} as {train.name} has"
+            raise ValueError(f"{have}; choose the same of both")
+    if not math.isclose(test.dt, train.dt, rel_tol=SAME_DT):
+        raise ValueError(f"{test.name} has dt {test.dt:g}, expected {train.dt:g} as {train.name} has; resample it")
+    if test.dt != train.dt:
+        test = _hashed(replace(test, dt=train.dt))
     low, high = torch.minimum(train.act_low, test.act_low), torch.maximum(train.act_high, test.act_high)
     return _rescaled(train, low, high), _rescaled(test, low, high)
 
@@ -192,11 +207,16 @@ def standardise(data: Dataset, like: Dataset | None = None) -> Dataset:
     source = (data if like is None else like).obs.double()
     mean, std = source.mean(0), source.std(0, correction=0)
     if not (std > 0).all():
-        raise ValueError(
-            f"standardise: observation {int((std <= 0).nonzero()[0])} never changes; leave that column out"
-        )
+        still = dimensions(data)[int((std <= 0).nonzero()[0])]
+        raise ValueError(f"standardise: {still} never changes; leave that column out")
     scaled = {k: ((getattr(data, k).double() - mean) / std).to(data.obs) for k in ("obs", "next_obs")}
     return _hashed(replace(data, **scaled, meta=dict(data.meta, mean=mean.tolist(), std=std.tolist())))
+
+
+def dimensions(data: Dataset) -> list[str]:
+    """What the observed dimensions are called: a CSV's names of columns, or "dimension 0" and so on."""
+    names = data.meta.get("columns") or [None] * data.obs.shape[1]
+    return [x if isinstance(x, str) else f"dimension {i}" for i, x in enumerate(names)]
 
 
 def digest(*tensors: Tensor) -> str:
@@ -330,7 +350,7 @@ def _choose(
 # ---------------------------------------------------------------- CSV
 
 
-def _csv(label: str, raw: bytes, columns: Any, inputs: Any, episode: Column | None) -> dict[str, Any]:
+def _csv(label: str, raw: bytes, columns: Any, inputs: Any, episode: Column | None, dt: float | None) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -359,6 +379,10 @@ def _csv(label: str, raw: bytes, columns: Any, inputs: Any, episode: Column | No
     if twice := [n for n in names if names.count(n) > 1]:
         raise DataError(f"{label}: two columns are called {twice[0]!r}; rename one")
     chosen, driving, splitting = _choose(label, names, width, columns, inputs, episode)
+    clock = next((i for t in TIME for i, n in enumerate(names) if n.casefold() == t), None)
+    if clock in driving + splitting or (clock in chosen and (columns is not None or len(chosen) == 1)):
+        clock = None
+    chosen = [i for i in chosen if i != clock]
     named = lambda which: [names[i] for i in which] if names else which
     table = np.array(
         [[_number(label, names, row, n, i) for i in chosen + driving] for n, row in zip(numbers, rows, strict=True)]
@@ -369,11 +393,37 @@ def _csv(label: str, raw: bytes, columns: Any, inputs: Any, episode: Column | No
     read["meta"] = {"columns": named(chosen), "inputs": named(driving)}
     if driving:
         read["act"] = table[:, len(chosen) :]
+    edges = [0, len(rows)]
     if splitting:
         ids = [row[splitting[0]] for row in rows]
         edges = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1]), len(ids)]
         read["lengths"] = [b - a for a, b in pairwise(edges)]
+    told = None
+    if clock is not None and dt is None:
+        told = _spacing(label, names, rows, numbers, clock, edges, strict=columns is None)
+        read |= {} if told is None else {"dt": told}
+    if clock is not None and (told is not None or columns is None):
+        read["meta"]["time"] = names[clock]
     return read
+
+
+def _spacing(
+    label: str, names: list[str], rows: list[list[str]], lines: list[int], clock: int, edges: list[int], strict: bool
+) -> float | None:
+    """dt by the column of time. None where that is not evenly spaced within episodes; DataError where strict."""
+    if not strict and not all(_is_number(row[clock]) for row in rows):
+        return None
+    time = np.array([_number(label, names, row, n, clock) for n, row in zip(lines, rows, strict=True)])
+    steps = np.concatenate([np.diff(time[a:b]) for a, b in pairwise(edges)])
+    dt = float(f"{np.mean(steps):.9g}") if len(steps) else math.nan
+    if dt > 0 and (np.abs(steps - dt) <= EVEN * dt).all():
+        return dt
+    if not strict:
+        return None
+    raise DataError(
+        f"{label}: the column {names[clock]!r} goes on by {steps.min():g} to {steps.max():g}, expected even steps of "
+        "time; resample, or pass dt (--dt) as the time between samples, or columns (--columns) to say what is observed"
+    )
 
 
 def _cells(line: str, delimiter: str | None) -> list[str]:
@@ -401,11 +451,11 @@ def _is_number(cell: str) -> bool:
 
 def _number(label: str, names: list[str], row: list[str], line: int, column: int) -> float:
     cell = row[column]
-    if _is_number(cell):
+    if _is_number(cell) and math.isfinite(float(cell)):
         return float(cell)
     called = f"column {names[column]!r}" if names else f"column {column}"
     what = f"holds {cell!r}" if cell else "is empty"
     raise DataError(
-        f"{label}: {called} {what} in line {line}, expected a number with a decimal point; choose other "
+        f"{label}: {called} {what} in line {line}, expected a finite number with a decimal point; choose other "
         "columns, or fill it"
     )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,13 @@ class Hyper(OneStep):
 
     def __init__(self, spec: Spec, config: HyperConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(spec, config)
-        if config.chunk is not None and config.chunk < 1:
-            raise ValueError(f"HyperConfig: chunk is {config.chunk}, expected at least 1, or none")
+        demand(
+            "HyperConfig",
+            ("hidden", config.hidden, "widths of at least 1", all(n >= 1 for n in config.hidden)),
+            ("hyper", config.hyper, "widths of at least 1", all(n >= 1 for n in config.hyper)),
+            ("embedding", config.embedding, "at least 1", config.embedding >= 1),
+            ("chunk", config.chunk, "at least 1, or none", config.chunk is None or config.chunk >= 1),
+        )
         sizes = [spec.obs + spec.act, *config.hidden, self.outputs]
         self.shapes = [shape for i, o in pairwise(sizes) for shape in ((i, o), (1, o))]
         if config.gaussian:
@@ -169,6 +174,13 @@ def _drawn(normal: Tensor, variance: float) -> Tensor:
     return normal * variance**0.5
 
 
+def demand(who: str, *rules: tuple[str, Any, str, bool]) -> None:
+    """rules: a setting's name, its value, what is expected, whether it holds. Raises one ValueError that names all of
+    which it does not."""
+    if wrong := [f"{name} is {value}, expected {want}" for name, value, want, holds in rules if not holds]:
+        raise ValueError(f"{who}: {'; '.join(wrong)}")
+
+
 # ---------------------------------------------------------------- continual training
 
 
@@ -187,6 +199,21 @@ class HyperFit:
     look_ahead: bool = True
     past: int | None = None
     clip: float = 5.0
+
+
+def check_fit(config: HyperFit) -> None:
+    """Raises ValueError for settings that cannot be."""
+    positive = lambda x: 0 < x < math.inf
+    demand(
+        "HyperFit",
+        ("updates", config.updates, "at least 0", config.updates >= 0),
+        ("batch", config.batch, "at least 1", config.batch >= 1),
+        ("lr", config.lr, "a positive number", positive(config.lr)),
+        ("lr_context", config.lr_context, "a positive number", positive(config.lr_context)),
+        ("beta", config.beta, "a number of at least 0", 0 <= config.beta < math.inf),
+        ("past", config.past, "at least 1, or none", config.past is None or config.past >= 1),
+        ("clip", config.clip, "above 0", config.clip > 0),
+    )
 
 
 @dataclass(frozen=True)
@@ -218,9 +245,11 @@ def fit_hyper(
 
     importance [task, P]: weighs what is anchored (see `importance_of`); ones by default. progress: (update, updates,
     figures) every so many updates, then checkpoint: a dict of live tensors; such a dict as `resume`, with the model as
-    it was when the task began, gives the numbers of an uninterrupted fit. Raises ValueError for a task that the model
-    has no embedding for, and for data of another spec or without a pair; RuntimeError where the loss is not finite."""
+    it was when the task began, gives the numbers of an uninterrupted fit. Raises ValueError for settings that cannot
+    be, for a task that the model has no embedding for, and for data of another spec or without a pair; RuntimeError
+    where the loss is not finite."""
     began, spec = time.perf_counter(), model.spec
+    check_fit(config)
     if not 0 <= task < spec.systems:
         raise ValueError(f"fit_hyper: task {task} is not one of the {spec.systems} that the model was built for")
     if (data.spec.obs, data.spec.act) != (spec.obs, spec.act):

@@ -1,0 +1,138 @@
+"""Families of systems: does a mixture sort them, and what does it gain over one model, a naive gate, and a model each?
+
+    python experiments/mixer.py [--sets four ten lotka-volterra] [--learners mixer ...] [--seeds 0 1 2] [--robust]
+
+Each row is one fit: relative squared error |x' - x|^2 / |x|^2 of free runs over 32 test trajectories a system (mean
+over systems, and their median), the same of new systems after adaptation from one trajectory by the context alone,
+purity of the assignment, wall time. --robust: the four families with too few and too many experts, with 5 % noise, with
+systems that belong to no family of theirs (Lotka-Volterra), and with the published choices (one start of K-means, empty
+clusters passed over, no warm steps, whole episodes); Lotka-Volterra with a soft start and with two experts. A finished
+row is in experiments/results/mixer.json and is not run again.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mbrl import cli_meta
+from mbrl import device as devices
+from mbrl.choices import MIXERS
+from mbrl.cli_meta import FIT, Meta
+from mbrl.dynamics.mixer import MixerFit, fit_mixer
+from mbrl.offline import digest
+from mbrl.run import machine, versions, write_json
+
+RESULTS = Path(__file__).parent / "results" / "mixer.json"
+LEARNERS = ("mixer", "naive-gate", "meta-learner", "separate")
+MENDED = {
+    "lv-warm": {"fit": replace(FIT, warm=150)},  # a soft start: one expert for half of the fit
+    "lv-two": {"experts": 2},
+}
+ROBUST: dict[str, dict[str, Any]] = {
+    "two-experts": {"experts": 2},
+    "eight-experts": {"experts": 8},
+    "noise": {"noise": 0.05},
+    "stranger": {"families": "harmonic-four,shear-four,double-well-four,duffing-four,lotka-volterra", "experts": 4},
+    "published": {"fit": MixerFit(lr=FIT.lr, lr_context=FIT.lr_context)},
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    sets: tuple[str, ...] = ("four", "ten", "lotka-volterra")
+    learners: tuple[str, ...] = LEARNERS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    outer: int = 300
+    robust: bool = False
+    threads: int = 1
+
+
+def run(job: Meta) -> dict[str, Any]:
+    assert job.seed is not None
+    data = cli_meta.load(job)
+    job = replace(job, dynamics=cli_meta.sized(job, data))
+    model = job.dynamics.build(data.train.spec, devices.generator(job.seed))
+    began = time.perf_counter()
+
+    def tell(outer: int, of: int | None, figures: dict[str, float]) -> None:
+        if outer % 50 == 0:
+            words = "  ".join(f"{k} {v:.3g}" for k, v in figures.items())
+            print(f"  {outer} / {of}  {words}  {time.perf_counter() - began:.0f} s", flush=True)
+
+    report = fit_mixer(model, data.train.to(torch.float32), job.fit, devices.generator(job.seed + 1), tell)
+    model.requires_grad_(False)
+    found = cli_meta.judged(job, data, model, report)
+    mean = lambda x: float(np.mean(x))
+    row = {k: found[k] for k in ("experts", "seed", "parameters", "assigned", "purity", "solved", "passed", "skipped")}
+    row |= {"error": mean(found["errors"]), "error_median": statistics.median(found["errors"])}
+    if "new_errors" in found:
+        row |= {"adapted": mean(found["new_errors"]), "adapted_median": statistics.median(found["new_errors"])}
+        row |= {"confidence": mean(found["confidence"])}
+    row |= {"family": cli_meta.by_family(found["labels"], found["errors"]), "changes": len(report.assigned)}
+    row |= {"loss": [float(f"{x:.4g}") for x in report.loss[9::10]], "fit_s": round(report.seconds, 1)}
+    return row | {"threads": torch.get_num_threads(), **machine(), "versions": versions()}
+
+
+def main(args: Args) -> None:
+    devices.keep_memory()
+    torch.set_num_threads(args.threads)
+    fit = replace(FIT, outer=args.outer)
+    base = Meta(fit=fit)
+    jobs = []
+    for seed in args.seeds:
+        for name in args.sets:
+            for learner in args.learners:
+                jobs.append((name, learner, replace(base, families=name, seed=seed, dynamics=MIXERS[learner])))
+        for name, change in ROBUST.items() if args.robust else ():
+            change = change | ({"fit": replace(change["fit"], outer=args.outer)} if "fit" in change else {})
+            jobs.append(("four", name, replace(base, **({"families": "four", "seed": seed} | change))))
+        for name, change in MENDED.items() if args.robust else ():
+            jobs.append(("lotka-volterra", name, replace(base, families="lotka-volterra", seed=seed, **change)))
+    for name, learner, job in jobs:
+        rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+        key, mark = f"{name} {learner} {job.seed}", digest(replace(job, out=None))
+        if key in rows and rows[key]["digest"] == mark:
+            continue
+        print(key, flush=True)
+        row = run(job) | {"digest": mark}
+        rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+        rows[key] = row
+        write_json(RESULTS, {"figures": figures(rows), "rows": rows})
+    show(figures(json.loads(RESULTS.read_text())["rows"]))
+
+
+def figures(rows: dict[str, Any]) -> dict[str, Any]:
+    """Medians over the seeds, with the least and the largest."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for key, row in rows.items():
+        groups.setdefault(key.rpartition(" ")[0], []).append(row)
+    keys = ("error", "error_median", "adapted", "adapted_median", "purity", "fit_s")
+    spread = lambda x: {"median": statistics.median(x), "low": min(x), "high": max(x)}
+    return {
+        g: {"seeds": len(x), "parameters": x[0]["parameters"]}
+        | {k: spread([r[k] for r in x]) for k in keys if k in x[0]}
+        for g, x in groups.items()
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    words = Table("", "seeds", "error", "median system", "adapted", "median system", "purity", "fit, s")
+    for name, x in found.items():
+        cells = [
+            f"{x[k]['median']:.3g}" if k in x else "-" for k in ("error", "error_median", "adapted", "adapted_median")
+        ]
+        words.add_row(name, str(x["seeds"]), *cells, f"{x['purity']['median']:.3g}", f"{x['fit_s']['median']:.0f}")
+    Console(width=110).print(words)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

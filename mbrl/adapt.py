@@ -1,0 +1,169 @@
+"""Adapting a learner with contexts to a system that it has not met: gradient descent on the context alone, the weights
+fixed, from a few transitions or trajectories of that system."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mbrl.core import Dynamics, Segment, StepInput
+from mbrl.data import Dataset
+from mbrl.fit import Adam, Rows
+from mbrl.rollout import steps, unroll
+
+
+class Adapted(NamedTuple):
+    """What descent from each start came to, K of them, the best first."""
+
+    tried: Tensor  # [K, C]
+    errors: Tensor  # [K]  squared, of the observations, in units of each dimension's mean square change
+    share: Tensor  # [K]  see `adapt`
+    start: Tensor  # [K] int64: which start each came from
+
+    @property
+    def ctx(self) -> Tensor:
+        """The best context, [1, C]."""
+        return self.tried[:1]
+
+
+def adapt(
+    model: Dynamics,
+    segment: Segment,
+    *,
+    starts: Tensor | None = None,
+    keep: int = 8,
+    updates: int = 100,
+    lr: float = 0.03,
+    alpha: float = 0.0,
+) -> Adapted:
+    """Contexts that explain windows of one system, whatever the learner: by its predictions of the observations alone,
+    forced by alpha (0: free runs over the windows); no reward is asked for.
+
+    starts [K, C]: where descent may begin, by default the contexts of the systems that the learner was fitted to. A
+    gate that chooses by the context has no gradient, so that descent stays with the expert of its start: the `keep`
+    best of the starts are descended from, all at once, by `updates` steps of Adam. share: what each would have of the
+    belief if errors were normal, of unknown size and independent, and the starts equally likely: e_k^(-n / 2) over
+    their sum, of n observed numbers.
+
+    Raises ValueError for a learner without contexts, for windows of another width or of several systems, that hold no
+    transition or are not finite."""
+    given = known(model) if starts is None else starts.detach()
+    width = model.spec.ctx
+    if segment.obs.shape[-1] != model.spec.obs or segment.act.shape[-1] != model.spec.act:
+        raise ValueError(
+            f"adapt: got {segment.obs.shape[-1]} observations and {segment.act.shape[-1]} actions, the learner has "
+            f"{model.spec.obs} and {model.spec.act}"
+        )
+    if len(segment.system) != 1 or not bool(segment.mask.any()):
+        count = int(segment.mask.sum())
+        raise ValueError(f"adapt: got {len(segment.system)} systems and {count} transitions, expected one, and some")
+    for name in ("obs", "act"):
+        if not bool(getattr(segment, name).isfinite().all()):
+            raise ValueError(f"adapt: the windows' {name} is not finite everywhere, expected finite trajectories")
+    if not width:
+        raise ValueError(f"adapt: {type(model).__name__} has no contexts; expected a learner with them, a hypernetwork")
+    if given.ndim != 2 or given.shape[1] != width:
+        raise ValueError(f"adapt: starts are {list(given.shape)}, expected [K, {width}]")
+    error = lambda e: _errors(model, segment, e, alpha)
+    with torch.no_grad():
+        best = error(given.to(segment.obs)).nan_to_num(torch.inf).argsort()[:keep]
+    e = given.to(segment.obs)[best].clone().requires_grad_()
+    adam = Adam({"e": e}, lr)
+    lowest, found = torch.full_like(e[:, 0], torch.inf), e.detach().clone()
+    for _ in range(updates):
+        with torch.enable_grad():
+            errors = error(e)
+            (grad,) = torch.autograd.grad(errors.sum(), [e])
+        better = errors.detach() < lowest
+        lowest = torch.where(better, errors.detach(), lowest)
+        found = torch.where(better[:, None], e.detach(), found)
+        adam.step([grad.nan_to_num(0.0, 0.0, 0.0)])
+    with torch.no_grad():
+        errors = error(e)
+        better = errors < lowest
+        lowest, found = torch.where(better, errors, lowest), torch.where(better[:, None], e, found)
+    order = lowest.argsort()
+    n = segment.mask.sum() * model.spec.obs
+    share = (-0.5 * n * lowest[order].clamp(min=torch.finfo(lowest.dtype).tiny).log()).softmax(0)
+    return Adapted(found[order].detach(), lowest[order], share, best[order])
+
+
+def _errors(model: Dynamics, segment: Segment, ctx: Tensor, alpha: float) -> Tensor:
+    """[K]: what is predicted of the windows under each context [K, C]."""
+    k, (b, t) = len(ctx), segment.mask.shape
+    wide = lambda x: x.repeat(k, *[1] * (x.ndim - 1))  # contiguous by context
+    change = (segment.obs[:, 1:] - segment.obs[:, :-1])[segment.mask]
+    scale = change.square().mean(0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    obs, mask = wide(segment.obs), wide(segment.mask)
+    cond = model.condition(ctx)
+    inputs = StepInput(wide(segment.act), obs.new_zeros(k * b, t, model.noise_dim), wide(segment.dt))
+    state = model.init(obs[:, 0], cond)
+    forced = obs[:, 1:] if alpha else None
+    _, pred = unroll(model, state, steps(inputs), cond, forced=forced, alpha=alpha, mask=mask)
+    error = ((pred.obs - obs[:, 1:]).square() / scale).mean(-1)
+    return torch.where(mask, error, 0.0).reshape(k, -1).sum(1) / segment.mask.sum()
+
+
+def known(model: Dynamics) -> Tensor:
+    """The contexts of the systems that a learner was fitted to, [systems, C]."""
+    device = next(model.parameters()).device
+    return model.context(torch.arange(model.spec.systems, device=device)).detach()
+
+
+def met(model: Dynamics, ctx: Tensor) -> int:
+    """Adds a context [1, C] to the learner's table, in place; returns the number of that system."""
+    table = dict(model.named_parameters()).get("contexts")
+    if table is None or table.ndim != 2:
+        raise ValueError(
+            f"met: {type(model).__name__} has no table `contexts` [systems, C] to which one could be added"
+        )
+    if ctx.shape != (1, table.shape[1]):
+        raise ValueError(f"met: the context is {list(ctx.shape)}, expected {[1, table.shape[1]]}")
+    wide = torch.cat([table.detach(), ctx.detach().to(table)])
+    model.register_parameter("contexts", nn.Parameter(wide, requires_grad=table.requires_grad))
+    model.spec = replace(model.spec, systems=len(wide), ctx=table.shape[1])
+    return len(wide) - 1
+
+
+# ---------------------------------------------------------------- judging
+
+
+def windows(
+    data: Dataset, system: int, like: Tensor, length: int | None = None, episodes: int | None = None
+) -> Segment:
+    """Windows of one of the data's systems, one after the other without overlap, of `length` steps or whole episodes,
+    of its first `episodes`; as a segment of one system, for `adapt`. Raises ValueError where there is none."""
+    mine = torch.arange(data.episodes) if data.system is None else (data.system.cpu() == system).nonzero()[:, 0]
+    mine = mine[:episodes]
+    length = int(data.lengths.cpu()[mine].min()) if length is None else length
+    rows = Rows(data, length, like)
+    fits = torch.zeros(len(data), dtype=torch.bool).index_fill_(0, rows.whole().cpu(), True)
+    starts = data.starts.cpu()
+    begins = torch.cat([torch.arange(int(starts[e]), int(starts[e + 1]), length) for e in mine])
+    begins = begins[fits[begins]]
+    if len(begins) == 0:
+        raise ValueError(f"windows: system {system} has no window of {length} steps: pass a smaller length")
+    return rows.segment(begins.to(rows.table.device))._replace(system=rows.system[:1])
+
+
+@torch.no_grad()
+def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
+    """[systems]: of free runs from each episode's first observation, |x' - x|^2 / |x|^2, the squares summed over times
+    and dimensions, mean over a system's episodes; ctx [systems, C]: their contexts. Infinite where a run is not finite.
+    Episodes are cut to the length of the shortest."""
+    like, out = next(model.parameters()), []
+    length = int(data.lengths.min())
+    for system in range(data.systems):
+        rows = Rows(data, length, like)
+        mine = data.starts[:-1] if data.system is None else data.starts[:-1][data.system == system]
+        segment = rows.segment(mine.to(like.device))
+        cond = model.condition(ctx[system : system + 1].to(like))
+        noise = segment.act.new_zeros(*segment.act.shape[:2], model.noise_dim)
+        state = model.init(segment.obs[:, 0], cond)
+        _, pred = unroll(model, state, steps(StepInput(segment.act, noise, segment.dt)), cond)
+        true = segment.obs[:, 1:].double()
+        error = (pred.obs.double() - true).square().sum((1, 2)) / true.square().sum((1, 2))
+        out.append(error.nan_to_num(torch.inf, torch.inf).mean())
+    return torch.stack(out)

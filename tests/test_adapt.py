@@ -1,0 +1,211 @@
+"""Adaptation by the context alone, of any learner that has one, and inside control."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mbrl import device as devices
+from mbrl.adapt import adapt, known, met, relative_errors, windows
+from mbrl.core import Spec, StepInput
+from mbrl.data import Dataset, joined
+from mbrl.dynamics.hyper import HyperConfig
+from mbrl.dynamics.mixer import Coda, MixerConfig
+from mbrl.dynamics.single import SingleConfig
+from mbrl.fit import FitConfig, fit
+from mbrl.mpc import Adapting, Follow, Mpc
+from mbrl.planner import ICEM, Worth
+from mbrl.solvers import Tsit5
+
+gen = lambda seed=0: devices.generator(seed)
+GAINS = (-1.0, -0.5, 0.5, 1.0)
+
+
+def pushed(gain, n=400, episode=20, seed=0):
+    """x' = 0.9 x + gain a, in one dimension; the reward is -|x'|."""
+    act = 2 * torch.rand(n, 1, generator=gen(seed)) - 1
+    obs, now = [], torch.zeros(1)
+    for t in range(n):
+        now = torch.randn(1, generator=gen(seed + t)) if t % episode == 0 else now
+        obs.append(now)
+        now = 0.9 * now + gain * act[t]
+    obs = torch.stack(obs)
+    after = 0.9 * obs + gain * act
+    off, one = torch.zeros(n, dtype=torch.bool), torch.ones(1)
+    return Dataset(obs, act, -after[:, 0].abs(), after, off, ~off, torch.arange(0, n + 1, episode), -one, one)
+
+
+LEARNERS = {
+    "hyper": HyperConfig(hidden=(16,), hyper=(16,), embedding=2),
+    "mixer": MixerConfig(Coda((16,)), 1, 2, solver=Tsit5()),
+}
+
+
+@pytest.fixture(scope="module", params=LEARNERS)
+def fitted(request):
+    data = joined([pushed(g, seed=1000 * i) for i, g in enumerate(GAINS)], mixed=True)
+    model = LEARNERS[request.param].build(data.spec, gen())
+    fit(model, data, FitConfig(64, 1e-2, max_epochs=40, patience=40), gen(1))
+    return model.eval()
+
+
+def gain(model, ctx):
+    obs, act = torch.zeros(20, 1), torch.linspace(-1, 1, 20)[:, None]
+    inp = StepInput(act, torch.zeros(20, model.noise_dim), torch.ones(20, 1))
+    pred = model.step(obs, inp, model.condition(ctx))[1].obs
+    return ((pred * act).sum() / (act * act).sum()).item()
+
+
+# ---------------------------------------------------------------- adapting
+
+
+@pytest.mark.parametrize("new", [-0.75, 0.0, 0.75])
+def test_a_new_system_is_met_by_its_context_alone(fitted, new):
+    before = {k: v.clone() for k, v in fitted.state_dict().items()}
+    segment = windows(pushed(new, 40, seed=77), 0, fitted.contexts)
+    got = adapt(fitted, segment, updates=300)
+    assert gain(fitted, got.ctx) == pytest.approx(new, abs=0.12)
+    assert (got.errors.diff() >= 0).all()
+    assert got.share.sum() == pytest.approx(1.0)
+    assert all(torch.equal(v, before[k]) for k, v in fitted.state_dict().items())
+    rest = adapt(fitted, segment, updates=0)
+    assert got.errors[0] < rest.errors[0]
+    assert torch.equal(rest.tried, fitted.contexts.detach()[rest.start])
+
+
+def test_without_updates_the_nearest_known_system_is_chosen(fitted):
+    for i, g in enumerate(GAINS):
+        got = adapt(fitted, windows(pushed(g, 40, seed=78), 0, fitted.contexts), updates=0)
+        assert got.start[0] == i
+        assert got.share[0] > 0.9
+    few = adapt(fitted, windows(pushed(0.5, 40), 0, fitted.contexts), starts=fitted.contexts[:2], keep=1, updates=0)
+    assert len(few.tried) == 1
+    assert torch.equal(few.tried, fitted.contexts.detach()[1:2])
+
+
+def test_the_share_is_the_posterior_under_errors_of_unknown_size(fitted):
+    segment = windows(pushed(0.6, 20, seed=79), 0, fitted.contexts)
+    got = adapt(fitted, segment, updates=0)
+    want = got.errors.double() ** (-20 / 2)
+    torch.testing.assert_close(got.share.double(), want / want.sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_context_is_added_to_the_table(fitted):
+    import copy
+
+    model = copy.deepcopy(fitted)
+    ctx = torch.full((1, 2), 0.3)
+    assert met(model, ctx) == 4
+    assert model.spec.systems == 5
+    torch.testing.assert_close(model.context(torch.tensor([4])), ctx)
+    assert torch.equal(known(model)[:4], known(fitted))
+    with pytest.raises(ValueError, match=r"met: the context is \[1, 3\], expected \[1, 2\]"):
+        met(model, torch.zeros(1, 3))
+
+
+def test_what_cannot_adapt_says_so(fitted):
+    data = pushed(0.5, 40)
+    segment = windows(data, 0, fitted.contexts)
+    single = SingleConfig(hidden=(8,), weight_decay=(0.0, 0.0)).build(Spec(1, 1))
+    with pytest.raises(ValueError, match="Single has no contexts"):
+        adapt(single, segment)
+    with pytest.raises(ValueError, match="Single has no table"):
+        met(single, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="got 2 observations and 1 actions, the learner has 1 and 1"):
+        adapt(fitted, segment._replace(obs=segment.obs.repeat(1, 1, 2)))
+    with pytest.raises(ValueError, match="the windows' obs is not finite"):
+        adapt(fitted, segment._replace(obs=segment.obs * torch.nan))
+    with pytest.raises(ValueError, match="got 2 systems"):
+        adapt(fitted, segment._replace(system=torch.zeros(2, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="0 transitions"):
+        adapt(fitted, segment._replace(mask=~segment.mask))
+    with pytest.raises(ValueError, match=r"starts are \[3\]"):
+        adapt(fitted, segment, starts=torch.zeros(3))
+
+
+def test_windows_are_those_of_one_system_without_overlap():
+    data = joined([pushed(0.5, 60), pushed(-0.5, 60, seed=9)], mixed=True)
+    segment = windows(data, 1, data.obs, 6)
+    assert segment.obs.shape == (9, 7, 1)
+    assert segment.system.tolist() == [0]
+    torch.testing.assert_close(segment.obs[:, 0], data.obs[[60, 66, 72, 80, 86, 92, 100, 106, 112]])
+    assert len(windows(data, 1, data.obs, None, 2).obs) == 2
+    with pytest.raises(ValueError, match="system 1 has no window of 21 steps"):
+        windows(data, 1, data.obs, 21)
+
+
+def test_relative_errors_are_those_of_free_runs(fitted):
+    data = joined([pushed(g, 40, seed=90 + i) for i, g in enumerate(GAINS)], mixed=True)
+    got = relative_errors(fitted, data, fitted.contexts)
+    assert got.max() < 0.05
+    swapped = relative_errors(fitted, data, fitted.contexts.flip(0))
+    assert swapped.min() > 0.5
+    state, errors = data.obs[[0, 20]], []
+    with torch.no_grad():
+        cond = fitted.condition(fitted.contexts[:1])
+        for t in range(20):
+            inp = StepInput(data.act[[t, 20 + t]], torch.zeros(2, fitted.noise_dim), torch.ones(2, 1))
+            state = fitted.step(state, inp, cond)[0]
+            errors.append((state - data.next_obs[[t, 20 + t]]).square())
+    true = torch.stack([data.next_obs[:20], data.next_obs[20:40]]).square().sum((1, 2))
+    want = (torch.stack(errors).sum(0)[:, 0] / true).mean()
+    assert got[0].item() == pytest.approx(want.item(), rel=1e-4)
+    broken = torch.full((4, 2), math.nan)
+    assert relative_errors(fitted, data, broken).isinf().all()
+
+
+# ---------------------------------------------------------------- in control
+
+
+def driven(act, true, envs, steps=30):
+    """The summed reward -|x' - 2|, by environments of gains true [E], from 0."""
+    x, total = torch.zeros(envs, 1), torch.zeros(envs)
+    for _ in range(steps):
+        x = 0.9 * x + true[:, None] * act(x)
+        total -= (x[:, 0] - 2).abs()
+    return total
+
+
+def controller(model, ctx=None):
+    planner = replace(ICEM, horizon=6, samples=32, elites=8)
+    reward = lambda obs, act, after: -(after[:, 0] - 2).abs()
+    return Mpc(planner, Worth(), model, generator=gen(), reward=reward, ctx=ctx)
+
+
+def test_control_finds_out_within_an_episode_which_way_actions_push(fitted):
+    true = torch.tensor([-0.75, 0.75])
+    follow = Follow(window=20, every=3, updates=30)
+    adapting = Adapting(controller(fitted), follow, first=fitted.contexts[:1])  # the one of gain -1
+    adapting.begin(2)
+    got = driven(adapting, true, 2)
+    blind = controller(fitted, fitted.contexts[:1].detach())
+    blind.begin(2)
+    lost = driven(blind, true, 2)
+    assert gain(fitted, adapting.ctx[:1]) < -0.5
+    assert gain(fitted, adapting.ctx[1:]) > 0.5
+    assert got[1] > lost[1] + 20
+    assert got[0] > lost[0] - 3
+    again = Adapting(controller(fitted), follow, first=fitted.contexts[:1])
+    again.begin(2)
+    assert torch.equal(driven(again, true, 2), got)
+
+
+def test_an_episode_that_ends_is_forgotten(fitted):
+    adapting = Adapting(controller(fitted), Follow(every=1, updates=2))
+    mean = fitted.contexts.detach().mean(0)
+    adapting.begin(3)
+    assert torch.equal(adapting.ctx, mean.expand(3, -1))
+    for _ in range(3):
+        adapting(torch.ones(3, 1))
+    assert [len(x) for x in adapting.seen] == [2, 2, 2]
+    ctx = adapting.ctx.clone()
+    assert not torch.equal(ctx[0], mean)
+    adapting.clear(torch.tensor([False, True, False]))
+    assert [len(x) for x in adapting.seen] == [2, 0, 2]
+    assert torch.equal(adapting.ctx[1], mean)
+    adapting.rows([2, 1], 1)
+    assert [len(x) for x in adapting.seen] == [2, 0, 0]
+    assert torch.equal(adapting.ctx, torch.stack([ctx[2], mean, mean]))
+    adapting(torch.ones(3, 1))
+    assert [len(x) for x in adapting.seen] == [3, 0, 0]

@@ -1,0 +1,434 @@
+"""MixER: experts whose context is folded in, the gate, clusters and their experts, the fit, and adaptation."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from mbrl import device as devices
+from mbrl.core import Spec, StepInput
+from mbrl.data import Dataset, joined
+from mbrl.dynamics import mixer
+from mbrl.dynamics.mixer import (
+    AdaBelief,
+    Coda,
+    Geps,
+    Hierarchical,
+    MixerConfig,
+    MixerFit,
+    Ncf,
+    every_error,
+    fit_mixer,
+    greedy,
+    hungarian,
+    kmeans,
+    purity,
+    scattered,
+    solved_gate,
+)
+from mbrl.fit import FitConfig, Rows, fit
+from mbrl.solvers import RK4
+
+gen = lambda seed=0: devices.generator(seed)
+SMALL = {"ncf": Ncf((8,), (6,), (8,)), "coda": Coda((8, 8)), "geps": Geps((8, 8)), "hierarchical": Hierarchical(8)}
+FIELDS = ["ncf", "coda", "geps"]
+
+
+def turning(rate, damping, n=6, steps=20, seed=0, dt=0.2):
+    """Exact orbits of x'' = -rate^2 x (damping 0), or of x' = -damping x, in two dimensions."""
+    g, out = gen(seed), []
+    t = dt * torch.arange(steps + 1)[:, None]
+    for _ in range(n):
+        a, b = torch.randn(2, 1, generator=g)
+        if damping:
+            x = torch.cat([a * torch.exp(-damping * t), b * torch.exp(-damping * t)], 1)
+        else:
+            x = torch.cat([a * torch.cos(rate * t + b), -a * rate * torch.sin(rate * t + b)], 1)
+        out.append(x)
+    x = torch.stack(out)
+    rows, none = n * steps, torch.zeros(n * steps, 0)
+    yes = torch.ones(rows, dtype=torch.bool)
+    starts = torch.arange(0, rows + 1, steps)
+    before, after = x[:, :-1].flatten(0, 1), x[:, 1:].flatten(0, 1)
+    return Dataset(before, none, none.sum(1), after, ~yes, yes, starts, none[0], none[0], dt)
+
+
+def families(seed=0, n=6, rates=(0.9, 1.0, 1.1), dampings=(0.4, 0.5, 0.6)):
+    """Three oscillators, then three that decay."""
+    parts = [turning(r, 0, n, seed=seed + i) for i, r in enumerate(rates)]
+    return joined(parts + [turning(0, d, n, seed=seed + 9 + i) for i, d in enumerate(dampings)], mixed=True)
+
+
+CONFIG = MixerConfig(Coda((16,)), 2, 4)
+FIT = MixerFit(60, batch=6, length=5, lr=1e-2, lr_context=1e-2, restarts=3, assign="hungarian")
+
+
+# ---------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_is_folded_is_what_the_paper_has(name):
+    """NCF reads [features, code]; CoDA has W + c H; GEPS W + A diag(c) B."""
+    config = MixerConfig(SMALL[name], 3, 4, activation="tanh")
+    model = config.build(Spec(obs=3, act=2, systems=5), gen()).requires_grad_(False)
+    ctx, x = torch.randn(2, 4, generator=gen(1)), torch.randn(2, 7, 5, generator=gen(2))
+    layers = model.served(ctx, torch.tensor([2, 0]))
+    got = mixer.apply_layers(layers[:-1] if name == "hierarchical" else layers, x, "tanh")
+    for g, expert in enumerate((2, 0)):
+        p = {k: v[expert].double() for k, v in model.experts.items()}
+        c, h = ctx[g].double(), x[g].double()
+        if name == "ncf":
+            h = torch.tanh(h @ p["features_w0"] + p["features_b0"])
+            code = c @ p["context_w0"] + p["context_b0"][0]
+            both = torch.cat([p["join_w"], p["join_c"]])
+            h = torch.tanh(torch.cat([h, code.expand(len(h), -1)], 1) @ both + p["join_b"])
+            h = h @ p["main_w0"] + p["main_b0"]
+        else:
+            for n in range(3):
+                if name == "coda":
+                    w = p[f"root_w{n}"] + (c @ p[f"move_w{n}"]).reshape(p[f"root_w{n}"].shape)
+                    b = p[f"root_b{n}"] + c @ p[f"move_b{n}"]
+                else:
+                    w = p[f"root_w{n}"] + p[f"left_{n}"] @ c.diag() @ p[f"right_{n}"]
+                    b = p[f"root_b{n}"] + c @ p[f"shift_{n}"]
+                h = h @ w + b
+                h = torch.tanh(h) if n < 2 else h
+        torch.testing.assert_close(got[g].double(), h, rtol=1e-4, atol=1e-5)
+
+
+def test_the_hierarchical_map_is_a_clipped_shallow_plrnn_of_linear_parameters():
+    model = MixerConfig(Hierarchical(8), 2, 4).build(Spec(obs=3, act=2, systems=5), gen()).requires_grad_(False)
+    ctx, z, a = torch.randn(1, 4, generator=gen(1)), torch.randn(7, 3, generator=gen(2)), torch.randn(7, 2)
+    p = {k: v[1] for k, v in model.experts.items()}
+    A, W1, W2, h1, h2, C = (p[k] + (ctx @ p[f"by_{k}"]).reshape(p[k].shape) for k in ("A", "W1", "W2", "h1", "h2", "C"))
+    want = A * z + (torch.relu(z @ W2 + h2) - torch.relu(z @ W2)) @ W1 + h1 + a @ C
+    cond = model.served(ctx, torch.tensor([1]))
+    got = model.step(z, StepInput(a, torch.zeros(7, 0), torch.full((7, 1), 0.3)), cond)[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fields_rate_is_in_units_of_the_datas_and_its_step_rk4():
+    data = families()
+    model = MixerConfig(Coda(()), 1, 4, solver=RK4(2)).build(data.spec, gen()).requires_grad_(False)
+    rows = Rows(data, 1, data.obs)
+    model.prepare(rows.segment(torch.arange(len(data))))
+    z = (data.obs - model.observed.mean) / model.observed.std
+    after = (data.next_obs - model.observed.mean) / model.observed.std
+    torch.testing.assert_close(model.rate, ((after - z) / 0.2).square().mean(0).sqrt())
+    cond = model.condition(model.contexts[:1])
+    w, b = model.experts["root_w0"][0] * model.rate, model.experts["root_b0"][0] * model.rate
+    x, h = z[:5], 0.1
+    f = lambda y: y @ w + b
+    for _ in range(2):
+        k1 = f(x)
+        k2 = f(x + h / 2 * k1)
+        k3 = f(x + h / 2 * k2)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + f(x + h * k3))
+    got = model.step(data.obs[:5], StepInput(data.act[:5], data.act[:5], torch.full((5, 1), 0.2)), cond)[0]
+    torch.testing.assert_close(got, x * model.observed.std + model.observed.mean)
+    model.prepare(rows.segment(torch.arange(9)))  # set once
+    torch.testing.assert_close(model.rate, ((after - z) / 0.2).square().mean(0).sqrt())
+
+
+# ---------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_gate_chooses_one_expert_by_the_context_alone(name):
+    model = MixerConfig(SMALL[name], 3, 2).build(Spec(obs=3, act=1, systems=4), gen()).requires_grad_(False)
+    with torch.no_grad():
+        model.gate.copy_(torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.5]]))
+    ctx = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.1, 3.0]])
+    assert model.chosen(ctx).tolist() == [0, 1, 2]
+    cond = model.condition(ctx)
+    for g in range(3):
+        one = model.served(ctx[g : g + 1], torch.tensor([g]))
+        for a, b in zip(cond, one, strict=True):
+            torch.testing.assert_close(a[g : g + 1], b, rtol=1e-5, atol=1e-6)
+    x, inp = torch.randn(6, 3), StepInput(torch.randn(6, 1), torch.zeros(6, 0), torch.ones(6, 1))
+    before = model.step(x, inp, cond)[0]
+    for k, p in model.experts.items():  # what was not chosen is not read
+        p[1] = torch.nan if k else p[1]
+    after = model.step(x, inp, model.condition(ctx))[0]
+    assert torch.equal(after[:2], before[:2])
+    assert torch.equal(after[4:], before[4:])
+    assert after[2:4].isnan().all()
+
+
+def test_a_trained_gate_scales_the_step_by_its_softmax():
+    spec = Spec(obs=2, systems=3)
+    model = MixerConfig(Coda((8,)), 3, 2, gating="gradient").build(spec, gen())
+    ctx = torch.randn(1, 2, generator=gen(1))
+    share = model.logits(ctx).softmax(-1).max()
+    plain = MixerConfig(Coda((8,)), 3, 2).build(spec, gen())
+    plain.load_state_dict(model.state_dict())
+    a, b = model.condition(ctx), plain.condition(ctx)
+    torch.testing.assert_close(a[-2], b[-2] * share)
+    torch.testing.assert_close(a[-1], b[-1] * share)
+    for x, y in zip(a[:-2], b[:-2], strict=True):
+        assert torch.equal(x, y)
+    data = families()
+    big = MixerConfig(Coda((8,)), 3, 2, gating="gradient").build(data.spec, gen())
+    segment = Rows(data, 5, data.obs).segment(torch.arange(0, 720, 120))
+    loss = big.loss(segment, torch.zeros(6, 5, 0))[0]
+    loss.backward()
+    assert big.gate.grad.abs().sum() > 0
+
+
+def test_models_of_their_own_share_nothing():
+    data = families()
+    model = MixerConfig(Coda((8,)), 6, 6, gating="own").build(data.spec, gen())
+    assert model.chosen(model.contexts).tolist() == list(range(6))
+    before = {k: p.clone() for k, p in model.experts.items()}
+    contexts = model.contexts.clone()
+    report = fit_mixer(model, data, replace(FIT, outer=2), gen(1))
+    assert torch.equal(model.contexts, contexts)
+    assert report.solved == report.passed == 0
+    assert all(not torch.equal(p, before[k]) for k, p in model.experts.items())
+
+
+# ---------------------------------------------------------------- clusters
+
+
+def test_kmeans_by_l1_from_warm_centres():
+    contexts = torch.tensor([[0.0, 0.0], [0.2, 0.0], [5.0, 5.0], [5.0, 5.2], [9.0, 0.0]])
+    found = kmeans(contexts, 3, torch.tensor([[8.0, 1.0], [0.1, 0.1], [4.0, 4.0]]), gen())
+    assert found.label.tolist() == [1, 1, 2, 2, 0]
+    torch.testing.assert_close(found.centre, torch.tensor([[9.0, 0.0], [0.1, 0.0], [5.0, 5.1]]))
+    assert found.spread == pytest.approx(0.4)
+    # (3, 3) is nearer to (0, 5) than to (5.5, 5.5) by L1, and farther by L2
+    found = kmeans(torch.tensor([[3.0, 3.1], [0.0, 5.0], [5.4, 5.4]]), 2, torch.tensor([[0.0, 5.0], [5.4, 5.4]]), gen())
+    assert found.label.tolist() == [1, 0, 1]
+
+
+def test_an_empty_cluster_is_passed_over_or_begins_anew():
+    contexts = torch.tensor([[0.0], [0.1], [0.3], [4.0]])
+    start = torch.tensor([[0.0], [4.0], [99.0]])
+    assert kmeans(contexts, 3, start, gen()) is None
+    found = kmeans(contexts, 3, start, gen(), reseed=True)
+    assert sorted(torch.bincount(found.label, minlength=3).tolist()) == [1, 1, 2]
+    assert kmeans(torch.zeros(4, 2), 2, None, gen()) is None  # as at the beginning of a fit
+    assert kmeans(torch.zeros(4, 2), 2, None, gen(), reseed=True) is not None
+
+
+def test_scattered_starts_are_apart():
+    contexts = torch.cat([torch.zeros(50, 1), torch.full((1, 1), 10.0)])
+    for seed in range(5):
+        assert sorted(scattered(contexts, 2, gen(seed))[:, 0].tolist()) == [0.0, 10.0]
+
+
+def test_hungarian_is_scipys_and_greedy_takes_what_is_left():
+    rng = np.random.default_rng(0)
+    for k, m in ((1, 1), (3, 3), (4, 6), (7, 7)):
+        for _ in range(20):
+            cost = rng.standard_normal((k, m))
+            got = hungarian(torch.tensor(cost))
+            rows, columns = linear_sum_assignment(cost)
+            assert len(set(got)) == k
+            assert cost[np.arange(k), got].sum() == pytest.approx(cost[rows, columns].sum())
+    assert greedy(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 9.0], [1.0, 1.0, 7.0]])) == [0, 1, 2]
+
+
+def test_each_cluster_gets_the_median_of_its_systems():
+    errors = torch.tensor([[1.0, 9.0], [2.0, 9.0], [9.0, 9.0], [4.0, 3.0]])
+    assert mixer.costs(errors, torch.tensor([0, 0, 0, 1]), 2).tolist() == [[2.0, 9.0], [4.0, 3.0]]
+
+
+def test_the_gate_is_least_squares_of_the_one_hot_experts():
+    contexts, expert = torch.randn(9, 3, generator=gen()), torch.tensor([0, 1, 2] * 3)
+    got = solved_gate(contexts, expert, 4, gen(1))
+    x = np.concatenate([contexts.numpy(), np.ones((9, 1))], 1)
+    want = np.linalg.lstsq(x, np.eye(4)[expert], rcond=None)[0]
+    np.testing.assert_allclose(got.numpy(), want, atol=2e-3)  # the jitter
+    apart = torch.eye(4)[:3, :3] * 5
+    gate = solved_gate(apart.repeat(2, 1), torch.tensor([2, 0, 1] * 2), 3, gen())
+    assert (torch.cat([apart, torch.ones(3, 1)], 1) @ gate).argmax(1).tolist() == [2, 0, 1]
+
+
+def test_purity_counts_the_majority_of_each_expert():
+    assert purity([0, 0, 1, 1], "aabb") == 1.0
+    assert purity([0, 0, 0, 1], "aabb") == 0.75
+    assert purity([0, 0, 0, 0], "aabc") == 0.5
+
+
+def test_every_experts_error_is_that_of_the_model_if_it_were_chosen():
+    data = families()
+    model = MixerConfig(Coda((8,)), 3, 4).build(data.spec, gen())
+    rows = Rows(data, 5, data.obs)
+    model.prepare(rows.segment(torch.arange(0, 720, 120)))
+    segment = rows.segment(torch.tensor([[120 * s, 120 * s + 20] for s in range(6)]).flatten())
+    got = every_error(model, segment)
+    assert got.shape == (6, 3)
+    for e in range(3):
+        model.chosen = lambda ctx, e=e: torch.full((len(ctx),), e)
+        want = model.errors(segment, model.moves(segment.system))
+        torch.testing.assert_close(got[:, e], want)
+    assert got.mean(0)[2] == pytest.approx(model.loss(segment, torch.zeros(12, 5, 0))[0].item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------- self-modulation
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_modulation_is_a_taylor_expansion_in_the_context(name):
+    """About a system's own context it changes nothing; from a near one it errs by the next order."""
+    data, gaps = families(), {}
+    segment = Rows(data, 3, data.obs).segment(torch.arange(0, 720, 120))
+    for order in (0, 1, 2):
+        model = MixerConfig(SMALL[name], 1, 3, modulation=order).build(data.spec, gen())
+        with torch.no_grad():
+            model.contexts.copy_(torch.randn(6, 3, generator=gen(5)) * 0.1)
+        exact = model.errors(segment, model.moves(segment.system))
+        if order == 0:
+            plain = exact
+            continue
+        torch.testing.assert_close(exact, plain)
+        model.neighbour.copy_(torch.tensor([1, 2, 3, 4, 5, 0]))
+        far = model.errors(segment, model.moves(segment.system))
+        gaps[order] = (far - plain).abs().max().item()
+        far.sum().backward()
+        assert model.contexts.grad.abs().min() > 0
+    assert 0 < gaps[2] < 0.5 * gaps[1]
+
+
+def test_modulation_needs_a_field_and_no_scale():
+    for bad in (MixerConfig(Hierarchical(), modulation=1), MixerConfig(gating="gradient", modulation=1)):
+        with pytest.raises(ValueError, match="modulation"):
+            bad.build(Spec(2, systems=3), gen())
+
+
+# ---------------------------------------------------------------- the fit
+
+
+def test_adabelief_is_the_papers():
+    """Two numbers, three steps, by hand."""
+    p = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    ours, x = AdaBelief([p]), np.array([1.0, -2.0])
+    m, s = np.zeros(2), np.zeros(2)
+    for t in range(1, 4):
+        g = np.array([0.3 * t, -1.0 / t])
+        ours.step([torch.tensor(g)], 0.1)
+        m = 0.9 * m + 0.1 * g
+        s = 0.999 * s + 0.001 * (g - m) ** 2 + 1e-16
+        x = x - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(s / (1 - 0.999**t)) + 1e-16)
+        np.testing.assert_allclose(p.numpy(), x, rtol=1e-10)
+
+
+def test_systems_sort_themselves_by_family():
+    data = families()
+    model = CONFIG.build(data.spec, gen())
+    report = fit_mixer(model, data, FIT, gen(1))
+    assigned = report.assigned[-1][1]
+    assert assigned == model.chosen(model.contexts).tolist()
+    assert purity(assigned, "aaabbb") == 1.0
+    assert len(set(assigned)) == 2
+    assert report.updates == 60 * 24
+    assert report.solved + report.passed == 60 * 24 // 5
+    assert report.skipped == 0
+    assert report.loss[-1] < 0.02 * report.loss[0]
+    fresh = families(seed=50)
+    segment = Rows(fresh, 20, fresh.obs).segment(torch.arange(0, 720, 20))
+    assert model.validate(segment, torch.zeros(36, 20, 0)).item() < 0.02
+
+
+def test_the_first_solution_waits_for_the_warm_steps_and_copies_the_expert():
+    data = families()
+    model = CONFIG.build(data.spec, gen())
+    seen = []
+
+    def tell(outer, of, figures):
+        same = all(torch.equal(p[0], p[1]) for p in model.experts.values())
+        seen.append((outer, figures["experts"], same))
+
+    report = fit_mixer(model, data, replace(FIT, outer=4, warm=3), gen(1), tell)
+    assert [(n, same) for n, _, same in seen] == [(1, False), (2, False), (3, True), (4, False)]
+    assert [e for _, e, _ in seen[:3]] == [1, 1, 1]
+    assert report.solved + report.passed == 24 * 4 // 5 - 24 * 3 // 5
+
+
+def test_the_proximal_term_holds_a_block_of_updates_back():
+    data, moved = families(), {}
+    for weight in (0.0, 1e6):
+        model = CONFIG.build(data.spec, gen())
+        before = model.experts["root_w0"].detach().clone()
+        fit_mixer(model, data, replace(FIT, outer=1, proximal=weight, lr=1e-3, gate_every=99), gen(1))
+        moved[weight] = (model.experts["root_w0"] - before).abs().mean().item()
+    assert moved[1e6] < 0.5 * moved[0.0]
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, modulation=1), replace(CONFIG, gating="gradient")])
+def test_a_resumed_fit_gives_the_same_numbers(config):
+    data, kept = families(), {}
+    fit_of = replace(FIT, outer=4, warm=1)
+    whole = config.build(data.spec, gen())
+    want = fit_mixer(whole, data, fit_of, gen(1))
+    short = config.build(data.spec, gen())
+
+    def keep(state):
+        if int(state["counts"][0]) == 2:
+            kept.update({k: v.clone() for k, v in state.items()})
+
+    fit_mixer(short, data, fit_of, gen(1), checkpoint=keep)
+    again = config.build(data.spec, gen(7))
+    got = fit_mixer(again, data, fit_of, gen(8), resume=kept)
+    assert (got.loss, got.assigned, got.solved, got.updates) == (want.loss, want.assigned, want.solved, want.updates)
+    for k, v in whole.state_dict().items():
+        assert torch.equal(v, again.state_dict()[k]), k
+
+
+def test_a_small_family_counts_as_much_where_errors_are_relative():
+    parts = [turning(1.0, 0, seed=1), turning(0, 0.5, seed=2)]
+    parts[1] = replace(parts[1], obs=0.01 * parts[1].obs, next_obs=0.01 * parts[1].next_obs)
+    data = joined(parts, mixed=True)
+    job = mixer._Fit(MixerConfig(Coda((8,)), 2, 2).build(data.spec, gen()), data, FIT, gen())
+    assert job.weight[1] / job.weight[0] > 1e3
+    flat = mixer._Fit(MixerConfig(Coda((8,)), 2, 2).build(data.spec, gen()), data, replace(FIT, relative=False), gen())
+    assert flat.weight.tolist() == [1.0, 1.0]
+
+
+def test_the_generic_fit_trains_contexts_and_weights_at_once():
+    data = families(n=20)
+    model = MixerConfig(Coda((16,)), 1, 4).build(data.spec, gen())
+    report = fit(model, data, FitConfig(60, 1e-2, 5, max_epochs=15, patience=20), gen(1))
+    assert report.holdout[-1][0] < 0.05 * report.holdout[0][0]
+    assert model.contexts.std(0).min() > 0.01
+
+
+BAD = [
+    (lambda d: turning(1.0, 0), {}, r"the data have .* 1 systems, the model"),
+    (lambda d: d, {"experts": 7}, "hold 6 systems, expected two and as many as the 7 experts"),
+    (lambda d: replace(d, obs=d.obs.clone().fill_(math.nan)), {}, "the data's obs is not finite"),
+    (
+        lambda d: joined([turning(1.0, 0, steps=20), turning(1.0, 0, steps=30)] * 3, mixed=True),
+        {"length": None},
+        "20 to 30 steps",
+    ),
+    (lambda d: d, {"length": 21}, "no window of 21 steps"),
+]
+
+
+@pytest.mark.parametrize(("change", "settings", "says"), BAD)
+def test_bad_data_are_one_clear_error(change, settings, says):
+    data = families()
+    model = replace(CONFIG, experts=settings.get("experts", 2)).build(data.spec, gen())
+    config = replace(FIT, length=settings.get("length", 5))
+    with pytest.raises(ValueError, match=says):
+        fit_mixer(model, change(data), config, gen())
+
+
+def test_a_single_system_is_none_for_a_mixture():
+    data = turning(1.0, 0)
+    model = CONFIG.build(data.spec, gen())
+    with pytest.raises(ValueError, match="hold 1 systems, expected two"):
+        fit_mixer(model, data, FIT, gen())
+
+
+def test_another_models_state_is_refused():
+    data, kept = families(), {}
+    fit_mixer(CONFIG.build(data.spec, gen()), data, replace(FIT, outer=1), gen(), checkpoint=kept.update)
+    other = replace(CONFIG, expert=Coda((9,))).build(data.spec, gen())
+    with pytest.raises(ValueError, match="another model's"):
+        fit_mixer(other, data, FIT, gen(), resume=kept)
