@@ -1,6 +1,6 @@
 """What is forgotten: students of one task after another, on one stored stream of exploration data per set and seed.
 
-    python experiments/continual.py [--sets cartpole-pole pusher cheetah-body door] [--students hyper ...] [--seeds 0 ...]
+    python experiments/continual.py [--sets cartpole-pole pusher cheetah-body door] [--students hyper ...] [--seeds 0]
 
 5 000 random transitions and 5 000 updates a task; judged on 1 000 other transitions of every task after every task, by
 one-step and 20-step errors; in the end three episodes of 200 steps a task are planned by iCEM in the true environment.

@@ -111,8 +111,12 @@ def run_meta(args: Meta) -> Run:
 
 
 def name_of(config: Any) -> str:
-    plain = lambda x: replace(x, experts=1)
-    return next((n for n, x in MIXERS.items() if plain(x) == plain(config)), "mixer")
+    """By what it is, however its sizes were set."""
+    if config.gating != "solved":
+        return {"gradient": "naive-gate", "own": "separate"}[config.gating]
+    if config.experts == 1:
+        return "meta-learner"
+    return next(n for n, x in MIXERS.items() if type(x.expert) is type(config.expert))
 
 
 def _check(args: Meta) -> None:
@@ -206,7 +210,7 @@ def judged(args: Meta, data: Data, model: Mixer, report: MixerReport) -> dict[st
         "loss": report.loss, "assignments": report.assigned, "solved": report.solved, "passed": report.passed,
         "skipped": report.skipped, "fit_s": round(report.seconds, 1),
     }  # fmt: skip
-    if data.new is not None:
+    if data.new is not None and model.config.gating != "own":
         length = args.fit.length
         contexts, served, shares = [], [], []
         for i in range(data.new[0].systems):

@@ -63,8 +63,8 @@ def gain(model, ctx):
 @pytest.mark.parametrize("new", [-0.75, 0.0, 0.75])
 def test_a_new_system_is_met_by_its_context_alone(fitted, new):
     before = {k: v.clone() for k, v in fitted.state_dict().items()}
-    segment = windows(pushed(new, 40, seed=77), 0, fitted.contexts)
-    got = adapt(fitted, segment, updates=300)
+    segment = windows(pushed(new, 40, seed=77), 0, fitted.contexts, 4)
+    got = adapt(fitted, segment, updates=150, keep=3)
     assert gain(fitted, got.ctx) == pytest.approx(new, abs=0.12)
     assert (got.errors.diff() >= 0).all()
     assert got.share.sum() == pytest.approx(1.0)

@@ -343,7 +343,9 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, spiral, monkey
         go(*words, "--out", tmp_path / "b c", learner=learner, options=options)
     assert end.value.code == 130
     told = f"interrupted; `mbrl reconstruct --resume '{tmp_path / 'b c'}'` continues it"
-    assert told in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert told in out
+    assert out.count("interrupted") == 1
     assert all(name.endswith(".partial") for name in count)
     monkeypatch.setattr(Run, "save", save)
     cli.main(["reconstruct", "--resume", str(tmp_path / "b c"), "--quiet"])

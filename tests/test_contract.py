@@ -13,6 +13,7 @@ from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig
+from mbrl.dynamics.mixer import Coda, Geps, Hierarchical, MixerConfig, Ncf
 from mbrl.dynamics.ode import Local, OdeConfig, StiffnessRatio
 from mbrl.dynamics.plrnn import AlmostLinear, Constant, Dendritic, PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
@@ -167,6 +168,10 @@ def hypernetwork(spec, **settings):
     return HyperConfig(hidden=(16, 16), hyper=(8,), **settings).build(spec)
 
 
+def mixer(spec, expert, experts, **settings):
+    return MixerConfig(expert, experts, 4, reward=True, reward_hidden=(16,), **settings).build(spec)
+
+
 def experts(spec, expert):
     return ExpertsConfig(expert, 4).build(spec)
 
@@ -205,6 +210,12 @@ SUBJECTS = {
     "experts-alone": Subject(lambda spec: experts(spec, SingleConfig(False, (16,), (0.0,) * 2)), Spec(3, 2, systems=2)),
     "heads-alone": Subject(lambda spec: HeadsConfig((16,)).build(spec), Spec(obs=3, act=2, systems=2)),
     "heads-shared": Subject(lambda spec: HeadsConfig((16,), shared=True).build(spec), Spec(obs=3, act=2, systems=2)),
+    "mixer": Subject(lambda spec: mixer(spec, Ncf((8,), (8,), (8,)), 3)),
+    "mixer-coda": Subject(lambda spec: mixer(spec, Coda((16,)), 3, gating="gradient")),
+    "mixer-geps": Subject(lambda spec: mixer(spec, Geps((16,)), 2, solver=Tsit5(2), alpha=0.3)),
+    "mixer-plrnn": Subject(lambda spec: mixer(spec, Hierarchical(16), 3, alpha=0.5)),
+    "mixer-alone": Subject(lambda spec: mixer(spec, Coda((16,)), 2), Spec(obs=3, act=2)),
+    "filtered-mixer": Subject(lambda spec: filtered(mixer(spec, Ncf((8,), (8,), (8,)), 2))),
     "filtered-ode": Subject(lambda spec: filtered(ode(spec, solver=Tsit5(), reward=True))),
     "filtered-plrnn": Subject(lambda spec: filtered(plrnn(spec, Shallow(16, clipped=False), noise=True, reward=True))),
     "filtered-single": Subject(lambda spec: filtered(single(spec, gaussian=True), bound=1.0)),
@@ -233,6 +244,9 @@ ALIKE = {
     "heads-alone",
     "filtered-hypernetwork",
     "ode-biased",
+    "mixer-alone",
+    "mixer-geps",
+    "filtered-mixer",
     "filtered-ode",
     "filtered-argmax",
     "filtered-single",

@@ -15,6 +15,7 @@ from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import Filtered
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig
+from mbrl.dynamics.mixer import Coda, MixerConfig, MixerFit, fit_mixer
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig, Rows, fit
 from mbrl.offline import Imagination
@@ -94,7 +95,8 @@ def test_batches_hold_as_many_rows_of_each():
 HYPER = HyperConfig(hidden=(16,), hyper=(16,), embedding=4)
 HEADS = HeadsConfig(hidden=(16,))
 SINGLE = SingleConfig(hidden=(16,), weight_decay=(0.0, 0.0))
-LEARNERS = {"hyper": HYPER, "heads": HEADS, "experts": ExpertsConfig(SINGLE, 4), "single": SINGLE}
+MIXER = MixerConfig(Coda((16,)), 2, 4, gating="gradient", reward=True, reward_hidden=(16,))
+LEARNERS = {"hyper": HYPER, "heads": HEADS, "experts": ExpertsConfig(SINGLE, 4), "mixer": MIXER, "single": SINGLE}
 
 
 def gains(model):
@@ -195,13 +197,14 @@ def test_a_model_of_fewer_systems_than_the_data_is_refused():
         offline.train(config, data, models=[model], terminal=never)
 
 
-@pytest.mark.parametrize("name", ["hyper", "experts"])
+@pytest.mark.parametrize("name", ["hyper", "experts", "mixer"])
 def test_the_filter_and_the_loop_take_a_learner_with_contexts(name):
     """MOREC around it, on the mixed set: the reward's generator and the rollouts are each system's own."""
     data, preset = mixed(), offline.MOREC_MOPO
     learner = {
         "hyper": replace(HYPER, gaussian=True),
         "experts": ExpertsConfig(replace(SINGLE, gaussian=True), 3),
+        "mixer": replace(MIXER, gating="solved"),
     }[name]
     rule = preset.imagination.morec
     reward = replace(rule.reward, updates=60, anchor_updates=30, hidden=(16, 16), anchor_hidden=(16,))
@@ -210,9 +213,17 @@ def test_the_filter_and_the_loop_take_a_learner_with_contexts(name):
     )
     agent = replace(preset.agent, hidden=(16,))
     config = replace(preset, agent=agent, imagination=imagination, updates=20, batch=32)
+    models = None
+    if name == "mixer":  # a fit of its own comes first
+        model = learner.build(data.spec, gen())
+        schedule = MixerFit(80, batch=32, length=1, lr=1e-2, lr_context=1e-2, restarts=3, warm=20)
+        fit_mixer(model, data, schedule, gen(1))
+        judge = offline.learn_reward(model, data, learner, FitConfig(), reward, 0, offline.Forget())
+        models = [rule.filter.build(model, judge).eval()]
     result = offline.train(
-        config, data, dynamics=learner, fitting=FitConfig(batch=64, lr=1e-2, max_epochs=30), terminal=never
-    )
+        config, data, dynamics=learner, fitting=FitConfig(batch=64, lr=1e-2, max_epochs=30), models=models,
+        terminal=never,
+    )  # fmt: skip
     (model,) = result.models
     assert isinstance(model, Filtered)
     assert isinstance(model, Dynamics)

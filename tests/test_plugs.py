@@ -1,5 +1,6 @@
-"""It plugs in: a PLRNN, a neural ODE, a hypernetwork and experts, by the names and the functions of the command line,
-where the ensemble stands by default: as the model of the planner, and inside the MOREC filter of the offline loop."""
+"""It plugs in: a PLRNN, a neural ODE, a hypernetwork, experts and a mixture, by the names and the functions of the command
+line, where the ensemble stands by default: as the model of the planner, and inside the MOREC filter of the offline
+loop."""
 
 from dataclasses import replace
 from functools import cache
@@ -22,7 +23,7 @@ from mbrl.mpc import Mpc, episode, gathered
 from mbrl.offline import Imagination
 from mbrl.planner import ICEM, Worth
 
-NAMES = ["plrnn", "ode", "hyper", "experts"]
+NAMES = ["plrnn", "ode", "hyper", "experts", "mixer"]
 
 # ---------------------------------------------------------------- the planner
 
@@ -69,7 +70,7 @@ def bounds(env_id):
 
 
 @pytest.mark.parametrize(
-    ("env_id", "name"), [(env_id, name) for env_id in TASKS for name in NAMES[: 4 if env_id == "Pendulum-v1" else 2]]
+    ("env_id", "name"), [(env_id, name) for env_id in TASKS for name in NAMES[: 5 if env_id == "Pendulum-v1" else 2]]
 )
 def test_a_planner_with_what_random_actions_taught_comes_near_one_that_knows_the_world(env_id, name):
     """It gains, over random actions, more than 0.6 of what the planner with the true model gains; 0.4 for a PLRNN on
