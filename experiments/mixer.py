@@ -57,10 +57,10 @@ class Args:
 
 
 def run(job: Meta) -> dict[str, Any]:
-    assert job.seed is not None
+    seed = job.seed or 0
     data = cli_meta.load(job)
     job = replace(job, dynamics=cli_meta.sized(job, data))
-    model = job.dynamics.build(data.train.spec, devices.generator(job.seed))
+    model = job.dynamics.build(data.train.spec, devices.generator(seed))
     began = time.perf_counter()
 
     def tell(outer: int, of: int | None, figures: dict[str, float]) -> None:
@@ -68,7 +68,7 @@ def run(job: Meta) -> dict[str, Any]:
             words = "  ".join(f"{k} {v:.3g}" for k, v in figures.items())
             print(f"  {outer} / {of}  {words}  {time.perf_counter() - began:.0f} s", flush=True)
 
-    report = fit_mixer(model, data.train.to(torch.float32), job.fit, devices.generator(job.seed + 1), tell)
+    report = fit_mixer(model, data.train.to(torch.float32), job.fit, devices.generator(seed + 1), tell)
     model.requires_grad_(False)
     found = cli_meta.judged(job, data, model, report)
     mean = lambda x: float(np.mean(x))

@@ -323,6 +323,7 @@ def test_learners_of_other_packages_are_found(monkeypatch):
     assert found["mine"] == MineConfig()
     assert set(found) == {
         "ensemble",
+        "mixer",
         "ensemble-scaled",
         "single",
         "single-gaussian",

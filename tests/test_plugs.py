@@ -1,6 +1,6 @@
-"""It plugs in: a PLRNN, a neural ODE, a hypernetwork, experts and a mixture, by the names and the functions of the command
-line, where the ensemble stands by default: as the model of the planner, and inside the MOREC filter of the offline
-loop."""
+"""It plugs in: a PLRNN, a neural ODE, a hypernetwork, experts and a mixture, by the names and the functions of the
+command line, where the ensemble stands by default: as the model of the planner, and inside the MOREC filter of the
+offline loop."""
 
 from dataclasses import replace
 from functools import cache
