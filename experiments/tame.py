@@ -4,7 +4,7 @@ all.
     python experiments/tame.py [--seeds 0 1 2]
 
 Batches of 100 random transitions of one world after another (0.4, 0.7, 1.0, 1.3, 0.55 m; then 0.4, 1.0, 0.55, 0.7,
-1.3), each seen once, 3 updates a batch. Figures: the batches until a change is noticed, false alarms, the share of
+1.3), each seen once, 10 updates a batch. Figures: the batches until a change is noticed, false alarms, the share of
 batches whose expert is the one that its task mostly has, the experts that were made, and the error on held-out
 transitions of each task under the expert that `select` finds from one batch of it, beside the oracle that is told the
 task and gives each its own network with the same updates.
@@ -44,7 +44,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     stay: int = 120  # batches of one world
     most: int = 8
-    tame: TameConfig = TameConfig(steps=3)  # noqa: RUF009
+    tame: TameConfig = TameConfig(steps=10)  # noqa: RUF009
     threads: int = 2
 
 

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", ["noisy", "hyper", "latent", "ensemble", "filtered-ensemble"])
+@pytest.mark.parametrize(
+    "name",
+    ["noisy", "hyper", "latent", "ensemble", "filtered-ensemble", "hypernetwork", "plrnn-clipped", "ode", "mixer"],
+)
 def test_keeps_the_contract(name, check):
     subject = SUBJECTS[name]
     CHECKS[check](Subject(subject.build, subject.spec, subject.imposes, device=devices.pick()))
