@@ -6,8 +6,8 @@ Each row is one fit: relative squared error |x' - x|^2 / |x|^2 of free runs over
 over systems, and their median), the same of new systems after adaptation from one trajectory by the context alone,
 purity of the assignment, wall time. --robust: the four families with too few and too many experts, with 5 % noise, with
 systems that belong to no family of theirs (Lotka-Volterra), and with the published choices (one start of K-means, empty
-clusters passed over, no warm steps, whole episodes); Lotka-Volterra with a soft start and with two experts. A finished
-row is in experiments/results/mixer.json and is not run again.
+clusters passed over, no warm steps, whole episodes); Lotka-Volterra, one family that three experts share, with what
+might mend it. A finished row is in experiments/results/mixer.json and is not run again.
 """
 
 import json
@@ -27,15 +27,19 @@ from mbrl import cli_meta
 from mbrl import device as devices
 from mbrl.choices import MIXERS
 from mbrl.cli_meta import FIT, Meta
-from mbrl.dynamics.mixer import MixerFit, fit_mixer
+from mbrl.dynamics.mixer import MixerConfig, MixerFit, Ncf, fit_mixer
 from mbrl.offline import digest
 from mbrl.run import machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "mixer.json"
 LEARNERS = ("mixer", "naive-gate", "meta-learner", "separate")
-MENDED = {
-    "lv-warm": {"fit": replace(FIT, warm=150)},  # a soft start: one expert for half of the fit
-    "lv-two": {"experts": 2},
+ONE_KIND = 3  # experts for a set of one family
+MENDED: dict[str, dict[str, Any]] = {
+    "soft-start": {"fit": replace(FIT, warm=150)},  # one expert for half of the fit
+    "two-experts": {"experts": 2},
+    "shared-trunk": {"dynamics": MixerConfig(Ncf(shared=True))},
+    "must-pay": {"fit": replace(FIT, guard=0.95)},  # experts that do not lower the loss stay unused
+    "cold": {"fit": replace(FIT, warm=0, guard=None)},
 }
 ROBUST: dict[str, dict[str, Any]] = {
     "two-experts": {"experts": 2},
@@ -91,11 +95,17 @@ def main(args: Args) -> None:
     for seed in args.seeds:
         for name in args.sets:
             for learner in args.learners:
-                jobs.append((name, learner, replace(base, families=name, seed=seed, dynamics=MIXERS[learner])))
+                job = replace(base, families=name, seed=seed, dynamics=MIXERS[learner])
+                if name == "lotka-volterra" and learner in ("mixer", "naive-gate"):
+                    job = replace(job, experts=ONE_KIND)
+                jobs.append((name, learner, job))
         for name, change in ROBUST.items() if args.robust else ():
             change = change | ({"fit": replace(change["fit"], outer=args.outer)} if "fit" in change else {})
             jobs.append(("four", name, replace(base, **({"families": "four", "seed": seed} | change))))
         for name, change in MENDED.items() if args.robust else ():
+            change = {"experts": ONE_KIND} | change
+            if "fit" in change:
+                change |= {"fit": replace(change["fit"], outer=args.outer)}
             jobs.append(("lotka-volterra", name, replace(base, families="lotka-volterra", seed=seed, **change)))
     for name, learner, job in jobs:
         rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}

@@ -163,9 +163,11 @@ def test_the_evaluator_takes_it():
 # ---------------------------------------------------------------- pendulum
 
 
-def test_the_pendulum_is_gymnasiums():
+@pytest.mark.parametrize("mass", [1.0, 0.4])
+def test_the_pendulum_is_gymnasiums(mass):
     env: Any = gym.make("Pendulum-v1", disable_env_checker=True).unwrapped
-    model, rng = TruePendulum().double(), np.random.default_rng(0)
+    env.m = mass
+    model, rng = TruePendulum(mass=mass).double(), np.random.default_rng(0)
     states = rng.uniform([-8, -8], [8, 8], (300, 2))
     acts = rng.uniform(-1.2, 1.2, 300)  # the torque is clipped
     rewards, after = [], []

@@ -99,6 +99,21 @@ def test_what_is_folded_is_what_the_paper_has(name):
         torch.testing.assert_close(got[g].double(), h, rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_trunk_is_one_for_all_experts():
+    spec = Spec(obs=3, act=2, systems=5)
+    model = MixerConfig(replace(SMALL["ncf"], shared=True), 3, 4).build(spec, gen()).requires_grad_(False)
+    apart = MixerConfig(SMALL["ncf"], 3, 4).build(spec, gen()).requires_grad_(False)
+    ctx = torch.randn(2, 4, generator=gen(1))
+    ours, theirs = (m.served(ctx, torch.tensor([2, 1])) for m in (model, apart))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if i < 2:  # the features' weight and bias
+            assert torch.equal(a, apart.experts[f"features_{'wb'[i]}0"][[0, 0]])
+        else:
+            assert torch.equal(a, b)
+    sizes = [sum(p.numel() for p in m.experts.values()) for m in (model, apart)]
+    assert sizes[0] == sizes[1] - 2 * (5 * 8 + 8)
+
+
 def test_the_hierarchical_map_is_a_clipped_shallow_plrnn_of_linear_parameters():
     model = MixerConfig(Hierarchical(8), 2, 4).build(Spec(obs=3, act=2, systems=5), gen()).requires_grad_(False)
     ctx, z, a = torch.randn(1, 4, generator=gen(1)), torch.randn(7, 3, generator=gen(2)), torch.randn(7, 2)
@@ -347,6 +362,28 @@ def test_the_first_solution_waits_for_the_warm_steps_and_copies_the_expert():
     assert [(n, same) for n, _, same in seen] == [(1, False), (2, False), (3, True), (4, False)]
     assert [e for _, e, _ in seen[:3]] == [1, 1, 1]
     assert report.solved + report.passed == 24 * 4 // 5 - 24 * 3 // 5
+
+
+def test_a_gate_that_would_cost_more_is_passed_over():
+    data = families()
+    model = CONFIG.build(data.spec, gen())
+    fit_mixer(model, data, FIT, gen(1))
+    assert purity(model.chosen(model.contexts).tolist(), "aaabbb") == 1.0
+    job = mixer._Fit(model, data, replace(FIT, restarts=0, guard=1.1), gen(2))
+    before = model.gate.clone()
+    job.centre = model.contexts.detach()[[0, 1]] + torch.tensor([[0.0], [1e-3]])  # parts what belongs together
+    wrong = mixer.Clusters(torch.tensor([0, 1, 0, 1, 0, 1]), job.centre, 0.0)
+    mixer.kmeans, old = (lambda *a: wrong), mixer.kmeans
+    try:
+        job._solve(job._batch())
+        assert (job.solved, job.passed, job.centre) == (0, 1, None)
+        assert torch.equal(model.gate, before)
+        job.config = replace(job.config, guard=None)
+        job._solve(job._batch())
+        assert (job.solved, job.passed) == (1, 1)
+        assert not torch.equal(model.gate, before)
+    finally:
+        mixer.kmeans = old
 
 
 def test_the_proximal_term_holds_a_block_of_updates_back():

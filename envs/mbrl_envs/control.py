@@ -215,16 +215,16 @@ class Truth(Markov):
 class TruePendulum(Truth):
     """gymnasium's Pendulum-v1: obs (cos, sin, angular velocity), 0 being upright; act [B, 1] the torque over 2 N m."""
 
-    def __init__(self, g: float = 10.0) -> None:
+    def __init__(self, g: float = 10.0, mass: float = 1.0) -> None:
         super().__init__(Spec(obs=3, act=1))
-        self.g = g  # m / s^2
+        self.g, self.mass = g, mass  # m / s^2, kg
 
     def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
         cos, sin, speed = state.unbind(-1)
         torque = 2 * inp.act[:, 0].clamp(-1, 1)
         angle = torch.atan2(sin, cos)
         reward = -(angle.square() + 0.1 * speed.square() + 0.001 * torque.square())
-        speed = (speed + 0.05 * (1.5 * self.g * angle.sin() + 3 * torque)).clamp(-8, 8)
+        speed = (speed + 0.05 * (1.5 * self.g * angle.sin() + 3 / self.mass * torque)).clamp(-8, 8)
         angle = angle + 0.05 * speed
         obs = torch.stack([angle.cos(), angle.sin(), speed], -1)
         return obs, Prediction(obs, reward, {})

@@ -49,11 +49,12 @@ def _layers(p: Params, name: str) -> list[Tensor]:
 @dataclass(frozen=True)
 class Ncf:
     """Neural context flow (arXiv 2405.02154): a net of the state and one of the context, whose features a third net
-    reads; the context's side is a bias of its first layer."""
+    reads; the context's side is a bias of its first layer. shared: the first net is one for all experts."""
 
     features: tuple[int, ...] = (64,)
     context: tuple[int, ...] = (64,)
     main: tuple[int, ...] = (64,)
+    shared: bool = False
 
     def draw(self, width: int, act: int, ctx: int, draw: Draw) -> dict[str, Tensor]:
         first, last = self.main[0], self.features[-1]
@@ -208,6 +209,9 @@ class Mixer(Markov):
 
         every = [config.expert.draw(spec.obs, spec.act, width, draw) for _ in range(config.experts)]
         self.experts = nn.ParameterDict({k: torch.stack([p[k] for p in every]) for k in every[0]})
+        if isinstance(config.expert, Ncf) and config.expert.shared:
+            for k in [k for k in self.experts if k.startswith("features")]:
+                self.experts[k] = nn.Parameter(self.experts[k].detach()[:1].clone())
         gate = torch.empty(width + 1, config.experts, device=device).normal_(generator=generator)
         if config.gating == "gradient":
             self.gate = nn.Parameter(gate)
@@ -246,7 +250,7 @@ class Mixer(Markov):
 
     def served(self, ctx: Tensor, expert: Tensor, logits: Tensor | None = None) -> Tree:
         """The condition under which `expert` [G] serves contexts [G, C], whatever the gate says."""
-        p = {k: x[expert] for k, x in self.experts.items()}
+        p = {k: x[expert % len(x)] for k, x in self.experts.items()}
         folded = self.config.expert.fold(p, ctx, self.config.activation)
         scale = self._scale(self.logits(ctx) if logits is None else logits, expert)
         if isinstance(self.config.expert, Hierarchical):
@@ -549,7 +553,9 @@ class MixerFit:
     first observation. gate_every: updates between two solutions of the gate. assign: which cluster gets which expert.
     empty: what to do about a cluster without systems: "skip" this solution, as published, or "reseed" it. warm: so many
     outer steps at first are one expert's alone, which the others then begin as. restarts: besides from the centres
-    before, K-means begins so many times from contexts that are apart, and the tightest clusters count. relative: each
+    before, K-means begins so many times from contexts that are apart, and the tightest clusters count. guard: a gate
+    that would make the loss more than so many times what it is, is passed over (after warm steps: experts that were
+    never trained would be shut out). relative: each
     system's error counts over the variance of its observations. `clip`: of the gradient's norm."""
 
     outer: int = 500
@@ -564,6 +570,7 @@ class MixerFit:
     empty: Literal["skip", "reseed"] = "skip"
     warm: int = 0
     restarts: int = 0
+    guard: float | None = None
     relative: bool = True
     clip: float | None = None
 
@@ -576,7 +583,7 @@ class MixerReport:
     loss: list[float]  # an outer step, the mean over its updates of weights
     assigned: list[tuple[int, list[int]]]  # (outer step, each system's expert), whenever it changed
     solved: int  # solutions of the gate
-    passed: int  # that were passed over, for an empty cluster or one that did not settle
+    passed: int  # that were passed over, for an empty cluster, one that did not settle, or the guard
     skipped: int  # updates whose gradient was not finite
 
 
@@ -782,10 +789,18 @@ class _Fit:
         if found is None:
             self.centre, self.passed = None, self.passed + 1
             return
-        cost = costs(every_error(model, segment), found.label, k)
+        errors = every_error(model, segment)
+        cost = costs(errors, found.label, k)
         order = (hungarian if config.assign == "hungarian" else greedy)(cost.nan_to_num(nan=1e30, posinf=1e30))
         expert = torch.tensor(order, device=contexts.device)[found.label]
-        model.gate.copy_(solved_gate(contexts, expert, k, self.generator))
+        gate = solved_gate(contexts, expert, k, self.generator)
+        if config.guard is not None:
+            by = lambda chosen: (errors.gather(1, chosen[:, None])[:, 0] * self.weight).mean()
+            ones = torch.ones_like(contexts[:, :1])
+            if not by((torch.cat([contexts, ones], 1) @ gate).argmax(-1)) <= config.guard * by(model.chosen(contexts)):
+                self.centre, self.passed = None, self.passed + 1
+                return
+        model.gate.copy_(gate)
         self.centre, self.solved = found.centre, self.solved + 1
 
     def _log(self) -> None:
