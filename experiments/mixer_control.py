@@ -87,12 +87,13 @@ def run(seed: int, args: Args) -> dict[str, Any]:
     reward = known_task.reward
     mpc = lambda m, ctx=None: Mpc(planner, Worth(), m, generator=devices.generator(seed + 2), reward=reward, ctx=ctx)
     mean: Tensor = known(model).mean(0, keepdim=True)
-    rows, follow = [], Follow(window=100, every=5, updates=20)
+    rows, follow = [], Follow(window=100, every=5, updates=20, lr=0.01, prior=1e-4)
+    scale = (data.next_obs - data.obs).square().mean(0)
     for mass in NEW:
         told = adapt(model, windows(chance(mass, seed + 500), 0, mean, 5), updates=300, keep=2).ctx
         rows.append({
             "mass": mass,
-            "adapting": played(mass, Adapting(mpc(model), follow), seed, args.episodes),
+            "adapting": played(mass, Adapting(mpc(model), follow, scale=scale), seed, args.episodes),
             "told": played(mass, mpc(model, told), seed, args.episodes),
             "mean": played(mass, mpc(model, mean), seed, args.episodes),
             "true": played(mass, mpc(TruePendulum(mass=mass)), seed, args.episodes),

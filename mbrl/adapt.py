@@ -17,7 +17,7 @@ class Adapted(NamedTuple):
     """What descent from each start came to, K of them, the best first."""
 
     tried: Tensor  # [K, C]
-    errors: Tensor  # [K]  squared, of the observations, in units of each dimension's mean square change
+    errors: Tensor  # [K]  squared, of the observations, over `scale`
     share: Tensor  # [K]  see `adapt`
     start: Tensor  # [K] int64: which start each came from
 
@@ -36,6 +36,8 @@ def adapt(
     updates: int = 100,
     lr: float = 0.03,
     alpha: float = 0.0,
+    scale: Tensor | None = None,
+    prior: float = 0.0,
 ) -> Adapted:
     """Contexts that explain windows of one system, whatever the learner: by its predictions of the observations alone,
     forced by alpha (0: free runs over the windows); no reward is asked for.
@@ -45,6 +47,10 @@ def adapt(
     best of the starts are descended from, all at once, by `updates` steps of Adam. share: what each would have of the
     belief if errors were normal, of unknown size and independent, and the starts equally likely: e_k^(-n / 2) over
     their sum, of n observed numbers.
+
+    scale [O]: what squared errors are divided by, by default the windows' own mean square changes. Where little happens
+    these are small, and descent explains the learner's own faults: then give those of the training data, and a `prior`:
+    the weight of (ctx - mean)^2 / variance over the known systems' contexts, mean over dimensions.
 
     Raises ValueError for a learner without contexts, for windows of another width or of several systems, that hold no
     transition or are not finite."""
@@ -65,37 +71,41 @@ def adapt(
         raise ValueError(f"adapt: {type(model).__name__} has no contexts; expected a learner with them, a hypernetwork")
     if given.ndim != 2 or given.shape[1] != width:
         raise ValueError(f"adapt: starts are {list(given.shape)}, expected [K, {width}]")
-    error = lambda e: _errors(model, segment, e, alpha)
+    if scale is None:
+        scale = (segment.obs[:, 1:] - segment.obs[:, :-1])[segment.mask].square().mean(0)
+    scale = torch.where(scale > 0, scale, 1.0).to(segment.obs)
+    about = known(model).to(segment.obs) if prior else given.to(segment.obs)
+    middle, width_of = about.mean(0), about.var(0, correction=0).clamp(min=1e-12)
+    error = lambda e: _errors(model, segment, e, alpha, scale)
+    cost = lambda e: error(e) + (prior * ((e - middle).square() / width_of).mean(-1) if prior else 0.0)
     with torch.no_grad():
-        best = error(given.to(segment.obs)).nan_to_num(torch.inf).argsort()[:keep]
+        best = cost(given.to(segment.obs)).nan_to_num(torch.inf).argsort()[:keep]
     e = given.to(segment.obs)[best].clone().requires_grad_()
     adam = Adam({"e": e}, lr)
     lowest, found = torch.full_like(e[:, 0], torch.inf), e.detach().clone()
     for _ in range(updates):
         with torch.enable_grad():
-            errors = error(e)
+            errors = cost(e)
             (grad,) = torch.autograd.grad(errors.sum(), [e])
         better = errors.detach() < lowest
         lowest = torch.where(better, errors.detach(), lowest)
         found = torch.where(better[:, None], e.detach(), found)
         adam.step([grad.nan_to_num(0.0, 0.0, 0.0)])
     with torch.no_grad():
-        errors = error(e)
+        errors = cost(e)
         better = errors < lowest
         lowest, found = torch.where(better, errors, lowest), torch.where(better[:, None], e, found)
-    order = lowest.argsort()
+        order = lowest.argsort()
+        lowest = error(found) if prior else lowest
     n = segment.mask.sum() * model.spec.obs
     share = (-0.5 * n * lowest[order].clamp(min=torch.finfo(lowest.dtype).tiny).log()).softmax(0)
     return Adapted(found[order].detach(), lowest[order], share, best[order])
 
 
-def _errors(model: Dynamics, segment: Segment, ctx: Tensor, alpha: float) -> Tensor:
+def _errors(model: Dynamics, segment: Segment, ctx: Tensor, alpha: float, scale: Tensor) -> Tensor:
     """[K]: what is predicted of the windows under each context [K, C]."""
     k, (b, t) = len(ctx), segment.mask.shape
     wide = lambda x: x.repeat(k, *[1] * (x.ndim - 1))  # contiguous by context
-    change = (segment.obs[:, 1:] - segment.obs[:, :-1])[segment.mask]
-    scale = change.square().mean(0)
-    scale = torch.where(scale > 0, scale, 1.0)
     obs, mask = wide(segment.obs), wide(segment.mask)
     cond = model.condition(ctx)
     inputs = StepInput(wide(segment.act), obs.new_zeros(k * b, t, model.noise_dim), wide(segment.dt))

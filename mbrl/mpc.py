@@ -178,16 +178,21 @@ class Follow:
     updates: int = 20
     lr: float = 0.03
     keep: int = 3
+    prior: float = 0.0
+    """See `mbrl.adapt.adapt`."""
 
 
 @final
 class Adapting:
     """An `Mpc` whose learner adapts its context within an episode, each environment's for itself; used as it is. An
-    episode begins with the context `first` [1, C], by default the mean of those of the learner's systems."""
+    episode begins with the context `first` [1, C], by default the mean of those of the learner's systems. scale [O]:
+    see `mbrl.adapt.adapt`."""
 
-    def __init__(self, mpc: Mpc, follow: Follow | None = None, first: Tensor | None = None) -> None:
+    def __init__(
+        self, mpc: Mpc, follow: Follow | None = None, first: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
         table = known(mpc.model)
-        self.mpc, self.follow = mpc, follow or Follow()
+        self.mpc, self.follow, self.scale = mpc, follow or Follow(), scale
         self.first = (table.mean(0, keepdim=True) if first is None else first).to(table)
         self.begin(0)
 
@@ -240,7 +245,10 @@ class Adapting:
         )  # fmt: skip
         starts = torch.cat([self.ctx[i : i + 1], known(self.mpc.model)])
         f = self.follow
-        return adapt(self.mpc.model, segment, starts=starts, keep=f.keep, updates=f.updates, lr=f.lr).ctx[0]
+        return adapt(
+            self.mpc.model, segment, starts=starts, keep=f.keep, updates=f.updates, lr=f.lr, scale=self.scale,
+            prior=f.prior,
+        ).ctx[0]  # fmt: skip
 
 
 def over(

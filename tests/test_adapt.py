@@ -91,6 +91,23 @@ def test_the_share_is_the_posterior_under_errors_of_unknown_size(fitted):
     torch.testing.assert_close(got.share.double(), want / want.sum(), rtol=1e-3, atol=1e-6)
 
 
+def test_a_prior_holds_the_context_where_little_happens(fitted):
+    """Near rest the learner's own faults are all there is to see."""
+    rest = pushed(0.75, 40, seed=80)
+    rest = replace(rest, obs=1e-3 * rest.obs, act=0 * rest.act, next_obs=9e-4 * rest.obs)
+    segment, mean, sd = windows(rest, 0, fitted.contexts, 4), known(fitted).mean(0), known(fitted).std(0, correction=0)
+    free = adapt(fitted, segment, starts=mean[None], updates=200)
+    scale = torch.tensor([0.5])
+    held = adapt(fitted, segment, starts=mean[None], updates=200, scale=scale, prior=0.1)
+    far = lambda x: ((x.ctx[0] - mean) / sd).abs().max()
+    assert far(held) < 0.5
+    assert far(free) > 3 * far(held)
+    plain = adapt(fitted, segment, starts=mean[None], updates=0)
+    weighed = adapt(fitted, segment, starts=mean[None], updates=0, scale=scale)
+    change = (segment.obs[:, 1:] - segment.obs[:, :-1]).square().mean()
+    torch.testing.assert_close(weighed.errors * 0.5, plain.errors * change, rtol=1e-3, atol=0)
+
+
 def test_a_context_is_added_to_the_table(fitted):
     import copy
 
