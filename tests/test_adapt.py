@@ -98,7 +98,7 @@ def test_a_prior_holds_the_context_where_little_happens(fitted):
     segment, mean, sd = windows(rest, 0, fitted.contexts, 4), known(fitted).mean(0), known(fitted).std(0, correction=0)
     free = adapt(fitted, segment, starts=mean[None], updates=200)
     scale = torch.tensor([0.5])
-    held = adapt(fitted, segment, starts=mean[None], updates=200, scale=scale, prior=0.1)
+    held = adapt(fitted, segment, starts=mean[None], updates=200, scale=scale, prior=10.0)
     far = lambda x: ((x.ctx[0] - mean) / sd).abs().max()
     assert far(held) < 0.5
     assert far(free) > 3 * far(held)
