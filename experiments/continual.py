@@ -45,7 +45,7 @@ TEST = {"cheetah-body": 4000, "pusher": 4000}  # transitions of each task to jud
 NET = HeadsConfig(hidden=(200, 200))
 HYPER = HyperConfig(hidden=(200, 200), hyper=(50, 50))
 STUDENTS: dict[str, Any] = {
-    "hyper": Hypernetwork(HYPER, HyperFit(beta=0.05)),
+    "hyper": Hypernetwork(HYPER, HyperFit(beta=0.05), lr=2e-4),
     "finetune": Finetune(NET),
     "single-task": SingleTask(NET),
     "multi-task": MultiTask(NET),

@@ -48,13 +48,15 @@ def hypernetwork(
     learner: HyperConfig = STUDENTS["hyper"].learner,
     anchor: Anchor = Anchor(),
     importance: bool = STUDENTS["hyper"].importance,
+    lr: float | None = STUDENTS["hyper"].lr,
 ) -> Hypernetwork:
     """
     Args:
         importance: The anchor weighs generated parameters by the loss's mean square gradient.
+        lr: Of the weights; none takes the budget's.
     """
     kept = {f.name: getattr(anchor, f.name) for f in fields(anchor)}
-    return Hypernetwork(learner, replace(STUDENTS["hyper"].anchor, **kept), importance)
+    return Hypernetwork(learner, replace(STUDENTS["hyper"].anchor, **kept), importance, lr)
 
 
 _hyper = Annotated[

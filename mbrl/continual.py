@@ -118,11 +118,13 @@ def spec_of(learner: Any, spec: Spec, tasks: int) -> Spec:
 @dataclass(frozen=True)
 class Hypernetwork:
     """HyperCRL. `importance`: the anchor weighs generated parameters by the loss's mean square gradient. The budget's
-    updates, batch, lr and clip stand in for the anchor's, and no lr_context is smaller than the budget's lr."""
+    updates, batch, lr and clip stand in for the anchor's, and no lr_context is smaller than the budget's lr. `lr`: of
+    the weights, instead of the budget's: a step moves every weight that is generated."""
 
     learner: HyperConfig = field(default_factory=HyperConfig)
     anchor: HyperFit = field(default_factory=HyperFit)
     importance: bool = False
+    lr: float | None = None
 
     def begin(self, spec: Spec, tasks: int, generator: torch.Generator) -> "Student":
         return _Hyper(self, spec_of(self.learner, spec, tasks), generator)
@@ -131,12 +133,15 @@ class Hypernetwork:
 class _Hyper(Student):
     def __init__(self, config: Hypernetwork, spec: Spec, generator: torch.Generator) -> None:
         check_fit(config.anchor)
+        if config.lr is not None and not 0 < config.lr < float("inf"):
+            raise ValueError(f"Hypernetwork: lr is {config.lr}, expected a positive number, or none")
         self.config, self.model = config, config.learner.build(spec, generator)
         self.weigh = torch.zeros(0, self.model.size, device=self.model.head.device)
 
     def learn(self, task, data, budget, generator, progress=None, checkpoint=None, resume=None) -> None:
         assert isinstance(self.model, Hyper)
-        fit = replace(self.config.anchor, updates=budget.updates, batch=budget.batch, lr=budget.lr, clip=budget.clip)
+        lr = budget.lr if self.config.lr is None else self.config.lr
+        fit = replace(self.config.anchor, updates=budget.updates, batch=budget.batch, lr=lr, clip=budget.clip)
         fit = replace(fit, lr_context=max(budget.lr, fit.lr_context))
         fit_hyper(
             self.model, data, task, fit, generator, progress,
@@ -369,7 +374,7 @@ class _Apart(Student):
 
 
 STUDENTS: dict[str, Any] = {
-    "hyper": Hypernetwork(),
+    "hyper": Hypernetwork(lr=2e-4),
     "finetune": Finetune(),
     "single-task": SingleTask(),
     "multi-task": MultiTask(),

@@ -196,10 +196,19 @@ def test_a_hypernetwork_is_offered_what_the_budget_does_not_decide(tmp_path, mon
     words = ["continual", *POLES, "--first", "1", "--out", str(tmp_path / "a"), "dynamics:hyper", *SMALL]
     anchor = "--dynamics.anchor.beta 0.3 --dynamics.anchor.past 2 --dynamics.anchor.lr-context 0.01"
     with pytest.raises(SystemExit):
-        main([*words, *anchor.split(), "--dynamics.anchor.no-look-ahead", "--dynamics.importance"])
+        main(
+            [
+                *words,
+                *anchor.split(),
+                "--dynamics.anchor.no-look-ahead",
+                "--dynamics.importance",
+                "--dynamics.lr",
+                "0.003",
+            ]
+        )
     got = from_plain(Run.open(tmp_path / "a").config["arguments"], cli_continual.TYPES).dynamics
     fit = HyperFit(beta=0.3, past=2, lr_context=0.01, look_ahead=False)
-    assert got == continual.Hypernetwork(HyperConfig((12, 12)), fit, importance=True)
+    assert got == continual.Hypernetwork(HyperConfig((12, 12)), fit, importance=True, lr=0.003)
     assert cli_continual.hypernetwork() == continual.STUDENTS["hyper"] == cli_continual.Continual().dynamics
     capsys.readouterr()
     with pytest.raises(SystemExit):

@@ -1,5 +1,7 @@
 """Sequences of tasks: each student against its equations and special cases; resumed to the same numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -260,6 +262,13 @@ def test_an_ensemble_doubts_the_context_that_it_has_not_seen():
 # ---------------------------------------------------------------- going on
 
 
+def test_a_hypernetworks_own_rate_stands_for_the_budgets():
+    runs = [(HYPER, 3e-3), (replace(HYPER, lr=3e-3), 1e-3), (HYPER, 1e-3)]
+    heads = [course(config, Budget(updates=3, batch=8, lr=lr), tasks=1)[0].model.head for config, lr in runs]
+    assert not torch.equal(heads[1], heads[2])
+    torch.testing.assert_close(heads[1], heads[0], rtol=1e-2, atol=1e-4)  # contexts keep the budget's
+
+
 @pytest.mark.parametrize("name", STUDENTS)
 def test_an_interrupted_sequence_goes_on_to_the_same_numbers(name):
     """Stopped within the second task: its student is loaded as the first task left it, and the task goes on from what
@@ -317,6 +326,7 @@ def test_a_horizon_that_no_held_out_episode_has_is_refused_before_anything_is_le
         (Ewc(NET, batches=0), "Ewc: batches is 0, expected"),
         (Si(NET, float("nan")), "Si: strength is nan, expected"),
         (Si(NET, damping=0.0), "Si: damping is 0.0, expected"),
+        (Hypernetwork(lr=0.0), "Hypernetwork: lr is 0.0, expected"),
         (Hypernetwork(HYPER.learner, HyperFit(past=0)), "HyperFit: past is 0, expected"),
         (Hypernetwork(HyperConfig(embedding=0)), "HyperConfig: embedding is 0, expected"),
     ],
