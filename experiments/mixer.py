@@ -103,10 +103,10 @@ def main(args: Args) -> None:
             change = change | ({"fit": replace(change["fit"], outer=args.outer)} if "fit" in change else {})
             jobs.append(("four", name, replace(base, **({"families": "four", "seed": seed} | change))))
         for name, change in MENDED.items() if args.robust else ():
-            change = {"experts": ONE_KIND} | change
+            whole: dict[str, Any] = {"experts": ONE_KIND, "families": "lotka-volterra", "seed": seed, **change}
             if "fit" in change:
-                change |= {"fit": replace(change["fit"], outer=args.outer)}
-            jobs.append(("lotka-volterra", name, replace(base, families="lotka-volterra", seed=seed, **change)))
+                whole["fit"] = replace(change["fit"], outer=args.outer)
+            jobs.append(("lotka-volterra", name, replace(base, **whole)))
     for name, learner, job in jobs:
         rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
         key, mark = f"{name} {learner} {job.seed}", digest(replace(job, out=None))
