@@ -30,7 +30,7 @@ from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, 
 SAVE_EVERY = 10.0  # seconds between checkpoints of a fit
 LONGEST = 100_000  # steps of a series that scores are taken from
 EXPONENTS = 10_000  # steps
-ORBITS = 10  # of a known system, that share these steps
+ORBITS = 10  # of a known system, each of half as many steps
 SHOWN = 1000  # steps of a series that the figure shows
 DRAWN = 10_000  # of an attractor
 STILL = 0.01  # of the truth's range: a run that ends in a point spans less in its last quarter
@@ -281,7 +281,7 @@ def true_exponents(system: Any, dt: float, seed: int = 0) -> list[float]:
         walk = metrics.flow_step(system.field, system.jacobian, dt, max(1, round(dt / 0.01)))
     else:
         walk = lambda x: (system.step(x), system.jacobian(x))
-    k, steps = min(10, system.dim), EXPONENTS // ORBITS
+    k, steps = min(10, system.dim), EXPONENTS // 2
     return metrics.lyapunov_spectrum(walk, start, steps, transient=steps // 5, k=k, dt=dt).mean(0).tolist()
 
 
