@@ -102,18 +102,23 @@ def adapt(
     return Adapted(found[order].detach(), lowest[order], share, best[order])
 
 
+def predicted(model: Dynamics, segment: Segment, ctx: Tensor, alpha: float = 0.0) -> Tensor:
+    """The observations [K * B, T, O] of windows [B, T] under each context [K, C], contiguous by context, forced by
+    alpha (0: free runs), without noise."""
+    k, (b, t) = len(ctx), segment.mask.shape
+    wide = lambda x: x.repeat(k, *[1] * (x.ndim - 1))
+    obs, cond = wide(segment.obs), model.condition(ctx)
+    inputs = StepInput(wide(segment.act), obs.new_zeros(k * b, t, model.noise_dim), wide(segment.dt))
+    forced = obs[:, 1:] if alpha else None
+    state = model.init(obs[:, 0], cond)
+    return unroll(model, state, steps(inputs), cond, forced=forced, alpha=alpha, mask=wide(segment.mask))[1].obs
+
+
 def _errors(model: Dynamics, segment: Segment, ctx: Tensor, alpha: float, scale: Tensor) -> Tensor:
     """[K]: what is predicted of the windows under each context [K, C]."""
-    k, (b, t) = len(ctx), segment.mask.shape
-    wide = lambda x: x.repeat(k, *[1] * (x.ndim - 1))  # contiguous by context
-    obs, mask = wide(segment.obs), wide(segment.mask)
-    cond = model.condition(ctx)
-    inputs = StepInput(wide(segment.act), obs.new_zeros(k * b, t, model.noise_dim), wide(segment.dt))
-    state = model.init(obs[:, 0], cond)
-    forced = obs[:, 1:] if alpha else None
-    _, pred = unroll(model, state, steps(inputs), cond, forced=forced, alpha=alpha, mask=mask)
-    error = ((pred.obs - obs[:, 1:]).square() / scale).mean(-1)
-    return torch.where(mask, error, 0.0).reshape(k, -1).sum(1) / segment.mask.sum()
+    said = predicted(model, segment, ctx, alpha).unflatten(0, (len(ctx), -1))
+    error = ((said - segment.obs[:, 1:]).square() / scale).mean(-1)
+    return torch.where(segment.mask, error, 0.0).sum((1, 2)) / segment.mask.sum()
 
 
 def known(model: Dynamics) -> Tensor:
@@ -164,16 +169,12 @@ def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
     and dimensions, mean over a system's episodes; ctx [systems, C]: their contexts. Infinite where a run is not finite.
     Episodes are cut to the length of the shortest."""
     like, out = next(model.parameters()), []
-    length = int(data.lengths.min())
+    rows = Rows(data, int(data.lengths.min()), like)
     for system in range(data.systems):
-        rows = Rows(data, length, like)
         mine = data.starts[:-1] if data.system is None else data.starts[:-1][data.system == system]
         segment = rows.segment(mine.to(like.device))
-        cond = model.condition(ctx[system : system + 1].to(like))
-        noise = segment.act.new_zeros(*segment.act.shape[:2], model.noise_dim)
-        state = model.init(segment.obs[:, 0], cond)
-        _, pred = unroll(model, state, steps(StepInput(segment.act, noise, segment.dt)), cond)
         true = segment.obs[:, 1:].double()
-        error = (pred.obs.double() - true).square().sum((1, 2)) / true.square().sum((1, 2))
+        gap = predicted(model, segment, ctx[system : system + 1].to(like)).double() - true
+        error = gap.square().sum((1, 2)) / true.square().sum((1, 2))
         out.append(error.nan_to_num(torch.inf, torch.inf).mean())
     return torch.stack(out)

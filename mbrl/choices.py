@@ -37,6 +37,7 @@ from mbrl.sac import SacConfig
 from mbrl.solvers import RK4, Dopri5, Tsit5
 
 console = Console()
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # for a path, which stays whole
 
 
 def learners() -> dict[str, Any]:
@@ -116,7 +117,7 @@ WORDS = {
     "plrnn-annealed": "The same under forcing that falls.",
     "plrnn-dendritic": "A PLRNN whose units are sums of shifted rectifiers.",
     "plrnn-almost-linear": "A PLRNN of which few units are rectified.",
-    "mixer": "Experts that share a context, and a gate that reads it: neural context flows.",
+    "mixer": "Experts that share a context, and a gate that reads it.",
     "mixer-coda": "The same of networks whose weights the context moves.",
     "mixer-geps": "The same by low-rank products.",
     "mixer-plrnn": "The same of piecewise-linear maps.",

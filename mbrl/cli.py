@@ -3,6 +3,7 @@
 import copy
 import operator
 import os
+import shlex
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from rich.table import Table
 import mbrl
 from mbrl import device as devices
 from mbrl import mpc, offline, suite
-from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console
+from mbrl.choices import KNOWN, LEARNERS, PLAIN, Algorithm, Learner, console
 from mbrl.cli_continual import Continual, run_continual
 from mbrl.cli_control import Online, Plan, run_online, run_plan
 from mbrl.cli_meta import Meta, run_meta
@@ -795,10 +796,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     try:
         does.get(type(command), run_collect)(command)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         named = (Plan, Online, Reconstruct, Continual, Meta)
         name = type(command).__name__.lower() if isinstance(command, named) else "offline"
-        console.print(f"\ninterrupted; `mbrl {name} --resume <run folder>` continues a run to the same numbers")
+        again = f"mbrl {name} --resume {shlex.quote(str(stop.args[0])) if stop.args else '<run folder>'}"
+        console.print(f"\ninterrupted; `{again}` continues it to the same numbers", **PLAIN)
         sys.exit(130)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -21,8 +21,9 @@ from mbrl import planner as planners
 from mbrl.border import World, episode_seed
 from mbrl.choices import KNOWN, WORDS, Search, Student, console
 from mbrl.continual import STUDENTS, Budget, Course, Hypernetwork
+from mbrl.core import demand
 from mbrl.data import Dataset, joined
-from mbrl.dynamics.hyper import HyperConfig, HyperFit, demand
+from mbrl.dynamics.hyper import HyperConfig, HyperFit
 from mbrl.mpc import Mpc
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json

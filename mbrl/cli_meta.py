@@ -11,12 +11,10 @@ from rich.table import Table
 from torch import Tensor
 
 from mbrl import device as devices
-from mbrl.adapt import adapt, relative_errors, windows
-from mbrl.choices import KNOWN, MIXERS, Mixture, console
-from mbrl.core import StepInput
+from mbrl.adapt import adapt, predicted, relative_errors, windows
+from mbrl.choices import KNOWN, MIXERS, PLAIN, Mixture, console
 from mbrl.data import Dataset
 from mbrl.dynamics.mixer import Mixer, MixerFit, MixerReport, fit_mixer, purity
-from mbrl.rollout import steps, unroll
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
 
 FIT = MixerFit(
@@ -106,7 +104,7 @@ def run_meta(args: Meta) -> Run:
         result = _go(run, args, data)
     if not args.quiet:
         tell(result)
-    console.print(f"report: {run.folder / 'report.png'}")
+    console.print(f"report: {run.folder / 'report.png'}", **PLAIN)
     return run
 
 
@@ -211,10 +209,9 @@ def judged(args: Meta, data: Data, model: Mixer, report: MixerReport) -> dict[st
         "skipped": report.skipped, "fit_s": round(report.seconds, 1),
     }  # fmt: skip
     if data.new is not None and model.config.gating != "own":
-        length = args.fit.length
         contexts, served, shares = [], [], []
         for i in range(data.new[0].systems):
-            got = adapt(model, windows(data.new[0], i, table, length), updates=args.adapt_updates, keep=4)
+            got = adapt(model, windows(data.new[0], i, table, args.fit.length), updates=args.adapt_updates, keep=4)
             expert = model.chosen(got.tried)
             contexts.append(got.ctx)
             served.append(int(expert[0]))
@@ -282,10 +279,8 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     for i, family in enumerate(families):
         n = kinds(result["labels"]).index(family)
         segment = windows(data.test, n, model.contexts, None, 1)
-        cond = model.condition(model.contexts[n : n + 1])
-        none = segment.act.new_zeros(*segment.act.shape[:2], 0)
-        _, pred = unroll(model, segment.obs[:, 0], steps(StepInput(segment.act, none, segment.dt)), cond)
-        a, b = segment.obs[0].cpu().numpy(), pred.obs[0].detach().cpu().numpy()
+        said = predicted(model, segment, model.contexts[n : n + 1])
+        a, b = segment.obs[0].cpu().numpy(), said[0].detach().cpu().numpy()
         last = min(1, a.shape[1] - 1)
         ax.plot(a[:, 0], a[:, last], color=colors(i % 10), lw=3, alpha=0.3)
         ax.plot(b[:, 0], b[:, last], color=colors(i % 10), lw=1, ls="--", label=family)

@@ -4,9 +4,7 @@ the nulls that tell whether the scores mean anything."""
 import copy
 import math
 import re
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from mbrl import compiled, metrics, nulls, piecewise
 from mbrl import device as devices
-from mbrl.choices import KNOWN, RECONSTRUCTORS, Reconstructor, console
+from mbrl.choices import KNOWN, PLAIN, RECONSTRUCTORS, Reconstructor, console
 from mbrl.core import Dynamics, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics.plrnn import Plrnn, PlrnnConfig, PlrnnFit, Shallow, fit_plrnn, orbit
@@ -81,7 +79,6 @@ class Reconstruct:
     """The model; its settings follow its name."""
 
 
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # a path stays whole
 TYPES = (*KNOWN, PlrnnFit, Reconstruct)
 
 
@@ -289,7 +286,7 @@ def true_exponents(system: Any, dt: float, seed: int = 0) -> list[float]:
 
 
 def run_reconstruct(args: Reconstruct) -> Run:
-    """The command `mbrl reconstruct`; returns the finished run. Interrupted, it says how to go on and exits."""
+    """The command `mbrl reconstruct`; returns the finished run."""
     if args.threads < 0:
         raise ValueError(f"--threads {args.threads}: expected 0 (torch's own choice) or more")
     if args.threads:
@@ -444,15 +441,6 @@ def name_of(config: Any) -> str:
 
 
 def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) -> Run:
-    try:
-        return _carry_out(run, args, data, test, system)
-    except KeyboardInterrupt:
-        again = f"mbrl reconstruct --resume {shlex.quote(str(run.folder))}"
-        console.print(f"\ninterrupted; `{again}` continues it to the same numbers", **PLAIN)
-        sys.exit(130)
-
-
-def _carry_out(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) -> Run:
     from mbrl_envs.series import dimensions
 
     device, began = devices.pick(args.device), time.perf_counter()

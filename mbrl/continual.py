@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Dynamics, Segment, Spec, StepInput
+from mbrl.core import Dynamics, Segment, Spec, StepInput, demand
 from mbrl.data import Dataset
 from mbrl.dynamics.heads import HeadsConfig
-from mbrl.dynamics.hyper import Hyper, HyperConfig, HyperFit, check_fit, demand, fit_hyper, importance_of
+from mbrl.dynamics.hyper import Hyper, HyperConfig, HyperFit, check_fit, fit_hyper, importance_of
 from mbrl.fit import Rows, segment_of
 from mbrl.rollout import unroll
 

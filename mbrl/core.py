@@ -207,3 +207,13 @@ def randn(model: nn.Module, n: int, m: int, generator: torch.Generator, kind: Ca
     """[n, m] of the model's dtype, on its device."""
     like = next(model.parameters())
     return kind(n, m, generator=generator, dtype=like.dtype, device=like.device)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def demand(who: str, *rules: tuple[str, Any, str, bool]) -> None:
+    """rules: a setting's name, its value, what is expected, whether it holds. Raises one ValueError that names all of
+    which it does not."""
+    if wrong := [f"{name} is {value}, expected {want}" for name, value, want, holds in rules if not holds]:
+        raise ValueError(f"{who}: {'; '.join(wrong)}")

@@ -4,6 +4,7 @@ which fits the learner to what the control has seen, episode after episode.
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -199,7 +200,7 @@ class Adapting:
     def begin(self, envs: int) -> None:
         """Forget everything: E new episodes."""
         self.mpc.begin(envs)
-        self.seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(envs)]  # (obs, act, next obs)
+        self.seen = [self._window() for _ in range(envs)]
         self.steps = [0] * envs
         self.ctx = self.first.repeat(envs, 1)
         self.last: list[tuple[Tensor, Tensor] | None] = [None] * envs
@@ -208,21 +209,25 @@ class Adapting:
         """As `Mpc.rows`."""
         self.mpc.rows(kept, begun)
         pick = lambda x, new: [x[i] for i in kept] + [new() for _ in range(begun)]
-        self.seen, self.steps, self.last = pick(self.seen, list), pick(self.steps, int), pick(self.last, lambda: None)
+        self.seen, self.steps, self.last = (
+            pick(self.seen, self._window),
+            pick(self.steps, int),
+            pick(self.last, lambda: None),
+        )
         self.ctx = torch.cat([self.ctx[list(kept)], self.first.repeat(begun, 1)])
 
     def clear(self, ended: Tensor) -> None:
         """As `Mpc.clear`."""
         self.mpc.clear(ended)
         for i in ended.nonzero()[:, 0].tolist():
-            self.seen[i], self.steps[i], self.last[i] = [], 0, None
+            self.seen[i], self.steps[i], self.last[i] = self._window(), 0, None
             self.ctx[i] = self.first[0]
 
     def __call__(self, obs: Tensor) -> Tensor:
         obs, f = obs.to(self.ctx), self.follow
         for i, now in enumerate(obs):
             if (last := self.last[i]) is not None:
-                self.seen[i] = [*self.seen[i], (*last, now)][-f.window :]
+                self.seen[i].append((*last, now))
                 self.steps[i] += 1
                 if self.steps[i] % f.every == 0:
                     self.ctx[i] = self._adapted(i)
@@ -233,6 +238,10 @@ class Adapting:
         act = self.mpc(obs)
         self.last = list(zip(obs.unbind(), act.unbind(), strict=True))
         return act
+
+    def _window(self) -> deque[tuple[Tensor, Tensor, Tensor]]:
+        """(obs, act, next obs) of the latest steps."""
+        return deque(maxlen=self.follow.window)
 
     def _adapted(self, i: int) -> Tensor:
         """[C], from what environment i has shown."""

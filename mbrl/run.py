@@ -308,8 +308,10 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (self.folder,)  # where to go on
 
 
 # ---------------------------------------------------------------- the figure

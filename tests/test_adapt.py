@@ -1,5 +1,6 @@
 """Adaptation by the context alone, of any learner that has one, and inside control."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -109,8 +110,6 @@ def test_a_prior_holds_the_context_where_little_happens(fitted):
 
 
 def test_a_context_is_added_to_the_table(fitted):
-    import copy
-
     model = copy.deepcopy(fitted)
     ctx = torch.full((1, 2), 0.3)
     assert met(model, ctx) == 4

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mbrl_envs import contexts
 from rich.console import Console
+from worlds import interrupted
 
 from mbrl import cli_continual, continual
 from mbrl.cli import main
@@ -41,21 +42,11 @@ def test_a_run_holds_the_matrix_the_memory_the_returns_and_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("student", ["hyper", "replay"])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, student):
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, student):
     whole = go(tmp_path / "a", student=student)
-    save, count = Run.save, []
-
-    def failing(self, name, *rest):
-        save(self, name, *rest)
-        count.append(name)
-        if len(count) == 6:  # within 10, 20, 30; the first task; within 10, 20
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save", failing)
-    with pytest.raises(SystemExit):
+    with interrupted(6) as names, pytest.raises(SystemExit):
         go(tmp_path / "b", student=student)
-    assert count == ["within", "within", "within", "course", "within", "within"]
-    monkeypatch.setattr(Run, "save", save)
+    assert names == ["within", "within", "within", "course", "within", "within"]  # 10, 20, 30; the first task; 10, 20
     main(["continual", "--resume", str(tmp_path / "b"), "--quiet"])
     again = json.loads((tmp_path / "b" / "result.json").read_text())
     assert again["matrix"] == whole["matrix"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from worlds import interrupted
 
 from mbrl import cli_meta
 from mbrl.choices import MIXERS
@@ -42,20 +43,11 @@ def test_a_run_holds_errors_assignments_contexts_and_a_picture(tmp_path):
     assert [x["step"] for x in Run.open(tmp_path / "a").metrics()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys):
     whole = go(tmp_path / "a")
-    save, count = Run.save, []
-
-    def failing(self, name, *rest):
-        save(self, name, *rest)
-        count.append(name)
-        if len(count) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save", failing)
-    with pytest.raises(SystemExit):
+    with interrupted(2), pytest.raises(SystemExit):
         go(tmp_path / "b")
-    monkeypatch.setattr(Run, "save", save)
+    assert f"mbrl meta --resume {tmp_path / 'b'}`" in capsys.readouterr().out
     main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
     again = json.loads((tmp_path / "b" / "result.json").read_text())
     assert timeless(again) == timeless(whole)

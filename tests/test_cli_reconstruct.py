@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mbrl_envs import systems
+from worlds import interrupted
 
 from mbrl import cli, cli_reconstruct
 from mbrl.run import Run
@@ -329,25 +330,15 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, spiral, monkey
     options = () if learner == "ode" else ("--dynamics.kind.hidden", "8")
     words = ("--data", spiral, "--fitting.max-epochs", "3")
     go(*words, "--out", tmp_path / "a", learner=learner, options=options)
-    save, count = Run.save, []
-
-    def failing(self, name, *rest):
-        save(self, name, *rest)
-        count.append(name)
-        if len(count) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save", failing)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    with interrupted(2) as names, pytest.raises(SystemExit) as end:
         go(*words, "--out", tmp_path / "b c", learner=learner, options=options)
     assert end.value.code == 130
     told = f"interrupted; `mbrl reconstruct --resume '{tmp_path / 'b c'}'` continues it"
     out = capsys.readouterr().out
     assert told in out
     assert out.count("interrupted; ") == 1
-    assert all(name.endswith(".partial") for name in count)
-    monkeypatch.setattr(Run, "save", save)
+    assert all(name.endswith(".partial") for name in names)
     cli.main(["reconstruct", "--resume", str(tmp_path / "b c"), "--quiet"])
     assert result(tmp_path / "b c")["learners"] == result(tmp_path / "a")["learners"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mbrl_envs import contexts, families
 from mbrl_envs.families import FAMILIES, SETS, Environment, Factors, Family, environments, generate, robots
-from mbrl_envs.systems import _sin, integrate
+from mbrl_envs.systems import integrate, sine
 
 from mbrl.core import Spec
 
@@ -525,7 +525,7 @@ def test_wrong_arguments(kw, match):
 
 def test_orbits_that_leave_the_numbers_name_their_environment():
     grows = family(lambda x, u, p: [x[0] * x[0], x[1]])
-    fast = family(lambda x, u, p: [100 * x[0], 0 * _sin(x[0])])  # the sine of a plain infinity is an error
+    fast = family(lambda x, u, p: [100 * x[0], 0 * sine(x[0])])  # the sine of a plain infinity is an error
     for f in (grows, fast):
         with pytest.raises(ValueError, match=r"own:0: row 0, .* leaves the finite numbers"):
             generate(alone(f), 1, 0)
@@ -540,7 +540,7 @@ def test_orbits_that_leave_the_numbers_name_their_environment():
 
 
 def test_plain_numbers_that_raise_are_not_finite():
-    (env,) = alone(family(lambda x, u, p: [1 / x[0], _sin(x[1])]))
+    (env,) = alone(family(lambda x, u, p: [1 / x[0], sine(x[1])]))
     assert np.isnan(env.system.rates(np.array([0.0, 1.0]))).all()
     assert np.isnan(env.system.rates(np.array([1.0, math.inf]))).all()
     assert np.isfinite(env.system.rates(np.array([1.0, 1.0]))).all()

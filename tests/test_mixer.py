@@ -76,7 +76,7 @@ def test_what_is_folded_is_what_the_paper_has(name):
     model = config.build(Spec(obs=3, act=2, systems=5), gen()).requires_grad_(False)
     ctx, x = torch.randn(2, 4, generator=gen(1)), torch.randn(2, 7, 5, generator=gen(2))
     layers = model.served(ctx, torch.tensor([2, 0]))
-    got = mixer.apply_layers(layers[:-1] if name == "hierarchical" else layers, x, "tanh")
+    got = mixer.apply_layers(layers, x, "tanh")
     for g, expert in enumerate((2, 0)):
         p = {k: v[expert].double() for k, v in model.experts.items()}
         c, h = ctx[g].double(), x[g].double()
@@ -321,11 +321,11 @@ def test_modulation_needs_a_field_and_no_scale():
 def test_adabelief_is_the_papers():
     """Two numbers, three steps, by hand."""
     p = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    ours, x = AdaBelief([p]), np.array([1.0, -2.0])
+    ours, x = AdaBelief({"p": p}, 0.1), np.array([1.0, -2.0])
     m, s = np.zeros(2), np.zeros(2)
     for t in range(1, 4):
         g = np.array([0.3 * t, -1.0 / t])
-        ours.step([torch.tensor(g)], 0.1)
+        ours.step([torch.tensor(g)])
         m = 0.9 * m + 0.1 * g
         s = 0.999 * s + 0.001 * (g - m) ** 2 + 1e-16
         x = x - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(s / (1 - 0.999**t)) + 1e-16)

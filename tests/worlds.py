@@ -1,12 +1,16 @@
 """Small worlds and stand-ins that several tests share."""
 
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from mbrl.core import Markov, Prediction, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.offline import Forget
+from mbrl.run import Run
 
 
 class Line(Markov):
@@ -113,3 +117,19 @@ class Memory(Forget):
 
     def load(self, name):
         return self.kept.get(name)
+
+
+@contextmanager
+def interrupted(saves: int):
+    """Ctrl-C right after a run's save of that number. Yields the names of what was saved."""
+    save, names = Run.save, []
+
+    def failing(self, name, *rest):
+        save(self, name, *rest)
+        names.append(name)
+        if len(names) == saves:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save", failing)
+        yield names

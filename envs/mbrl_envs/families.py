@@ -31,7 +31,7 @@ from mbrl_envs import contexts
 from mbrl_envs.collect import atomic
 from mbrl_envs.scores import close_matches
 from mbrl_envs.series import digest
-from mbrl_envs.systems import Equations, RandomSteps, _cos, _sin, integrate
+from mbrl_envs.systems import Equations, RandomSteps, cosine, integrate, sine
 
 TOLERANCE = 1e-9  # of the solver, relative and absolute
 DRIVE = RandomSteps(1.0, 10.0)  # actions: levels uniform in [-1, 1], each held for 1 to 10 intervals
@@ -112,7 +112,7 @@ def _damped(x: Any, u: Any, p: Any) -> list[Any]:
 
 
 def _pendulum(x: Any, u: Any, p: Any) -> list[Any]:
-    return [x[1], -p[0] * _sin(x[0])]
+    return [x[1], -p[0] * sine(x[0])]
 
 
 def _double_well(x: Any, u: Any, p: Any) -> list[Any]:
@@ -120,13 +120,13 @@ def _double_well(x: Any, u: Any, p: Any) -> list[Any]:
 
 
 def _bead(x: Any, u: Any, p: Any) -> list[Any]:
-    return [x[1], (_cos(x[0]) - p[0]) * _sin(x[0])]
+    return [x[1], (cosine(x[0]) - p[0]) * sine(x[0])]
 
 
 def _shear(x: Any, u: Any, p: Any) -> list[Any]:
     """Singular where y is a multiple of pi."""
-    sin, cos = _sin(x[1]), _cos(x[1])
-    return [_cos(x[0]) * cos / sin, _sin(x[0]) * (p[0] * sin * sin + cos * cos)]
+    sin, cos = sine(x[1]), cosine(x[1])
+    return [cosine(x[0]) * cos / sin, sine(x[0]) * (p[0] * sin * sin + cos * cos)]
 
 
 def _van_der_pol(x: Any, u: Any, p: Any) -> list[Any]:

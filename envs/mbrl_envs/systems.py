@@ -98,11 +98,11 @@ def _matrix(like: Tensor, rows: list[list[Tensor | float]]) -> Tensor:
     return torch.stack([torch.stack([full(e) for e in row], -1) for row in rows], -2)
 
 
-def _sin(x: Any) -> Any:
+def sine(x: Any) -> Any:
     return x.sin() if isinstance(x, Tensor) else math.sin(x)
 
 
-def _cos(x: Any) -> Any:
+def cosine(x: Any) -> Any:
     return x.cos() if isinstance(x, Tensor) else math.cos(x)
 
 
@@ -317,17 +317,17 @@ class DoublePendulum(Equations):
     def _inertia(self, turn: Any) -> tuple[float, Any, float, Any]:
         """Entries m11, m12, m22 of the mass matrix, and its determinant, of the angle between the rods."""
         m11 = (self.mass1 + self.mass2) * self.length1**2
-        m12 = self.mass2 * self.length1 * self.length2 * _cos(turn)
+        m12 = self.mass2 * self.length1 * self.length2 * cosine(turn)
         m22 = self.mass2 * self.length2**2
         return m11, m12, m22, m11 * m22 - m12 * m12
 
     def equations(self, x: Any, u: Any) -> list[Any]:
         a, b, v, w = x
-        swirl = self.mass2 * self.length1 * self.length2 * _sin(a - b)
+        swirl = self.mass2 * self.length1 * self.length2 * sine(a - b)
         weight1 = (self.mass1 + self.mass2) * self.gravity * self.length1
         weight2 = self.mass2 * self.gravity * self.length2
-        f1 = -swirl * w * w - weight1 * _sin(a) - self.damping * (2 * v - w)
-        f2 = swirl * v * v - weight2 * _sin(b) - self.damping * (w - v)
+        f1 = -swirl * w * w - weight1 * sine(a) - self.damping * (2 * v - w)
+        f2 = swirl * v * v - weight2 * sine(b) - self.damping * (w - v)
         m11, m12, m22, det = self._inertia(a - b)
         return [v, w, (m22 * f1 - m12 * f2) / det, (m11 * f2 - m12 * f1) / det]
 

@@ -36,7 +36,7 @@ def data() -> Dataset:
 def every(model: Mixer) -> None:
     """Makes a model evaluate all experts for all rows in training, and read the gate at every interval."""
 
-    def moves(system: torch.Tensor) -> mixer.Move:
+    def moves(system: torch.Tensor, order: int | None = None) -> mixer.Move:
         g = len(system)
 
         def move(z: torch.Tensor, act: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:

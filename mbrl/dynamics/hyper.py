@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbrl.core import Segment, Spec, Tree, group
+from mbrl.core import Segment, Spec, Tree, demand, group
 from mbrl.data import Dataset
 from mbrl.fit import Adam, Rows
 from mbrl.nets import apply_layers
@@ -172,13 +172,6 @@ class Hyper(OneStep):
 
 def _drawn(normal: Tensor, variance: float) -> Tensor:
     return normal * variance**0.5
-
-
-def demand(who: str, *rules: tuple[str, Any, str, bool]) -> None:
-    """rules: a setting's name, its value, what is expected, whether it holds. Raises one ValueError that names all of
-    which it does not."""
-    if wrong := [f"{name} is {value}, expected {want}" for name, value, want, holds in rules if not holds]:
-        raise ValueError(f"{who}: {'; '.join(wrong)}")
 
 
 # ---------------------------------------------------------------- continual training

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group, pull
 from mbrl.data import Dataset
-from mbrl.fit import Rows
+from mbrl.fit import BETAS, Adam, Rows
 from mbrl.nets import Activation, Normalizer, StackedMLP, apply_layers, uniform
 from mbrl.rollout import masked_mean
 from mbrl.solvers import RK4, Tsit5
@@ -235,9 +235,9 @@ class Mixer(Markov):
 
     # ------------------------------------------------------------ the gate
 
-    def logits(self, ctx: Tensor) -> Tensor:
-        """[G, C] -> [G, E]: what the gate says of each expert."""
-        return torch.cat([ctx, torch.ones_like(ctx[:, :1])], 1) @ self.gate
+    def logits(self, ctx: Tensor, gate: Tensor | None = None) -> Tensor:
+        """[G, C] -> [G, E]: what the gate [C + 1, E], by default its own, says of each expert."""
+        return torch.cat([ctx, torch.ones_like(ctx[:, :1])], 1) @ (self.gate if gate is None else gate)
 
     def chosen(self, ctx: Tensor) -> Tensor:
         """[G, C] -> [G] int64: which expert serves."""
@@ -318,9 +318,6 @@ class Mixer(Markov):
         self.rate.copy_(torch.where(rate > 0, rate, 1.0))
         self.anchored.fill_(True)
 
-    def groups(self) -> list[dict]:
-        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
-
     def loss(self, segment: Segment, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The squared error of the forced windows, standardised, each system by its context; and that of the reward."""
         error = self.errors(segment, self.moves(segment.system)).mean()
@@ -334,9 +331,7 @@ class Mixer(Markov):
     @torch.no_grad()
     def validate(self, segment: Segment, noise: Tensor) -> Tensor:
         """[1]: the squared error of free runs over the windows, standardised, and that of the reward."""
-        ctx = self.contexts[segment.system]
-        cond = self.served(ctx, self.chosen(ctx))
-        error = self.errors(segment, lambda z, act, dt: self.moved(cond, z, act, dt), alpha=0.0).mean()
+        error = self.errors(segment, self.moves(segment.system, 0), alpha=0.0).mean()
         return (error if self.worth is None else error + self._wrong(segment))[None]
 
     def finish(self, errors: Tensor) -> None:
@@ -347,10 +342,10 @@ class Mixer(Markov):
                 "substeps or a smaller learning rate"
             )
 
-    def moves(self, system: Tensor) -> Move:
-        """What `moved` does for systems [G] in training."""
+    def moves(self, system: Tensor, order: int | None = None) -> Move:
+        """What `moved` does for systems [G] in training, modulated to this order, by default the config's."""
         ctx = self.contexts[system]
-        expert, order = self.chosen(ctx), self.config.modulation
+        expert, order = self.chosen(ctx), self.config.modulation if order is None else order
         if not order:
             cond = self.served(ctx, expert)
             return lambda z, act, dt: self.moved(cond, z, act, dt)
@@ -552,11 +547,11 @@ class MixerFit:
     batch: windows of each system an update, of `length` steps; without a length whole episodes, each beginning at its
     first observation. gate_every: updates between two solutions of the gate. assign: which cluster gets which expert.
     empty: what to do about a cluster without systems: "skip" this solution, as published, or "reseed" it. warm: so many
-    outer steps at first are one expert's alone, which the others then begin as. restarts: besides from the centres
-    before, K-means begins so many times from contexts that are apart, and the tightest clusters count. guard: a gate
-    that would make the loss more than so many times what it is, is passed over (after warm steps: experts that were
-    never trained would be shut out). relative: each
-    system's error counts over the variance of its observations. `clip`: of the gradient's norm."""
+    outer steps at first have the gate that was drawn, which sends systems, whose contexts are still alike, to few
+    experts; then all begin as that of the first system. restarts: besides from the centres before, K-means begins so
+    many times from contexts that are apart, and the tightest clusters count. guard: a gate that would make the loss
+    more than so many times what it is, is passed over (after warm steps: experts that were never trained would be shut
+    out). relative: each system's error counts over the variance of its observations. `clip`: of the gradient's norm."""
 
     outer: int = 500
     inner: int = 12
@@ -587,44 +582,26 @@ class MixerReport:
     skipped: int  # updates whose gradient was not finite
 
 
-class AdaBelief:
-    """Adam that divides by the gradient's deviation from its mean (Zhuang et al., NeurIPS 2020, arXiv 2010.07468)."""
+EPSILON = 1e-16
 
-    def __init__(self, params: Sequence[Tensor], eps: float = 1e-16) -> None:
-        self.params, self.eps, self.steps = list(params), eps, 0
-        self.mean = [torch.zeros_like(p) for p in params]
-        self.spread = [torch.zeros_like(p) for p in params]
 
-    @torch.no_grad()
-    def step(self, grads: list[Tensor], lr: float) -> None:
-        self.steps += 1
-        one, two = 1 - 0.9**self.steps, 1 - 0.999**self.steps
-        torch._foreach_lerp_(self.mean, grads, 0.1)
-        away = torch._foreach_sub(grads, self.mean)
-        torch._foreach_mul_(self.spread, 0.999)
-        torch._foreach_addcmul_(self.spread, away, away, 0.001)
-        torch._foreach_add_(self.spread, self.eps)
-        below = torch._foreach_div(self.spread, two)
+class AdaBelief(Adam):
+    """Adam that divides by the gradient's deviation from its mean (Zhuang et al., NeurIPS 2020, arXiv 2010.07468); what
+    `square` holds is that of the deviation."""
+
+    def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
+        slow, fast = BETAS
+        one, two = 1 - slow ** (self.steps + 1), 1 - fast ** (self.steps + 1)
+        grads = list(grads)
+        torch._foreach_lerp_(mean, grads, 1 - slow)
+        away = torch._foreach_sub(grads, mean)
+        torch._foreach_mul_(square, fast)
+        torch._foreach_addcmul_(square, away, away, 1 - fast)
+        torch._foreach_add_(square, EPSILON)
+        below = torch._foreach_div(square, two)
         torch._foreach_sqrt_(below)
-        torch._foreach_add_(below, self.eps)
-        torch._foreach_addcdiv_(self.params, self.mean, below, -lr / one)
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        out = {f"{name}.steps": torch.tensor(self.steps)}
-        for i, x in enumerate(zip(self.params, self.mean, self.spread, strict=True)):
-            out |= {f"{name}.{k}.{i}": y.detach() for k, y in zip(("param", "mean", "spread"), x, strict=True)}
-        return out
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Raises ValueError where the state is of another model."""
-        for k, x in self.state(name).items():
-            if k not in state or state[k].shape != x.shape:
-                got = list(state[k].shape) if k in state else "nothing"
-                raise ValueError(f"fit_mixer: resume holds {got} for {k}, expected {list(x.shape)}: another model's?")
-            if not k.endswith(".steps"):
-                x.copy_(state[k])
-        self.steps = int(state[f"{name}.steps"])
+        torch._foreach_add_(below, EPSILON)
+        torch._foreach_addcdiv_(params, mean, below, -self.lr / one)
 
 
 def fit_mixer(
@@ -650,7 +627,7 @@ class _Fit:
     def __init__(self, model: Mixer, data: Dataset, config: MixerFit, generator: torch.Generator) -> None:
         self.began = time.perf_counter()
         self.model, self.config, self.generator = model, config, generator
-        own, systems, experts = model.config, data.systems, model.config.experts
+        systems, experts = data.systems, model.config.experts
         want = (model.spec.obs, model.spec.act, model.spec.systems)
         if (data.spec.obs, data.spec.act, systems) != want:
             raise ValueError(
@@ -687,13 +664,14 @@ class _Fit:
             owner = data.of_system(torch.arange(len(data)))
             spread = torch.stack([z[i.to(z.device)].var(0, correction=0).mean() for i in owner])
             self.weight = 1 / spread.clamp(min=1e-6 * float(spread.max()))
-        self.weights = [p for k, p in model.named_parameters() if k != "contexts"]
-        self.slow, self.fast = AdaBelief(self.weights), AdaBelief([model.contexts])
+        weights = {k: p for k, p in model.named_parameters() if k != "contexts"}
+        self.weights = list(weights.values())
+        self.slow = AdaBelief(weights, config.lr)
+        self.fast = AdaBelief({"contexts": model.contexts}, config.lr_context)
         self.centre: Tensor | None = None
         self.outer = self.updates = self.solved = self.passed = self.skipped = 0
         self.loss: list[float] = []
         self.assigned: list[tuple[int, list[int]]] = []
-        self.learns = own.gating != "own"
 
     # ------------------------------------------------------------ one outer step
 
@@ -707,7 +685,7 @@ class _Fit:
                 ([self.model.contexts], self.fast, self.config.lr_context),
                 (self.weights, self.slow, self.config.lr),
             ):
-                if optimizer is self.fast and not self.learns:
+                if not params[0].requires_grad:  # contexts that stay
                     continue
                 old = [p.detach().clone() for p in params]
                 total = sum(self._update(params, old, optimizer, lr) for _ in range(self.config.inner))
@@ -745,7 +723,8 @@ class _Fit:
             with torch.no_grad():
                 pull = config.proximal / sum(p.numel() for p in params)
                 torch._foreach_add_(grads, torch._foreach_sub(list(params), old), alpha=pull)
-            optimizer.step(grads, rate)
+            optimizer.lr = rate
+            optimizer.step(grads)
         else:
             self.skipped += 1
         self.updates += 1
@@ -755,12 +734,11 @@ class _Fit:
 
     def _batch(self) -> Segment:
         """So many windows of each system."""
-        n, sizes = self.config.batch, self.sizes[:, None]
+        n, sizes, rows = self.config.batch, self.sizes[:, None], self.pools
         draw = torch.rand(len(self.sizes), n, generator=self.generator, device=self.generator.device)
-        if bool((sizes == n).all()):  # all there are
-            return self.rows.segment(self.pools[:, :n].flatten().to(self.rows.table.device))
-        pick = (draw.cpu() * sizes).long().clamp(max=sizes - 1)
-        return self.rows.segment(self.pools.gather(1, pick.to(self.pools.device)).flatten().to(self.rows.table.device))
+        if bool((sizes != n).any()):  # else all there are
+            rows = rows.gather(1, (draw.cpu() * sizes).long().clamp(max=sizes - 1).to(rows.device))
+        return self.rows.segment(rows.flatten().to(self.rows.table.device))
 
     def _meet(self) -> None:
         """Each system gets another of its expert, or itself, whose context modulates it next."""
@@ -772,9 +750,9 @@ class _Fit:
 
     @torch.no_grad()
     def _spread(self) -> None:
-        """All experts begin as the one that was trained so far."""
+        """All experts begin as that of the first system."""
         lead = int(self.model.chosen(self.model.contexts)[0])
-        for p, m, s in zip(self.weights, self.slow.mean, self.slow.spread, strict=True):
+        for p, m, s in zip(self.weights, self.slow.mean, self.slow.square, strict=True):
             for x in (p, m, s) if p.shape[:1] == (self.model.config.experts,) else ():
                 x.copy_(x[lead].expand_as(x))
 
@@ -795,9 +773,9 @@ class _Fit:
         expert = torch.tensor(order, device=contexts.device)[found.label]
         gate = solved_gate(contexts, expert, k, self.generator)
         if config.guard is not None:
-            by = lambda chosen: (errors.gather(1, chosen[:, None])[:, 0] * self.weight).mean()
-            ones = torch.ones_like(contexts[:, :1])
-            if not by((torch.cat([contexts, ones], 1) @ gate).argmax(-1)) <= config.guard * by(model.chosen(contexts)):
+            chosen = lambda gate: model.logits(contexts, gate).argmax(-1, keepdim=True)
+            by = lambda gate: (errors.gather(1, chosen(gate))[:, 0] * self.weight).mean()
+            if not by(gate) <= config.guard * by(model.gate):
                 self.centre, self.passed = None, self.passed + 1
                 return
         model.gate.copy_(gate)
