@@ -3,7 +3,8 @@
 import ctypes
 import os
 import secrets
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,27 +71,43 @@ def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def graphed(fn: Callable, *example: Any, warmup: int = 3) -> Callable:
+def graphed(
+    fn: Callable, *example: Any, warmup: int = 3, state: Sequence[torch.Tensor] = (), fallback: bool = False
+) -> Callable:
     """fn with its device work captured once as a graph and replayed at each call.
 
     fn takes and returns trees of tensors, writes state only in place and never synchronises. Inputs are copied into
     the captured ones; outputs are the captured ones, overwritten by the next call. Where the example tensors are not
-    on an accelerator, or MBRL_GRAPHS=0, fn itself is returned. Capturing runs fn `warmup` + 1 times: a caller whose fn
-    changes state takes a copy before and restores it after.
+    on an accelerator, or MBRL_GRAPHS=0, fn itself is returned. Capturing runs fn `warmup` times: the tensors `state`,
+    those that fn changes, are as before when this returns. fallback: where fn cannot be captured, a warning, and fn
+    itself is returned; else RuntimeError.
     """
     leaves = [x for x in pytree.tree_leaves(example) if isinstance(x, torch.Tensor)]
     if not leaves or leaves[0].device.type != "cuda" or os.environ.get("MBRL_GRAPHS") == "0":
         return fn
     static = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example)
+    before = [x.detach().clone() for x in state]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warmup):
-            fn(*static)
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = fn(*static)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(warmup):
+                fn(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            out = fn(*static)
+    except RuntimeError as error:
+        if not fallback:
+            raise
+        torch.cuda.synchronize()
+        text = str(error).strip().partition("\n")[0]
+        warnings.warn(f"not captured as a graph, each operation is launched by itself: {text}", stacklevel=2)
+        return fn
+    finally:
+        with torch.no_grad():
+            for x, old in zip(state, before, strict=True):
+                x.copy_(old)
     targets = [x for x in pytree.tree_leaves(static) if isinstance(x, torch.Tensor)]
 
     def replay(*args: Any) -> Any:
@@ -100,4 +117,5 @@ def graphed(fn: Callable, *example: Any, warmup: int = 3) -> Callable:
         graph.replay()
         return out
 
+    replay.fn = fn  # pyright: ignore[reportFunctionMemberAccess]  keeps alive what the graph reads and writes
     return replay

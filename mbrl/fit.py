@@ -13,6 +13,7 @@ from torch.optim.adam import adam
 
 from mbrl.core import Dynamics, Segment, Spec
 from mbrl.data import Dataset
+from mbrl.device import graphed
 
 KEPT = ("param", "mean", "square")
 SAMPLE = 2**18  # rows from which normalisers are set: the first of the training rows, which are in random order
@@ -72,8 +73,9 @@ def fit(
     train, held = rows.split(config, generator)
     model.prepare(rows.segment(train[:SAMPLE]))
     parts = Parts(model, config)
+    step = parts.stepper(rows)
     held_segment = rows.segment(rows.even(held, shortest=True).flatten())
-    held_noise = noise_of(model, held_segment, generator)
+    held_noise = noise_of(model, len(held_segment.mask), config.length, generator)
     own = streams(rows.even(train), model.parts, config, generator)
     batch = max(1, config.batch // data.systems)
     per_epoch = own.shape[1] // min(batch, own.shape[1])
@@ -83,8 +85,8 @@ def fit(
     while bool((parts.wait < config.patience).any()) and parts.epoch != config.max_epochs:
         total = torch.zeros(model.parts, dtype=rows.table.dtype, device=train.device)
         for index in order(own, batch, generator):
-            segment = rows.segment(index, model.parts)
-            total += parts.step(segment, noise_of(model, segment, generator))
+            noise = noise_of(model, len(index), config.length, generator)
+            total += step(index, noise)
         errors = model.validate(held_segment, held_noise)
         losses = (total / per_epoch)[total.isfinite()]
         parts.record(losses.mean() if len(losses) else total.new_tensor(torch.nan), errors)
@@ -215,11 +217,10 @@ def order(streams: Tensor, batch: int, generator: torch.Generator) -> Tensor:
     return torch.stack(out, 1).reshape(steps, parts * batch)
 
 
-def noise_of(model: Dynamics, segment: Segment, generator: torch.Generator) -> Tensor:
+def noise_of(model: Dynamics, b: int, t: int, generator: torch.Generator) -> Tensor:
     """[B, T, W]"""
-    b, t = segment.mask.shape
     if not model.noisy_loss:
-        return segment.obs.new_zeros(()).expand(b, t, model.noise_dim)
+        return next(model.parameters()).detach().new_zeros(()).expand(b, t, model.noise_dim)
     return model.draw(b * t, 1, generator).reshape(b, t, model.noise_dim)
 
 
@@ -238,7 +239,7 @@ class Parts:
             if self.n > 1 and p.shape[:1] != (self.n,):
                 raise ValueError(f"fit: parameter {name} is {list(p.shape)}, expected to lead with the {self.n} parts")
         like = next(iter(self.params.values()))
-        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=like.is_cuda)
         self.moments = {
             name: (torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for name, p in self.params.items()
         }
@@ -252,7 +253,9 @@ class Parts:
         self.mark = self.best.clone()  # the error from which a gain is counted
         self.wait = torch.zeros(self.n, dtype=torch.int64, device=like.device)
         low = config.dtype == "bfloat16"
-        self.cast = torch.autocast(like.device.type, torch.bfloat16) if low else contextlib.nullcontext()
+        self.cast = contextlib.nullcontext()
+        if low:  # a graph would replay what the cache held when it was captured
+            self.cast = torch.autocast(like.device.type, torch.bfloat16, cache_enabled=not like.is_cuda)
         self.epoch, self.diverged = 0, 0
         self.train_loss = torch.zeros(0, dtype=torch.float64)
         self.holdout = torch.zeros(0, self.n, dtype=torch.float64)
@@ -267,6 +270,33 @@ class Parts:
 
     def step(self, segment: Segment, noise: Tensor) -> Tensor:
         """One update of every part, on its own rows of the segment. Returns the losses [parts]."""
+        losses = self.update(segment, noise)
+        self.model.advance(segment)
+        return losses
+
+    def stepper(self, rows: "Rows") -> Callable[[Tensor, Tensor], Tensor]:
+        """`step` for rows by their index, captured as a graph where there is an accelerator: (index [parts * B], noise)
+        -> losses [parts], overwritten by the next call."""
+        model, scheduled = self.model, type(self.model).advance is not Dynamics.advance
+        whole = lambda index, noise: self.update(rows.segment(index, model.parts), noise)
+        replay: Callable[[Tensor, Tensor], Tensor] | None = None
+
+        def step(index: Tensor, noise: Tensor) -> Tensor:
+            nonlocal replay
+            if index.is_cpu:
+                return self.step(rows.segment(index, model.parts), noise)
+            if replay is None:
+                live = [*model.parameters(), *model.buffers(), *(x for m in self.moments.values() for x in m)]
+                replay = graphed(whole, index, noise, state=live, fallback=True)
+            losses = replay(index, noise)
+            if scheduled:  # may wait for the device, and so stays outside
+                model.advance(rows.segment(index, model.parts))
+            return losses
+
+        return step
+
+    def update(self, segment: Segment, noise: Tensor) -> Tensor:
+        """`step` without the learner's schedules."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.cast:
             losses = self.model.losses(segment, noise)
@@ -274,7 +304,6 @@ class Parts:
         if self.config.clip is not None:
             self._clip(self.config.clip)
         self.optimizer.step()
-        self.model.advance(segment)
         return losses.detach()
 
     def _clip(self, limit: float) -> None:
@@ -352,10 +381,12 @@ BLOCK = 2**17  # numbers that a CPU works on at a time: what lies between stays 
 
 
 class Adam:
-    """Adam over named tensors that can also tell where its next step would lead; one pass over memory a step."""
+    """Adam over named tensors that can also tell where its next step would lead; one pass over memory a step. On an
+    accelerator the steps are counted on it, so that a captured step goes on counting."""
 
     def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
-        self.params, self.lr, self.steps = dict(params), lr, 0
+        self.params, self.lr = dict(params), lr
+        self.clocks = [torch.zeros((), device=p.device) for p in params.values()]
         self.mean = [torch.zeros_like(p) for p in params.values()]
         self.square = [torch.zeros_like(p) for p in params.values()]
         self.trial: dict[str, Tensor] = {}
@@ -366,26 +397,48 @@ class Adam:
         by the next call."""
         if not self.trial:
             self.trial = {k: torch.empty_like(p) for k, p in self.params.items()}
+        if not self.clocks[0].is_cpu:
+            return self._look(grads)
         t = self.steps + 1
         root, rate = (1 - BETAS[1] ** t) ** -0.5, -self.lr / (1 - BETAS[0] ** t)
         every = zip(self.trial.values(), self.params.values(), self.mean, self.square, grads, strict=True)
         for tensors in every:
-            cut = BLOCK if tensors[0].is_cpu else tensors[0].numel()
+            cut = BLOCK
             for new, p, m, s, g in zip(*(x.reshape(-1).split(max(cut, 1)) for x in tensors), strict=True):
                 below = torch.mul(s, BETAS[1]).addcmul_(g, g, value=1 - BETAS[1]).sqrt_().mul_(root).add_(EPSILON)
                 torch.addcdiv(p, torch.lerp(m, g, 1 - BETAS[0]), below, value=rate, out=new)
         return self.trial
 
+    def _look(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        new, params, grads = list(self.trial.values()), list(self.params.values()), list(grads)
+        t = self.clocks[0] + 1
+        below = torch._foreach_mul(self.square, BETAS[1])
+        torch._foreach_addcmul_(below, grads, grads, 1 - BETAS[1])
+        torch._foreach_sqrt_(below)
+        torch._foreach_mul_(below, (1 - BETAS[1] ** t).rsqrt())
+        torch._foreach_add_(below, EPSILON)
+        moved = torch._foreach_lerp(self.mean, grads, 1 - BETAS[0])
+        torch._foreach_div_(moved, below)
+        torch._foreach_mul_(moved, -self.lr / (1 - BETAS[0] ** t))
+        torch._foreach_copy_(new, torch._foreach_add(params, moved))
+        return self.trial
+
+    @property
+    def steps(self) -> int:
+        return int(self.clocks[0])
+
+    def live(self) -> list[Tensor]:
+        """What a step changes."""
+        return [*self.params.values(), *self.mean, *self.square, *self.clocks]
+
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
         self._step(list(self.params.values()), self.mean, self.square, grads)
-        self.steps += 1
 
     def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
-        steps = [torch.full((), float(self.steps), device=p.device) for p in params]
         dense = [g.contiguous() for g in grads]  # the fused kernel reads them in the parameters' order
         adam(
-            params, dense, mean, square, [], steps, fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+            params, dense, mean, square, [], self.clocks, fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
             lr=self.lr, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
 
@@ -406,4 +459,5 @@ class Adam:
                 )
             if not key.endswith(".steps"):
                 x.copy_(state[key])
-        self.steps = int(state[f"{name}.steps"])
+        for clock in self.clocks:
+            clock.fill_(int(state[f"{name}.steps"]))

@@ -124,7 +124,8 @@ class Mpc:
             "plan": self.plan,
             "white": p.noise(envs, self.model.spec.act, self.generator, self.like),
             "noise": draw(envs, w.particles),
-            "part": self._parts(envs),
+            "one": cond,
+            "cond": self._pinned(envs, cond),
             "proposals": [],
         }
         if p.proposals:
@@ -133,7 +134,7 @@ class Mpc:
             acts = [torch.randn(n, self.model.spec.act, **like) for _ in range(p.horizon)]
             given["proposals"] = list(zip(acts, draw(n, 1), strict=True))
         if envs not in self._graphs:
-            self._graphs[envs] = devices.graphed(self._whole, given)
+            self._graphs[envs] = devices.graphed(self._whole, given, fallback=True)
         found, plan, state = self._graphs[envs](given)
         acts, worth, some, bad = (x.clone() for x in found[:4])
         self.found = Found(acts, worth, some, bad, found[4])
@@ -148,11 +149,13 @@ class Mpc:
         begin = torch.randint(2**31, (envs, 1), generator=self.generator, device=self.like.device)
         return (begin + torch.arange(self.worth.particles, device=self.like.device)).flatten()
 
+    def _pinned(self, envs: int, cond: Tree) -> Tree:
+        part = self._parts(envs)  # drawn in any case: what follows in the stream does not depend on it
+        return self.model.pinned(part) if self.pins else cond
+
     def _whole(self, given: dict[str, Any]) -> tuple[tuple, tuple, Tree]:
         """A plan and what follows from executing its first action: one graph where there is an accelerator."""
-        state, model = given["state"], self.model
-        one = model.condition(self.ctx)
-        cond = model.pinned(given["part"]) if self.pins else one
+        state, one, cond, model = given["state"], given["one"], given["cond"], self.model
         envs = given["plan"].mean.shape[0]
         dt = torch.full((envs, 1), self.dt, dtype=self.like.dtype, device=self.like.device)
         others = None

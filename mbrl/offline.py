@@ -694,12 +694,7 @@ def _evaluate(evaluate: Evaluate, agent: Any, seed: int) -> list[float]:
 
 def captured(update: Callable, agent: nn.Module, *example: Tensor) -> Callable:
     """`update` as a graph where the device has such; the agent is left as it was."""
-    if example[0].device.type == "cpu":
-        return update
-    before = {k: v.clone() for k, v in agent.state_dict().items()}
-    go = devices.graphed(update, *example)
-    agent.load_state_dict(before)
-    return go
+    return devices.graphed(update, *example, state=list(agent.state_dict().values()))
 
 
 def means_of(logs: Mapping[str, float]) -> dict[str, float]:

@@ -153,9 +153,9 @@ def colored(white: Tensor, color: float) -> Tensor:
     f = torch.fft.rfftfreq(steps, device=white.device, dtype=white.dtype)
     scale = torch.cat([f[1:2], f[1:]]) ** (-color / 2)
     weight = torch.full_like(scale, 2.0)  # every frequency but the ends stands for two
-    weight[0] = 1.0
+    weight[:1].fill_(1.0)
     if steps % 2 == 0:
-        weight[-1] = 1.0
+        weight[-1:].fill_(1.0)
     scale = scale / ((weight * scale**2).sum() / steps).sqrt()
     return torch.fft.irfft(torch.fft.rfft(white, dim=-2) * scale[:, None], n=steps, dim=-2)
 

@@ -59,7 +59,7 @@ class Noisy(Plain):
     def step(self, state, inp, cond):
         _, pred = super().step(state, inp, cond)
         obs = pred.obs + self.scale.abs() * inp.noise
-        return obs, pred._replace(obs=obs)
+        return obs, Prediction(obs, pred.reward, pred.uncertainty)
 
 
 class Hyper(Markov):

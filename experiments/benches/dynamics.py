@@ -26,20 +26,20 @@ def data(device: torch.device, n: int = 20_000) -> Dataset:
     return Dataset(obs, act, obs[:, 0], after, ~yes, yes, starts, -one, one).to(device)
 
 
-def stacked(device: torch.device, **fit):
+def stacked(device: torch.device, dtype: torch.dtype = torch.float32, low: bool = False):
     """The step of `mbrl.fit`."""
     generator = torch.Generator().manual_seed(0)
-    config = FitConfig(**fit)
-    model = EnsembleConfig().build(Spec(17, 6), generator).to(device)
+    config = FitConfig(dtype="bfloat16" if low else "float32")
+    model = EnsembleConfig().build(Spec(17, 6), generator).to(device, dtype)
     rows = Rows(data(device), 1, next(model.parameters()))
     train, _ = rows.split(config, generator)
     model.prepare(rows.segment(train))
-    parts = Parts(model, config)
+    go = Parts(model, config).stepper(rows)
     batches = itertools.cycle(order(streams(train, model.parts, config, generator), config.batch, generator))
 
     def step() -> None:
-        segment = rows.segment(next(batches))
-        parts.step(segment, noise_of(model, segment, generator))
+        index = next(batches)
+        go(index, noise_of(model, len(index), 1, generator))
 
     return step
 
@@ -91,5 +91,7 @@ def naive(device: torch.device):
 
 def run(harness) -> dict[str, dict[str, float]]:
     steps = {"ensemble step": stacked(harness.device), "naive: a loop over members": naive(harness.device)}
-    steps["ensemble step, bfloat16"] = stacked(harness.device, dtype="bfloat16")
+    steps["ensemble step, bfloat16"] = stacked(harness.device, low=True)
+    if harness.device.type != "cpu":
+        steps["ensemble step, float64"] = stacked(harness.device, torch.float64)
     return harness.compare(steps, dict.fromkeys(steps, FLOPS))

@@ -89,12 +89,12 @@ def run(harness) -> dict:
     device = harness.device
     cpu = device.type == "cpu"
     rows: dict[str, dict[str, float]] = {}
-    data = series(5000 if cpu else 25_000).to(device)
+    data = series(5000).to(device)
     models = [CONFIG.build(data.spec, torch.Generator().manual_seed(s)).to(device) for s in range(SEEDS)]
     streams = [torch.Generator().manual_seed(s) for s in range(SEEDS)]
     fit_plrnn(models, data, PlrnnFit(epochs=1, batches=100, length=200), streams)
-    for length in (200, 2000) if cpu else (200, 2000, 20_000):
-        track = Track(data, length, models[0].theta["A"])
+    for length in (200, 2000, 20_000):
+        track = Track(data if length < 5000 else series(25_000).to(device), length, models[0].theta["A"])
         track.obs = models[0].observed(track.obs)
         pick = torch.randint(len(track.first), (SEEDS, ROWS), generator=torch.Generator().manual_seed(0))
         index = track.first[pick].to(device)
@@ -108,11 +108,13 @@ def run(harness) -> dict:
             for seeds in (1, SEEDS):
                 if cpu and length > 200 and solver != "compiled" and seeds > 1:
                     continue
-                if not cpu and length == 20_000 and solver == "loop":
+                if solver == "loop" and length > (2000 if cpu else 200):
                     continue
                 one = trainer(models[:seeds], length, solver)
-                _agree(copy.copy(one), Naive(models[0], track), track, index[:seeds])
                 name = f"{solver}, {seeds} seed{'s' * (seeds > 1)}"
+                if not _agree(copy.copy(one), Naive(models[0], track), track, index[:seeds]):
+                    rows[f"T {length}, {name}"] = {"fallbacks": 1}  # the loop took over: there is nothing to time
+                    continue
                 fns[name] = updated(one, track, index[:seeds])
                 runs[name] = seeds
         found = harness.compare(fns, {})
@@ -123,13 +125,13 @@ def run(harness) -> dict:
     return rows
 
 
-def _agree(ours: _Trainer, naive: Naive, track: Track, index: Tensor) -> None:
-    """The first seed's error and gradients are the plain loop's. Raises AssertionError."""
+def _agree(ours: _Trainer, naive: Naive, track: Track, index: Tensor) -> bool:
+    """Whether Newton's method came to an end for each seed. Raises AssertionError where the first seed's error or
+    gradients are not the plain loop's."""
     loss, want = naive.loss(track.window(index[:1]).obs[0])
     grads = torch.autograd.grad(loss, list(naive.p.values()))
     ours.optimizer = torch.optim.SGD(ours.p.values(), lr=0.0)
     error = ours.update(track.window(index))[0]
-    assert not ours.fallbacks, f"T {track.length}: Newton's method gave up, so that it is the loop that would be timed"
     torch.testing.assert_close(error, want.detach(), rtol=1e-5, atol=0.0)
     for k, g in zip(naive.p, grads, strict=True):
         mine = ours.p[k].grad
@@ -138,3 +140,4 @@ def _agree(ours: _Trainer, naive: Naive, track: Track, index: Tensor) -> None:
         assert off <= 1e-4, f"T {track.length}, {ours.solver}, {k}: the gradients differ by {off:.1e} of their norm"
     for p in ours.p.values():
         p.grad = None
+    return not ours.fallbacks

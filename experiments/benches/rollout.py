@@ -13,18 +13,18 @@ ROWS = 10_000
 FLOPS = 2 * 131_800 * ROWS  # of one member
 
 
-def setting(device: torch.device) -> tuple[Ensemble, Tensor, StepInput]:
-    """A prepared ensemble, and rows to begin from."""
+def setting(device: torch.device, n: int = ROWS) -> tuple[Ensemble, Tensor, StepInput]:
+    """A prepared ensemble, and n rows to begin from."""
     generator = torch.Generator().manual_seed(0)
     model = EnsembleConfig().build(Spec(17, 6), generator).to(device)
     normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)
-    obs, act, one = normal(ROWS, 17), normal(ROWS, 6).tanh(), torch.ones(ROWS, 1, device=device)
-    after, reward = obs + 0.1 * normal(ROWS, 17), normal(ROWS, 1)
+    obs, act, one = normal(n, 17), normal(n, 6).tanh(), torch.ones(n, 1, device=device)
+    after, reward = obs + 0.1 * normal(n, 17), normal(n, 1)
     mask = reward > -torch.inf
     system = torch.zeros(1, dtype=torch.int64, device=device)
     model.prepare(Segment(torch.stack([obs, after], 1), act[:, None], reward, ~mask, mask, one[:, None], system))
     model.finish(torch.arange(7.0, device=device))
-    return model.requires_grad_(False), obs, StepInput(act, normal(ROWS, model.noise_dim), one)
+    return model.requires_grad_(False), obs, StepInput(act, normal(n, model.noise_dim), one)
 
 
 def step(model: Ensemble, obs: Tensor, inp: StepInput, coefficient: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -86,4 +86,11 @@ def run(harness) -> dict[str, dict[str, float]]:
     for name, n in members.items():
         count = 5 if name == "5 steps" else 1
         rows[name] |= {"members": n // count, "transitions/s": 1e3 * count * ROWS / rows[name]["ms"]}
+    for n in (1_000, 100_000) if harness.device.type != "cpu" else ():
+        model, obs, inp = setting(harness.device, n)
+        low, name = model.reporting("aleatoric"), f"step with MOPO's penalty, {n} rows"
+        more = harness.compare(
+            {name: lambda low=low, obs=obs, inp=inp: step(low, obs, inp)}, {name: 5 * FLOPS * n / ROWS}
+        )
+        rows[name] = more[name] | {"members": 5, "transitions/s": 1e3 * n / more[name]["ms"]}
     return rows

@@ -118,7 +118,7 @@ def run(harness) -> dict[str, dict[str, float]]:
     flops = {"SAC update": FLOPS}
     seeds = {"SAC update": 1}
     if device.type != "cpu":
-        for n in (1, 32):
+        for n in (1, 8, 32):
             name = f"SAC update, captured, {n} seed{'s' * (n > 1)}"
             fns[name], flops[name], seeds[name] = ours(n, device, graph=True), n * FLOPS, n
     fns["naive: modules and autograd"] = naive(device)

@@ -135,7 +135,7 @@ class Filtered(Dynamics):
         state, pred = take((state, pred), best)
         own = (HIGHEST - r.gather(1, best[:, None])[:, 0]).clamp(min=0)
         own = torch.maximum(own, pred.uncertainty.get("implausibility", own))
-        return state, pred._replace(uncertainty=pred.uncertainty | {"implausibility": own})
+        return state, Prediction(pred.obs, pred.reward, pred.uncertainty | {"implausibility": own})
 
     def _split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.k * self.inner.noise_dim
@@ -163,7 +163,7 @@ class Filtered(Dynamics):
         if self.choice == "scaled":
             score = standardised(score, keep)
         r, score = torch.where(keep, r, -torch.inf), torch.where(keep, score, -torch.inf)
-        return state, pred._replace(obs=seen), r, score
+        return state, Prediction(seen, pred.reward, pred.uncertainty), r, score
 
     # Training is the inner learner's. Of the noise of a window it reads what it would be given itself.
 
@@ -556,7 +556,7 @@ class Game:
         """What the model's own loss reads: the same windows for each of its parts."""
         tile = lambda x: x.repeat(self.model.parts, *[1] * (x.ndim - 1))
         wide = Segment(*(tile(x) for x in segment))
-        return wide, noise_of(self.model, wide, generator)
+        return wide, noise_of(self.model, len(wide.mask), wide.mask.shape[1], generator)
 
     @torch.no_grad()
     def _snapshot(self, at: int) -> None:

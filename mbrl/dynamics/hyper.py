@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mbrl.core import Segment, Spec, Tree, demand, group
 from mbrl.data import Dataset
+from mbrl.device import graphed
 from mbrl.fit import Adam, Rows
 from mbrl.nets import apply_layers
 from mbrl.onestep import OneStep
@@ -274,13 +275,10 @@ def fit_hyper(
         fast.load(resume, "own")
         goal, curve, done = resume["goal"].clone(), resume["curve"].clone(), int(resume["done"])
         generator.set_state(resume["generator"])
-    while done < config.updates:
-        pick = torch.randint(len(index), (config.batch,), generator=generator, device=generator.device)
-        some = None
-        if config.past is not None and config.past < task:
-            some = torch.randperm(task, generator=generator, device=generator.device)[: config.past].to(past.device)
-        segment = rows.segment(index[pick.to(index.device)])
-        loss = model.loss_of(model.generate(own), segment)
+    at = index.device
+
+    def update(pick: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss = model.loss_of(model.generate(own), rows.segment(index[pick]))
         grads = torch.autograd.grad(loss, [*theta.values(), own])
         anchor = loss.new_zeros(())
         if task and config.beta:
@@ -294,8 +292,17 @@ def fit_hyper(
             torch._foreach_mul_(grads[:-1], scale)
         slow.step(grads[:-1])
         fast.step(grads[-1:])
-        tenth = 10 * done // config.updates
-        curve[:, tenth] += torch.stack([loss, anchor]).detach()
+        return loss.detach(), anchor
+
+    go = None
+    while done < config.updates:
+        pick = torch.randint(len(index), (config.batch,), generator=generator, device=generator.device).to(at)
+        some = None
+        if config.past is not None and config.past < task:
+            some = torch.randperm(task, generator=generator, device=generator.device)[: config.past].to(at)
+        go = go or graphed(update, pick, some, state=[*slow.live(), *fast.live()])
+        loss, anchor = go(pick, some)
+        curve[:, 10 * done // config.updates] += torch.stack([loss, anchor])
         done += 1
         if done % every == 0 or done == config.updates:
             value = loss.item()

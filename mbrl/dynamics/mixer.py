@@ -591,7 +591,9 @@ class AdaBelief(Adam):
 
     def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
         slow, fast = BETAS
-        one, two = 1 - slow ** (self.steps + 1), 1 - fast ** (self.steps + 1)
+        torch._foreach_add_(self.clocks, 1.0)
+        steps = self.steps
+        one, two = 1 - slow**steps, 1 - fast**steps
         grads = list(grads)
         torch._foreach_lerp_(mean, grads, 1 - slow)
         away = torch._foreach_sub(grads, mean)
@@ -661,7 +663,7 @@ class _Fit:
         z = model.observed(data.obs.to(like))
         self.weight = torch.ones(systems, device=like.device, dtype=like.dtype)
         if config.relative:
-            owner = data.of_system(torch.arange(len(data)))
+            owner = data.of_system(torch.arange(len(data), device=data.obs.device))
             spread = torch.stack([z[i.to(z.device)].var(0, correction=0).mean() for i in owner])
             self.weight = 1 / spread.clamp(min=1e-6 * float(spread.max()))
         weights = {k: p for k, p in model.named_parameters() if k != "contexts"}

@@ -344,7 +344,7 @@ class Plrnn(Dynamics):
         return self.condition(part)
 
     def init(self, obs: Tensor, cond: Tree) -> Tensor:
-        return lift(self.params(), self.observed(obs)[None], None if cond == () else cond)[0]
+        return lift(self.params(), self.observed(obs)[None], cond if isinstance(cond, Tensor) else None)[0]
 
     def observe(self, state: Tensor, cond: Tree) -> Tensor:
         return self.observed.inverse(read(self.params(), state[None], self.spec.obs)[0])
@@ -366,7 +366,7 @@ class Plrnn(Dynamics):
 
     def moved(self, error: Tensor, cond: Tree) -> Tensor:
         """What an error of the observation [..., O], standardised, does to the state: [..., M]."""
-        return F.pad(error, (0, self.width - self.spec.obs)) if cond == () else error @ cond[0].mT
+        return error @ cond[0].mT if isinstance(cond, Tensor) else F.pad(error, (0, self.width - self.spec.obs))
 
     def _variance(self, p: Params, state: Tensor, act: Tensor) -> Tensor:
         """[B, O + 1]"""

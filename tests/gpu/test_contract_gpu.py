@@ -70,5 +70,5 @@ def test_sampling_can_be_captured_while_the_buffer_grows():
     sample = devices.graphed(buffer.sample, sweep)
     buffer.add(0, rows(2, 8))
     got = sample(sweep)[..., 0]
-    assert got[0].tolist() == list(range(10))
-    assert got[1].tolist() == [0] * 5 + [1] * 5
+    assert got[0].tolist() == list(range(9, -1, -1))  # counted back from the newest
+    assert got[1].tolist() == [1] * 5 + [0] * 5
