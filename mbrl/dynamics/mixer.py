@@ -7,6 +7,7 @@ contexts, gives each cluster the expert that errs least there, and solves for th
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, final
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group, pull
 from mbrl.data import Dataset
+from mbrl.device import graphed
 from mbrl.fit import BETAS, Adam, Rows
 from mbrl.nets import Activation, Normalizer, StackedMLP, apply_layers, uniform
 from mbrl.rollout import masked_mean
@@ -670,6 +672,7 @@ class _Fit:
         self.weights = list(weights.values())
         self.slow = AdaBelief(weights, config.lr)
         self.fast = AdaBelief({"contexts": model.contexts}, config.lr_context)
+        self.slopes: dict[str, Callable[[Segment], tuple[Tensor, list[Tensor]]]] = {}
         self.centre: Tensor | None = None
         self.outer = self.updates = self.solved = self.passed = self.skipped = 0
         self.loss: list[float] = []
@@ -711,11 +714,10 @@ class _Fit:
         segment = self._batch()
         if model.config.modulation:
             self._meet()
-        error = model.errors(segment, model.moves(segment.system))
-        loss = (error * self.weight).mean()
-        whole = loss if model.worth is None or params is not self.weights else loss + model._wrong(segment)
-        grads = torch.autograd.grad(whole, params, allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+        whose = "weights" if params is self.weights else "contexts"
+        if whose not in self.slopes:
+            self.slopes[whose] = graphed(partial(self._slopes, params), segment, fallback=True)
+        loss, grads = self.slopes[whose](segment)
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         third = config.outer / 3
         rate = lr * 0.4 ** ((self.outer >= third) + (self.outer >= 2 * third))
@@ -732,7 +734,16 @@ class _Fit:
         self.updates += 1
         if model.config.gating == "solved" and self.outer >= config.warm and self.updates % config.gate_every == 0:
             self._solve(segment)
-        return loss.detach()
+        return loss.clone()
+
+    def _slopes(self, params: Sequence[Tensor], segment: Segment) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and its gradients by params."""
+        model = self.model
+        loss = (model.errors(segment, model.moves(segment.system)) * self.weight).mean()
+        whole = loss if model.worth is None or params is not self.weights else loss + model._wrong(segment)
+        grads = torch.autograd.grad(whole, params, allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+        return loss.detach(), grads
 
     def _batch(self) -> Segment:
         """So many windows of each system."""
