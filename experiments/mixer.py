@@ -4,10 +4,11 @@
 
 Each row is one fit: relative squared error |x' - x|^2 / |x|^2 of free runs over 32 test trajectories a system (mean
 over systems, and their median), the same of new systems after adaptation from one trajectory by the context alone,
-purity of the assignment, wall time. --robust: the four families with too few and too many experts, with 5 % noise, with
-systems that belong to no family of theirs (Lotka-Volterra), and with the published choices (one start of K-means, empty
-clusters passed over, no warm steps, whole episodes); Lotka-Volterra, one family that three experts share, with what
-might mend it. A finished row is in experiments/results/mixer.json and is not run again.
+purity of the assignment, wall time. --robust: the four families with too few and too many experts, with 5 % noise,
+with training points moved in time by up to 0.4 intervals, with systems that belong to no family of theirs
+(Lotka-Volterra), and with the published choices (one start of K-means, empty clusters passed over, no warm steps, whole
+episodes); Lotka-Volterra, one family that three experts share, with what might mend it. A finished row is in
+experiments/results/mixer.json and is not run again.
 """
 
 import json
@@ -45,6 +46,7 @@ ROBUST: dict[str, dict[str, Any]] = {
     "two-experts": {"experts": 2},
     "eight-experts": {"experts": 8},
     "noise": {"noise": 0.05},
+    "irregular": {"irregular": 0.8},
     "stranger": {"families": "harmonic-four,shear-four,double-well-four,duffing-four,lotka-volterra", "experts": 4},
     "published": {"fit": MixerFit(lr=FIT.lr, lr_context=FIT.lr_context)},
 }

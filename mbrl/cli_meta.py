@@ -45,6 +45,8 @@ class Meta:
     """Trajectories of each system to judge by."""
     noise: float = 0.0
     """Of the training data, in standard deviations of each dimension."""
+    irregular: float = 0.0
+    """Each point of the training data is moved in time by up to half of so many intervals, below 1, to either side."""
     shots: int = 1
     """Trajectories of a new system from which the model adapts."""
     adapt_updates: int = 200
@@ -153,6 +155,8 @@ def load(args: Meta) -> Data:
     assert args.families is not None
     seed = int(np.random.SeedSequence([args.seed, 3]).generate_state(1)[0] // 2)
     if args.families in contexts.SEQUENCES or args.families.count(":") == 1:
+        if args.irregular or args.noise:
+            raise ValueError(f"--irregular, --noise: of families of equations; {args.families} is a simulator's as it is")
         train, labels = families.robots(args.families, args.steps, seed)
         test, _ = families.robots(args.families, args.steps // 2, seed + 1)
         return Data(train, test, labels, None, [])
@@ -160,8 +164,9 @@ def load(args: Meta) -> Data:
     of = lambda split, n: [e for name in names for e in families.environments(name, split, n)]
     envs, others = of("train", args.environments), of("adapt", None)
     make = lambda e, n, k, **kw: families.generate(e, n, seed + k, **kw)
-    train, test = make(envs, args.trajectories, 0, noise=args.noise), make(envs, args.tests, 1)
-    new = make(others, args.shots, 2, noise=args.noise), make(others, args.tests, 3)
+    seen = {"noise": args.noise, "irregular": args.irregular}
+    train, test = make(envs, args.trajectories, 0, **seen), make(envs, args.tests, 1)
+    new = make(others, args.shots, 2, **seen), make(others, args.tests, 3)
     return Data(train, test, [e.label for e in envs], new, [e.label for e in others])
 
 

@@ -50,6 +50,7 @@ class Dataset:
     act_low: Tensor  # [A]  the source's action bounds: raw = low + (act + 1) / 2 * (high - low)
     act_high: Tensor  # [A]
     dt: float = 1.0  # seconds where the source states it, else 1
+    dts: Tensor | None = None  # [N] those of each step, where they differ; dt is then their mean
     name: str = ""
     sha256: str = ""  # of the source's bytes
     env: str = ""  # the gymnasium id in which a policy is evaluated, where known
@@ -93,7 +94,8 @@ class Dataset:
 
     def to(self, *args: Any, **kw: Any) -> "Dataset":
         """As `Tensor.to`: device, dtype; index and masks keep their types."""
-        floats = {k: getattr(self, k).to(*args, **kw) for k in ("obs", "act", "reward", "next_obs")}
+        names = ("obs", "act", "reward", "next_obs", *(() if self.dts is None else ("dts",)))
+        floats = {k: getattr(self, k).to(*args, **kw) for k in names}
         device = floats["obs"].device
         rest = ("terminal", "paired", "starts", "act_low", "act_high", *(() if self.system is None else ("system",)))
         return replace(self, **floats, **{k: getattr(self, k).to(device) for k in rest})
@@ -125,7 +127,7 @@ class Dataset:
         mask = at < last_paired[index][:, None]
         at = torch.where(mask, at, torch.maximum(last_paired[index] - 1, index)[:, None])
         obs = torch.cat([self.obs[index][:, None], self.next_obs[at]], 1)
-        dt = torch.full_like(obs[:, 1:, :1], self.dt)
+        dt = torch.full_like(obs[:, 1:, :1], self.dt) if self.dts is None else self.dts[at][..., None].to(obs)
         zero = torch.zeros(1, dtype=torch.int64, device=obs.device)
         reward = torch.where(mask, self.reward[at], 0.0)
         return Segment(obs, self.act[at], reward, self.terminal[at] & mask, mask, dt, zero)
@@ -143,10 +145,13 @@ def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
     facts (dt, name, action bounds) are the first's. Raises ValueError where they cannot stand together."""
     first = parts[0]
     for i, x in enumerate(parts):
-        if (x.spec, x.dt) != (first.spec, first.dt) or x.system is not None:
+        timed = x.dt == first.dt or x.dts is not None
+        if x.spec != first.spec or not timed or (x.dts is None) != (first.dts is None) or x.system is not None:
             raise ValueError(f"joined: part {i} is of {x.spec}, dt {x.dt}; the first of {first.spec}, dt {first.dt}")
-    rows = ("obs", "act", "reward", "next_obs", "terminal", "paired")
-    both = {k: torch.cat([getattr(x, k) for x in parts]) for k in rows}
+    rows = ("obs", "act", "reward", "next_obs", "terminal", "paired", *(() if first.dts is None else ("dts",)))
+    both: dict[str, Any] = {k: torch.cat([getattr(x, k) for x in parts]) for k in rows}
+    if first.dts is not None:
+        both["dt"] = float(both["dts"].double().mean())
     ends = torch.cat([x.lengths for x in parts]).cumsum(0)
     data = replace(first, **both, starts=torch.cat([ends.new_zeros(1), ends]))
     if not mixed:

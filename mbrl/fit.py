@@ -121,7 +121,7 @@ class Rows:
         self.data, self.length, self.spec = data, length, data.spec
         columns = (data.obs, data.next_obs, data.act, data.reward[:, None], data.terminal[:, None])
         self.table = torch.cat([x.to(like) for x in columns], 1)  # [N, 2 O + A + 2]
-        self.dt = like.detach().new_tensor(data.dt)
+        self.dt = like.detach().new_tensor(data.dt) if data.dts is None else data.dts.to(like.detach())[:, None]
         self.system = torch.arange(data.systems, device=like.device)
 
     def even(self, index: Tensor, shortest: bool = False) -> Tensor:
@@ -144,7 +144,8 @@ class Rows:
         if t > 1:
             index = (index[:, None] + torch.arange(t, device=index.device)).flatten()
         rows = self.table.index_select(0, index).unflatten(0, (n, t))
-        return segment_of(rows, self.spec, self.dt, self.system.repeat(parts))
+        dt = self.dt if self.dt.ndim == 0 else self.dt.index_select(0, index).unflatten(0, (n, t))
+        return segment_of(rows, self.spec, dt, self.system.repeat(parts))
 
     def whole(self) -> Tensor:
         """The rows at which a whole window begins, in order."""
@@ -187,7 +188,7 @@ class Rows:
 
 
 def segment_of(rows: Tensor, spec: Spec, dt: Tensor, system: Tensor) -> Segment:
-    """Windows of rows [B, T, 2 O + A + 2] of `Rows.table`, of the systems [G]."""
+    """Windows of rows [B, T, 2 O + A + 2] of `Rows.table`, of the systems [G]; dt: [] or [B, T, 1]."""
     n, t, o = *rows.shape[:2], spec.obs
     obs = rows[..., : 2 * o].reshape(n, 2, o) if t == 1 else torch.cat([rows[:, :1, :o], rows[..., o : 2 * o]], 1)
     _, act, reward, terminal = rows.split([2 * o, spec.act, 1, 1], -1)

@@ -14,6 +14,8 @@ from mbrl_envs.families import FAMILIES, SETS, Environment, Factors, Family, env
 from mbrl_envs.systems import integrate, sine
 
 from mbrl.core import Spec
+from mbrl.data import joined
+from mbrl.fit import Rows
 
 warnings.filterwarnings("ignore", message=".*settotalmass.*")
 F64 = torch.float64
@@ -221,6 +223,44 @@ def test_a_damped_orbit_is_a_rotation_that_decays():
     first, speed = x[:, :1, 0], x[:, :1, 1]
     want = (-c1 * t / 2).exp() * (first * (w * t).cos() + (speed + c1 * first / 2) / w * (w * t).sin())
     torch.testing.assert_close(x[..., 0], want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["harmonic", "driven-pendulum"])
+def test_points_that_are_moved_in_time(name):
+    (env,) = environments(name, n=1)
+    data, plain = generate([env], 3, 0, irregular=0.8), generate([env], 3, 0)
+    assert data.dts is not None
+    dts = data.dts.double().reshape(3, -1)
+    assert (dts.min() > 0.2) & (dts.max() < 1.8)
+    assert dts.std() > 0.2
+    torch.testing.assert_close(dts.sum(1), torch.full((3,), env.family.points - 1.0, dtype=torch.float64))
+    assert not torch.equal(dts[0], dts[1])
+    assert data.dt == pytest.approx(1, abs=1e-6)
+    assert torch.equal(data.act, plain.act)
+    x, y = orbits(data), orbits(plain)
+    torch.testing.assert_close(x[:, 0], y[:, 0], atol=0, rtol=0)
+    if name == "harmonic":  # a rotation, at the times that the data say
+        w, t = math.sqrt(env.parameters[0]), env.family.interval * dts.cumsum(1)
+        want = x[:, :1, 0] * (w * t).cos() + x[:, :1, 1] / w * (w * t).sin()
+        torch.testing.assert_close(x[:, 1:, 0], want, atol=2e-6, rtol=0)
+        torch.testing.assert_close(x[:, -1], y[:, -1], atol=1e-6, rtol=0)
+    else:  # each interval, by itself, with the action that it has
+        flat = lambda z: z.double().flatten(0, 1)
+        after = integrate(env.system, flat(x[:, :-1]), 1, flat(dts)[:, None], data.act[:, None])
+        torch.testing.assert_close(after[:, 1], flat(x[:, 1:]), atol=1e-5, rtol=0)
+    windows = Rows(data, 5, torch.zeros(())).segment(torch.tensor([0, 100]))
+    assert torch.equal(windows.dt[..., 0], data.dts[torch.tensor([0, 100])[:, None] + torch.arange(5)])
+    assert torch.equal(data.windows(5, torch.tensor([0, 100])).dt, windows.dt)
+    assert data.to(torch.float64).dts.dtype == torch.float64  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_moved_points_are_kept_apart_from_regular_ones(tmp_path):
+    (env,) = environments("harmonic", n=1)
+    plain, moved = generate([env], 2, 0, cache=tmp_path), generate([env], 2, 0, irregular=0.5, cache=tmp_path)
+    assert not torch.equal(plain.obs, moved.obs)
+    assert torch.equal(generate([env], 2, 0, irregular=0.5, cache=tmp_path).obs, moved.obs)
+    with pytest.raises(ValueError, match="joined: part 1"):
+        joined([replace(x, system=None, systems=1) for x in (plain, moved)])
 
 
 INTEGRALS = {
@@ -510,6 +550,8 @@ def test_too_few_environments(n):
         (dict(trajectories=0), "trajectories=0"),
         (dict(seed=-1), "seed=-1"),
         (dict(noise=-0.1), "noise=-0.1; expected"),
+        (dict(irregular=1.0), "irregular=1.0, expected"),
+        (dict(irregular=-0.1), "irregular=-0.1"),
         (dict(noise=math.nan), "noise=nan"),
         (dict(noise=math.inf), "noise=inf"),
         (

@@ -289,7 +289,13 @@ def environments(name: str, split: Literal["train", "adapt"] = "train", n: int |
 
 
 def generate(
-    envs: Sequence[Environment], trajectories: int, seed: int, *, noise: float = 0.0, cache: Path | None = None
+    envs: Sequence[Environment],
+    trajectories: int,
+    seed: int,
+    *,
+    noise: float = 0.0,
+    irregular: float = 0.0,
+    cache: Path | None = None,
 ) -> Dataset:
     """Episodes of points - 1 transitions, `trajectories` of each environment, one after the other; system i is envs[i],
     and `meta` holds labels and parameters. Starts are uniform in the family's box, actions as `DRIVE` draws them.
@@ -297,10 +303,15 @@ def generate(
     A trajectory's draws are of (seed, family, environment's index, trajectory) alone: of fewer environments or
     trajectories they are the same, up to the noise's scale. noise: of the measurement, normal, in parts of each
     dimension's standard deviation over the environment's clean observations; the orbits are the same with and without.
+    irregular: each point but the first and the last is moved in time, uniformly by up to half of so many intervals to
+    either side; the data say so by `dts`.
     cache: a folder in which clean orbits are kept; a file there that is not what it should be is written anew.
 
-    Raises ValueError for no environments or trajectories, for a seed or noise below 0, for environments whose actions
-    differ in width, and for an orbit that leaves the finite numbers, which it names."""
+    Raises ValueError for no environments or trajectories, for a seed or noise below 0, for an irregularity that is not
+    in [0, 1), for environments whose actions differ in width, and for an orbit that leaves the finite numbers, which
+    it names."""
+    if not 0 <= irregular < 1:
+        raise ValueError(f"generate: got irregular={irregular}, expected a part of the interval in [0, 1)")
     if not envs or trajectories < 1 or seed < 0 or not (0 <= noise < math.inf):
         got = f"{len(envs)} environments, trajectories={trajectories}, seed={seed}, noise={noise}"
         raise ValueError(f"generate: got {got}; expected at least 1 and 1, and finite numbers from 0 on")
@@ -309,13 +320,14 @@ def generate(
         raise ValueError(f"generate: got actions of several widths: {widths}; generate these apart")
     parts = []
     for env in envs:
-        states, act = _orbits(env, trajectories, seed, cache)
+        dts = _intervals(env, trajectories, seed, irregular) if irregular else None
+        states, act = _orbits(env, trajectories, seed, cache, dts)
         if noise:
             normal = [_stream(env, seed, k, 1).standard_normal(states.shape[1:]) for k in range(trajectories)]
             std = states.flatten(0, 1).std(0, correction=0)
             states = states + noise * std * torch.from_numpy(np.stack(normal))
-        parts.append(_dataset(env, states, act))
-    meta = {"kind": "families", "seed": seed, "trajectories": trajectories, "noise": noise}
+        parts.append(_dataset(env, states, act, dts))
+    meta = {"kind": "families", "seed": seed, "trajectories": trajectories, "noise": noise, "irregular": irregular}
     meta |= {"labels": [e.label for e in envs], "parameters": [e.system.parameters() for e in envs]}
     return _mixed(parts, "+".join(dict.fromkeys(e.family.name for e in envs)), meta)
 
@@ -339,7 +351,18 @@ def _stream(env: Environment, seed: int, trajectory: int, *more: int) -> np.rand
     return np.random.default_rng([seed, zlib.crc32(env.family.name.encode()), env.index, trajectory, *more])
 
 
-def _orbits(env: Environment, trajectories: int, seed: int, cache: Path | None) -> tuple[Tensor, Tensor]:
+def _intervals(env: Environment, trajectories: int, seed: int, irregular: float) -> Tensor:
+    """[E, points - 1], float64, of sum points - 1."""
+    points = env.family.points
+    drawn = [_stream(env, seed, k, 2).uniform(-0.5, 0.5, points) for k in range(trajectories)]
+    moved = irregular * torch.from_numpy(np.stack(drawn))
+    moved[:, 0], moved[:, -1] = 0.0, 0.0
+    return (torch.arange(points) + moved).diff()
+
+
+def _orbits(
+    env: Environment, trajectories: int, seed: int, cache: Path | None, dts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Clean states [E, points, 2], float64, and actions [E, points - 1, A], float32."""
     family, system, steps = env.family, env.system, env.family.points - 1
     streams = [_stream(env, seed, k) for k in range(trajectories)]
@@ -352,12 +375,14 @@ def _orbits(env: Environment, trajectories: int, seed: int, cache: Path | None) 
     if not rates.isfinite().all():
         bad = start[(~rates.isfinite().all(-1)).nonzero()[0, 0]].tolist()
         raise ValueError(f"{env.label}: the field is not finite at the start {bad}; keep the box off its singularities")
-    solve = lambda: integrate(system, start, steps, 1.0, act if family.act else None, rtol=TOLERANCE, atol=TOLERANCE)
+    driven, dt = act if family.act else None, 1.0 if dts is None else dts
+    solve = lambda: integrate(system, start, steps, dt, driven, rtol=TOLERANCE, atol=TOLERANCE)
     if cache is None:
         return solve(), act
     told = (
         f"{env.label} {TOLERANCE} {digest(start, act, rates)}"  # the rates tell the equations, parameters and interval
     )
+    told += f" {digest(dts)}" if dts is not None else ""
     key = hashlib.sha256(told.encode()).hexdigest()
     path = Path(cache) / f"{family.name}-{env.index}-{key[:16]}.npz"
     states = _kept(path, key, (trajectories, family.points, 2))
@@ -378,7 +403,7 @@ def _kept(path: Path, key: str, shape: tuple[int, ...]) -> Tensor | None:
     return None
 
 
-def _dataset(env: Environment, states: Tensor, act: Tensor) -> Dataset:
+def _dataset(env: Environment, states: Tensor, act: Tensor, dts: Tensor | None) -> Dataset:
     rows = states.float()
     if not rows.isfinite().all():
         raise ValueError(f"{env.label}: states leave what float32 holds; check the parameters, or shorten the horizon")
@@ -394,4 +419,5 @@ def _dataset(env: Environment, states: Tensor, act: Tensor) -> Dataset:
         starts=torch.arange(0, n + 1, steps),
         act_low=-torch.ones(width),
         act_high=torch.ones(width),
+        dts=None if dts is None else dts.float().flatten(),
     )

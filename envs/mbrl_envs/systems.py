@@ -676,13 +676,14 @@ def integrate(
     system: System,
     x0: Any,
     steps: int,
-    dt: float | None = None,
+    dt: Any = None,
     inputs: Any = None,
     *,
     rtol: float = 1e-9,
     atol: float = 1e-9,
 ) -> Tensor:
-    """States [B, steps + 1, D], float64, at the times 0, dt, ... from x0 [B, D] (or [D], a batch of one).
+    """States [B, steps + 1, D], float64, at the times 0, dt, ... from x0 [B, D] (or [D], a batch of one). dt: a number
+    or, of a flow, each interval's own [B, steps].
 
     Each row is solved by itself, by scipy's DOP853, a stiff system by its LSODA with the analytic Jacobian, to rtol and
     atol. inputs [steps, A] or [B, steps, A] are held over their interval, where the solver starts anew; None is zero. A
@@ -693,10 +694,17 @@ def integrate(
         raise ValueError(f"{system.name}: starts are {list(start.shape)}, expected [rows, {system.dim}]")
     if not start.isfinite().all():
         raise ValueError(f"{system.name}: a start is not finite: {start.tolist()}")
-    dt = system.dt if dt is None else dt
-    if steps < 0 or not dt > 0 or (isinstance(system, Map) and dt != 1):
+    every = torch.as_tensor(system.dt if dt is None else dt, dtype=torch.float64).cpu()
+    if every.ndim and every.shape != (len(start), steps):
+        raise ValueError(f"{system.name}: dt is {list(every.shape)}, expected a number or {[len(start), steps]}")
+    if steps < 0 or not bool((every > 0).all()) or (isinstance(system, Map) and bool((every != 1).any())):
         least = "1" if isinstance(system, Map) else "a positive one"
         raise ValueError(f"{system.name}: {steps} steps of {dt}, expected at least none, and for dt {least}")
+    times = (
+        every.expand(len(start), steps).cumsum(1)
+        if every.ndim
+        else every * torch.arange(1, steps + 1).expand(len(start), -1)
+    )
     held = None
     if inputs is not None:
         held = torch.as_tensor(inputs, dtype=torch.float64).cpu()
@@ -714,21 +722,27 @@ def integrate(
             out = torch.stack(states, 1)
         else:
             assert isinstance(system, Flow)
+            each = zip(start, every.expand(len(start), steps), times, strict=True)
             rows = [
-                _solve(system, x, steps, dt, None if held is None else held[i], rtol, atol) for i, x in enumerate(start)
+                _solve(system, x, dts, at, None if held is None else held[i], rtol, atol)
+                for i, (x, dts, at) in enumerate(each)
             ]
             out = torch.stack(rows)
     if not (good := out.isfinite().all(-1)).all():
         row, at = (~good).nonzero()[0].tolist()
+        at_time = float(times[row, at - 1]) if at else 0.0
         raise ValueError(
-            f"{system.name}: row {row}, from {start[row].tolist()}, leaves the finite numbers before time {at * dt:g}; "
+            f"{system.name}: row {row}, from {start[row].tolist()}, leaves the finite numbers before time {at_time:g}; "
             "start nearer the attractor, or check the parameters"
         )
     return out
 
 
-def _solve(system: Flow, x: Tensor, steps: int, dt: float, held: Tensor | None, rtol: float, atol: float) -> Tensor:
+def _solve(
+    system: Flow, x: Tensor, dts: Tensor, times: Tensor, held: Tensor | None, rtol: float, atol: float
+) -> Tensor:
     """[steps + 1, D] of one row; NaN from where the solver gives up."""
+    steps = len(dts)
     out = np.full((steps + 1, system.dim), np.nan)
     out[0] = x
 
@@ -741,11 +755,11 @@ def _solve(system: Flow, x: Tensor, steps: int, dt: float, held: Tensor | None, 
             return solve_ivp(field, (0.0, times[-1]), y, t_eval=times, rtol=rtol, atol=atol, **how).y.T
 
     if held is None and steps:
-        found = advance(out[0], dt * np.arange(1, steps + 1), None)
+        found = advance(out[0], times.numpy(), None)
         out[1 : 1 + len(found)] = found
     for t in range(steps if held is not None else 0):
         assert held is not None
-        found = advance(out[t], np.array([dt]), held[t].numpy())
+        found = advance(out[t], dts[t : t + 1].numpy(), held[t].numpy())
         if not len(found) or not np.isfinite(found).all():
             break
         out[t + 1] = found[-1]
