@@ -32,6 +32,7 @@ def adapt(
     segment: Segment,
     *,
     starts: Tensor | None = None,
+    groups: Tensor | None = None,
     keep: int = 8,
     updates: int = 100,
     lr: float = 0.03,
@@ -44,9 +45,10 @@ def adapt(
 
     starts [K, C]: where descent may begin, by default the contexts of the systems that the learner was fitted to. A
     gate that chooses by the context has no gradient, so that descent stays with the expert of its start: the `keep`
-    best of the starts are descended from, all at once, by `updates` steps of Adam. share: what each would have of the
-    belief if errors were normal, of unknown size and independent, and the starts equally likely: e_k^(-n / 2) over
-    their sum, of n observed numbers.
+    best of the starts are descended from, all at once, by `updates` steps of Adam. groups [K]: numbers that starts with
+    the same expert share; the best of each group is among those kept, however many that are. share: what each would
+    have of the belief if errors were normal and of unknown size, those of one window one observation of each dimension
+    (its steps err together), and the starts equally likely: e_k^(-n / 2) over their sum, of n = windows x O.
 
     scale [O]: what squared errors are divided by, by default the windows' own mean square changes. Where little happens
     these are small, and descent explains the learner's own faults: then give those of the training data, and a `prior`:
@@ -71,6 +73,8 @@ def adapt(
         raise ValueError(f"adapt: {type(model).__name__} has no contexts; expected a learner with them, a hypernetwork")
     if given.ndim != 2 or given.shape[1] != width:
         raise ValueError(f"adapt: starts are {list(given.shape)}, expected [K, {width}]")
+    if groups is not None and groups.shape != (len(given),):
+        raise ValueError(f"adapt: groups are {list(groups.shape)}, expected one for each of the {len(given)} starts")
     if scale is None:
         scale = (segment.obs[:, 1:] - segment.obs[:, :-1])[segment.mask].square().mean(0)
     scale = torch.where(scale > 0, scale, 1.0).to(segment.obs)
@@ -79,7 +83,12 @@ def adapt(
     error = lambda e: _errors(model, segment, e, alpha, scale)
     cost = lambda e: error(e) + (prior * ((e - middle).square() / width_of).mean(-1) if prior else 0.0)
     with torch.no_grad():
-        best = cost(given.to(segment.obs)).nan_to_num(torch.inf).argsort()[:keep]
+        best = cost(given.to(segment.obs)).nan_to_num(torch.inf).argsort()
+        if groups is not None:  # each group's best first, then the others
+            inside = groups.to(best.device)[best]
+            earlier = (inside[:, None] == inside[None]).tril(-1).any(1)
+            best, keep = torch.cat([best[~earlier], best[earlier]]), max(keep, int((~earlier).sum()))
+        best = best[:keep]
     e = given.to(segment.obs)[best].clone().requires_grad_()
     adam = Adam({"e": e}, lr)
     lowest, found = torch.full_like(e[:, 0], torch.inf), e.detach().clone()
@@ -97,7 +106,7 @@ def adapt(
         lowest, found = torch.where(better, errors, lowest), torch.where(better[:, None], e, found)
         order = lowest.argsort()
         lowest = error(found) if prior else lowest
-    n = segment.mask.sum() * model.spec.obs
+    n = segment.mask.any(1).sum() * model.spec.obs
     share = (-0.5 * n * lowest[order].clamp(min=torch.finfo(lowest.dtype).tiny).log()).softmax(0)
     return Adapted(found[order].detach(), lowest[order], share, best[order])
 
@@ -167,12 +176,11 @@ def windows(
 def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
     """[systems]: of free runs from each episode's first observation, |x' - x|^2 / |x|^2, the squares summed over times
     and dimensions, mean over a system's episodes; ctx [systems, C]: their contexts. Infinite where a run is not finite.
-    Episodes are cut to the length of the shortest."""
+    A system's episodes are cut to the length of its shortest."""
     like, out = next(model.parameters()), []
-    rows = Rows(data, int(data.lengths.min()), like)
     for system in range(data.systems):
-        mine = data.starts[:-1] if data.system is None else data.starts[:-1][data.system == system]
-        segment = rows.segment(mine.to(like.device))
+        own = torch.ones_like(data.lengths) > 0 if data.system is None else data.system == system
+        segment = Rows(data, int(data.lengths[own].min()), like).segment(data.starts[:-1][own].to(like.device))
         true = segment.obs[:, 1:].double()
         gap = predicted(model, segment, ctx[system : system + 1].to(like)).double() - true
         error = gap.square().sum((1, 2)) / true.square().sum((1, 2))

@@ -156,7 +156,9 @@ def load(args: Meta) -> Data:
     seed = int(np.random.SeedSequence([args.seed, 3]).generate_state(1)[0] // 2)
     if args.families in contexts.SEQUENCES or args.families.count(":") == 1:
         if args.irregular or args.noise:
-            raise ValueError(f"--irregular, --noise: of families of equations; {args.families} is a simulator's as it is")
+            raise ValueError(
+                f"--irregular, --noise: of families of equations; {args.families} is a simulator's as it is"
+            )
         train, labels = families.robots(args.families, args.steps, seed)
         test, _ = families.robots(args.families, args.steps // 2, seed + 1)
         return Data(train, test, labels, None, [])
@@ -214,9 +216,10 @@ def judged(args: Meta, data: Data, model: Mixer, report: MixerReport) -> dict[st
         "skipped": report.skipped, "fit_s": round(report.seconds, 1),
     }  # fmt: skip
     if data.new is not None and model.config.gating != "own":
-        contexts, served, shares = [], [], []
+        contexts, served, shares, groups = [], [], [], model.chosen(table)
         for i in range(data.new[0].systems):
-            got = adapt(model, windows(data.new[0], i, table, args.fit.length), updates=args.adapt_updates, keep=4)
+            seen = windows(data.new[0], i, table, args.fit.length)
+            got = adapt(model, seen, groups=groups, updates=args.adapt_updates, keep=4)
             expert = model.chosen(got.tried)
             contexts.append(got.ctx)
             served.append(int(expert[0]))

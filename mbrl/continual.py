@@ -408,6 +408,8 @@ def _check(spec: Spec, tasks: int, task: int, data: Dataset) -> None:
             f"continual: task {task} has {data.spec.obs} observations and {data.spec.act} actions, the tasks before "
             f"{spec.obs} and {spec.act}; expected tasks of one space"
         )
+    if data.dts is not None:
+        raise ValueError(f"continual: task {task} has steps of several lengths (`dts`), expected one: resample it")
 
 
 def _segment(

@@ -132,6 +132,11 @@ class Dataset:
         reward = torch.where(mask, self.reward[at], 0.0)
         return Segment(obs, self.act[at], reward, self.terminal[at] & mask, mask, dt, zero)
 
+    def intervals(self, index: Tensor) -> Tensor:
+        """Rows [B] -> the seconds of each step, [B, 1]."""
+        every = torch.full_like(self.reward, self.dt) if self.dts is None else self.dts.to(self.reward)
+        return every[index, None]
+
     def split(self, holdout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Paired rows in random order, cut in two: (train, held out)."""
         index = self.paired.nonzero()[:, 0]

@@ -234,10 +234,7 @@ class Adapting:
                 self.steps[i] += 1
                 if self.steps[i] % f.every == 0:
                     self.ctx[i] = self._adapted(i)
-        if self.mpc.ctx.shape == self.ctx.shape:
-            self.mpc.ctx.copy_(self.ctx)  # where a captured plan reads it
-        else:
-            self.mpc.ctx = self.ctx.clone()
+        self.mpc.ctx = self.ctx.clone()
         act = self.mpc(obs)
         self.last = list(zip(obs.unbind(), act.unbind(), strict=True))
         return act

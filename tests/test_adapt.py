@@ -86,10 +86,32 @@ def test_without_updates_the_nearest_known_system_is_chosen(fitted):
 
 
 def test_the_share_is_the_posterior_under_errors_of_unknown_size(fitted):
-    segment = windows(pushed(0.6, 20, seed=79), 0, fitted.contexts)
-    got = adapt(fitted, segment, updates=0)
-    want = got.errors.double() ** (-20 / 2)
-    torch.testing.assert_close(got.share.double(), want / want.sum(), rtol=1e-3, atol=1e-6)
+    for length, count in ((1, 20), (4, 5)):  # a window is one observation, however long
+        segment = windows(pushed(0.6, 20, seed=79), 0, fitted.contexts, length)
+        assert len(segment.obs) == count
+        got = adapt(fitted, segment, updates=0)
+        want = got.errors.double() ** (-count * fitted.spec.obs / 2)
+        torch.testing.assert_close(got.share.double(), want / want.sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_each_group_of_starts_is_descended_from_by_its_best(fitted):
+    segment = windows(pushed(GAINS[0], 40, seed=80), 0, fitted.contexts)
+    plain = adapt(fitted, segment, updates=0, keep=len(GAINS))
+    groups = torch.zeros(len(GAINS), dtype=torch.int64)
+    groups[plain.start[-1]] = 1  # the worst has a group of its own
+    few = adapt(fitted, segment, updates=0, keep=1, groups=groups)
+    assert few.start.tolist() == [int(plain.start[0]), int(plain.start[-1])]
+    more = adapt(fitted, segment, updates=0, keep=3, groups=groups)
+    assert more.start.tolist() == [*plain.start[:2].tolist(), int(plain.start[-1])]
+    with pytest.raises(ValueError, match="groups are"):
+        adapt(fitted, segment, groups=groups[:1])
+
+
+def test_each_systems_errors_are_over_its_own_length(fitted):
+    long, short = pushed(GAINS[0], 40, seed=81), pushed(GAINS[1], 10, 10, seed=82)
+    both = joined([long, short], mixed=True)
+    alone = [relative_errors(fitted, x, fitted.contexts[i : i + 1])[0] for i, x in enumerate((long, short))]
+    torch.testing.assert_close(relative_errors(fitted, both, fitted.contexts[:2]), torch.stack(alone))
 
 
 def test_a_prior_holds_the_context_where_little_happens(fitted):

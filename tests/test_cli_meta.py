@@ -91,7 +91,7 @@ def test_families_are_counted_and_their_errors_averaged():
         (["--families", "harmonic", "--fit.lr", "nan"], "rates in (0, 1)"),
         (["--families", "harmonic", "--noise", "-1"], "noise=-1"),
         (["--families", "harmonic", "--irregular", "1"], "irregular=1"),
-        (["--families", "cartpole-pole", "--irregular", "0.5"], "a simulator's as it is"),
+        (["--families", "cartpole-pole", "--irregular", "0.5"], "is of a simulator"),
         ([], "--families is missing"),
     ],
 )

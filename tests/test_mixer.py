@@ -33,7 +33,7 @@ from mbrl.fit import FitConfig, Rows, fit
 from mbrl.solvers import RK4
 
 gen = lambda seed=0: devices.generator(seed)
-SMALL = {"ncf": Ncf((8,), (6,), (8,)), "coda": Coda((8, 8)), "geps": Geps((8, 8)), "hierarchical": Hierarchical(8)}
+SMALL = {"ncf": Ncf((8,), (6, 6), (8,)), "coda": Coda((8, 8)), "geps": Geps((8, 8)), "hierarchical": Hierarchical(8)}
 FIELDS = ["ncf", "coda", "geps"]
 
 
@@ -82,7 +82,7 @@ def test_what_is_folded_is_what_the_paper_has(name):
         c, h = ctx[g].double(), x[g].double()
         if name == "ncf":
             h = torch.tanh(h @ p["features_w0"] + p["features_b0"])
-            code = c @ p["context_w0"] + p["context_b0"][0]
+            code = torch.tanh(c @ p["context_w0"] + p["context_b0"][0]) @ p["context_w1"] + p["context_b1"][0]
             both = torch.cat([p["join_w"], p["join_c"]])
             h = torch.tanh(torch.cat([h, code.expand(len(h), -1)], 1) @ both + p["join_b"])
             h = h @ p["main_w0"] + p["main_b0"]
@@ -250,6 +250,7 @@ def test_hungarian_is_scipys_and_greedy_takes_what_is_left():
 def test_each_cluster_gets_the_median_of_its_systems():
     errors = torch.tensor([[1.0, 9.0], [2.0, 9.0], [9.0, 9.0], [4.0, 3.0]])
     assert mixer.costs(errors, torch.tensor([0, 0, 0, 1]), 2).tolist() == [[2.0, 9.0], [4.0, 3.0]]
+    assert mixer.costs(errors, torch.tensor([0, 1, 1, 0]), 2).tolist() == [[2.5, 6.0], [5.5, 9.0]]
 
 
 def test_the_gate_is_least_squares_of_the_one_hot_experts():
@@ -315,6 +316,11 @@ def test_modulation_needs_a_field_and_no_scale():
             bad.build(Spec(2, systems=3), gen())
 
 
+def test_models_of_their_own_need_a_context_each():
+    with pytest.raises(ValueError, match="pass width=12"):
+        MixerConfig(gating="own", width=10).build(Spec(2, systems=12), gen())
+
+
 # ---------------------------------------------------------------- the fit
 
 
@@ -362,6 +368,100 @@ def test_the_first_solution_waits_for_the_warm_steps_and_copies_the_expert():
     assert [(n, same) for n, _, same in seen] == [(1, False), (2, False), (3, True), (4, False)]
     assert [e for _, e, _ in seen[:3]] == [1, 1, 1]
     assert report.solved + report.passed == 24 * 4 // 5 - 24 * 3 // 5
+
+
+def test_warm_steps_copy_weights_and_moments_of_mixtures_alone():
+    data = families()
+    for gating, width in (("solved", 4), ("gradient", 1), ("own", 6)):  # a gate [2, 2] is no expert either
+        model = replace(CONFIG, gating=gating, width=width).build(data.spec, gen())
+        job = mixer._Fit(model, data, replace(FIT, outer=1, warm=1), gen(1))
+        job.run(None, None, None)
+        held = zip(job.slow.params.items(), job.slow.mean, job.slow.square, strict=True)
+        for (name, p), *moments in held:
+            same = [torch.equal(x[0], x[1]) for x in (p, *moments) if len(x) > 1]
+            assert all(same) if gating == "solved" else not any(same), (gating, name)
+
+
+def prepared(**settings):
+    data = families()
+    model = CONFIG.build(data.spec, gen())
+    with torch.no_grad():
+        model.contexts.copy_(torch.randn(6, 4, generator=gen(3)))
+    return model, mixer._Fit(model, data, replace(FIT, **settings), gen(2))
+
+
+def stepped(monkeypatch):
+    """(rate, gradients) of every step of an optimiser, none of which is taken."""
+    seen = []
+    monkeypatch.setattr(AdaBelief, "step", lambda self, grads: seen.append((self.lr, [g.clone() for g in grads])))
+    return seen
+
+
+def test_rates_fall_after_each_third(monkeypatch):
+    seen = stepped(monkeypatch)
+    _, job = prepared(outer=6, inner=1, lr=0.1, lr_context=1.0, gate_every=99)
+    job.run(None, None, None)
+    assert [r for r, _ in seen[1::2]] == pytest.approx([0.1, 0.1, 0.04, 0.04, 0.016, 0.016])
+    assert [r for r, _ in seen[::2]] == pytest.approx([1, 1, 0.4, 0.4, 0.16, 0.16])
+
+
+def test_the_proximal_pull_is_the_gradient_of_its_mean_square(monkeypatch):
+    seen = stepped(monkeypatch)
+    model, job = prepared(proximal=10.0, batch=6, length=20, gate_every=99)  # whole episodes: always the same batch
+    contexts = [model.contexts]
+    for shift in (0.0, 0.5):
+        job._update(contexts, [p.detach() - shift for p in contexts], job.fast, 1.0)
+    (plain,), (pulled,) = seen[0][1], seen[1][1]
+    torch.testing.assert_close(pulled - plain, torch.full_like(plain, 10.0 * 0.5 / plain.numel()), rtol=0.01, atol=0)
+
+
+def test_gradients_are_clipped_to_a_norm(monkeypatch):
+    seen = stepped(monkeypatch)
+    for clip in (None, 1e-3):
+        _, job = prepared(proximal=0.0, clip=clip, batch=6, length=20, gate_every=99)
+        job._update(job.weights, [p.detach() for p in job.weights], job.slow, 1.0)
+    plain, clipped = (torch.cat([g.flatten() for g in grads]) for _, grads in seen)
+    assert plain.norm() > 2e-3
+    torch.testing.assert_close(clipped.norm(), torch.tensor(1e-3), rtol=2e-3, atol=0)
+    torch.testing.assert_close(clipped / clipped.norm(), plain / plain.norm())
+
+
+def test_systems_are_modulated_from_others_of_their_expert():
+    data = families()
+    model = replace(CONFIG, modulation=1).build(data.spec, gen())
+    with torch.no_grad():
+        model.contexts.copy_(torch.randn(6, 4, generator=gen(3)))
+    job, chosen = mixer._Fit(model, data, FIT, gen(2)), model.chosen(model.contexts)
+    assert len(set(chosen.tolist())) == 2
+    met = [(job._meet(), model.neighbour.clone())[1] for _ in range(40)]
+    assert all(torch.equal(chosen[x], chosen) for x in met)
+    pairs = {(i, int(j)) for x in met for i, j in enumerate(x)}
+    assert pairs == {(i, j) for i in range(6) for j in range(6) if chosen[i] == chosen[j]}
+
+
+def test_the_gate_is_solved_by_weighted_errors_and_the_tightest_clusters(monkeypatch):
+    model, job = prepared(restarts=2, guard=None)
+    label = torch.tensor([0, 0, 0, 1, 1, 1])
+    loose = mixer.Clusters(1 - label, torch.zeros(2, 4), 2.0)
+    tried = iter([None, loose, mixer.Clusters(label, torch.ones(2, 4), 1.0)])
+    errors = torch.tensor([[1.02, 1.0]] * 3 + [[1e-2, 1e-4]] * 3)
+    monkeypatch.setattr(mixer, "kmeans", lambda *a: next(tried))
+    monkeypatch.setattr(mixer, "every_error", lambda *a: errors)
+    job.weight = torch.tensor([1.0] * 3 + [1e3] * 3)  # the second cluster's loss is the greater for the wrong expert
+    job._solve(job._batch())
+    assert torch.equal(job.centre, torch.ones(2, 4))
+    want = solved_gate(model.contexts.detach(), label, 2, gen(0))
+    torch.testing.assert_close(model.gate, want, atol=1e-2, rtol=0)
+
+
+def test_errors_under_full_forcing_are_those_of_one_interval():
+    data = families()
+    model = replace(CONFIG, alpha=1.0).build(data.spec, gen())
+    model.prepare(Rows(data, 1, data.obs).segment(torch.arange(720)))
+    windows, each = (Rows(data, n, data.obs).segment(torch.arange(0, 720, n)) for n in (20, 1))
+    forced = model.errors(windows, model.moves(windows.system))
+    torch.testing.assert_close(forced, model.errors(each, model.moves(each.system)))
+    assert (model.errors(windows, model.moves(windows.system), 0.0) - forced).abs().min() > 1e-3
 
 
 def test_a_gate_that_would_cost_more_is_passed_over():

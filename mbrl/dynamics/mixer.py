@@ -54,7 +54,7 @@ class Ncf:
     reads; the context's side is a bias of its first layer. shared: the first net is one for all experts."""
 
     features: tuple[int, ...] = (64,)
-    context: tuple[int, ...] = (64,)
+    context: tuple[int, ...] = (64, 64)
     main: tuple[int, ...] = (64,)
     shared: bool = False
 
@@ -221,6 +221,11 @@ class Mixer(Markov):
             self.register_buffer("gate", gate)
         contexts = torch.zeros(spec.systems, width, device=device)
         if config.gating == "own":
+            if spec.systems > width:
+                raise ValueError(
+                    f"MixerConfig: width is {width}, expected at least {spec.systems}, one for each system, of which "
+                    f"each has a model of its own: pass width={spec.systems}"
+                )
             contexts = torch.eye(max(spec.systems, width), device=device)[: spec.systems, :width]
             with torch.no_grad():
                 turns = torch.arange(width, device=device) % config.experts
@@ -463,7 +468,7 @@ def kmeans(
 def scattered(contexts: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k contexts [K, C] that are apart: each drawn with a chance that grows with its distance to those before
     (k-means++, by L1)."""
-    draw = lambda p: torch.multinomial(p.cpu(), 1, generator=generator).to(contexts.device)
+    draw = lambda p: torch.multinomial(p.to(generator.device), 1, generator=generator).to(contexts.device)
     picked = draw(torch.ones(len(contexts)))
     for _ in range(k - 1):
         near = torch.cdist(contexts, contexts[picked], p=1.0).amin(1)
@@ -473,7 +478,7 @@ def scattered(contexts: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 def costs(errors: Tensor, label: Tensor, k: int) -> Tensor:
     """errors [systems, E] of every expert -> [K, E]: the median over each cluster's systems."""
-    return torch.stack([errors[label == i].median(0).values for i in range(k)])
+    return torch.stack([errors[label == i].quantile(0.5, dim=0) for i in range(k)])
 
 
 def greedy(cost: Tensor) -> list[int]:
@@ -643,7 +648,7 @@ class _Fit:
                 f"fit_mixer: the data hold {systems} systems, expected two and as many as the {experts} experts: pass "
                 "more systems, or fewer experts"
             )
-        for name in ("obs", "next_obs", "act"):
+        for name in ("obs", "next_obs", "act", "reward", *(() if data.dts is None else ("dts",))):
             if not bool(getattr(data, name).isfinite().all()):
                 raise ValueError(f"fit_mixer: the data's {name} is not finite everywhere, expected finite trajectories")
         like = model.contexts
@@ -695,7 +700,7 @@ class _Fit:
                 old = [p.detach().clone() for p in params]
                 total = sum(self._update(params, old, optimizer, lr) for _ in range(self.config.inner))
             self.outer += 1
-            if self.outer == self.config.warm:
+            if self.outer == self.config.warm and self.model.config.gating == "solved":
                 self._spread()
             self.loss.append(float(total) / max(self.config.inner, 1))
             self._log()
@@ -758,15 +763,15 @@ class _Fit:
         model = self.model
         chosen = model.chosen(model.contexts.detach())
         same = (chosen[:, None] == chosen[None]).float()
-        pick = torch.multinomial(same.cpu(), 1, generator=self.generator)[:, 0]
+        pick = torch.multinomial(same.to(self.generator.device), 1, generator=self.generator)[:, 0]
         model.neighbour.copy_(pick)
 
     @torch.no_grad()
     def _spread(self) -> None:
         """All experts begin as that of the first system."""
         lead = int(self.model.chosen(self.model.contexts)[0])
-        for p, m, s in zip(self.weights, self.slow.mean, self.slow.square, strict=True):
-            for x in (p, m, s) if p.shape[:1] == (self.model.config.experts,) else ():
+        for name, p, m, s in zip(self.slow.params, self.weights, self.slow.mean, self.slow.square, strict=True):
+            for x in (p, m, s) if name.startswith("experts.") and len(p) > 1 else ():
                 x.copy_(x[lead].expand_as(x))
 
     @torch.no_grad()
@@ -781,7 +786,7 @@ class _Fit:
             self.centre, self.passed = None, self.passed + 1
             return
         errors = every_error(model, segment)
-        cost = costs(errors, found.label, k)
+        cost = costs(errors * self.weight[:, None], found.label, k)
         order = (hungarian if config.assign == "hungarian" else greedy)(cost.nan_to_num(nan=1e30, posinf=1e30))
         expert = torch.tensor(order, device=contexts.device)[found.label]
         gate = solved_gate(contexts, expert, k, self.generator)
