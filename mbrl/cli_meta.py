@@ -156,9 +156,7 @@ def load(args: Meta) -> Data:
     seed = int(np.random.SeedSequence([args.seed, 3]).generate_state(1)[0] // 2)
     if args.families in contexts.SEQUENCES or args.families.count(":") == 1:
         if args.irregular or args.noise:
-            raise ValueError(
-                f"--irregular, --noise: of families of equations; {args.families} is a simulator's as it is"
-            )
+            raise ValueError(f"--irregular, --noise: of families of equations; {args.families} is of a simulator")
         train, labels = families.robots(args.families, args.steps, seed)
         test, _ = families.robots(args.families, args.steps // 2, seed + 1)
         return Data(train, test, labels, None, [])

@@ -240,7 +240,7 @@ class Parts:
             if self.n > 1 and p.shape[:1] != (self.n,):
                 raise ValueError(f"fit: parameter {name} is {list(p.shape)}, expected to lead with the {self.n} parts")
         like = next(iter(self.params.values()))
-        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=like.is_cuda)
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True, capturable=not like.is_cpu)
         self.moments = {
             name: (torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for name, p in self.params.items()
         }
@@ -256,7 +256,7 @@ class Parts:
         low = config.dtype == "bfloat16"
         self.cast = contextlib.nullcontext()
         if low:  # a graph would replay what the cache held when it was captured
-            self.cast = torch.autocast(like.device.type, torch.bfloat16, cache_enabled=not like.is_cuda)
+            self.cast = torch.autocast(like.device.type, torch.bfloat16, cache_enabled=like.is_cpu)
         self.epoch, self.diverged = 0, 0
         self.train_loss = torch.zeros(0, dtype=torch.float64)
         self.holdout = torch.zeros(0, self.n, dtype=torch.float64)
