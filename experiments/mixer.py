@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from mbrl_envs.series import cut
 from rich.console import Console
 from rich.table import Table
 
@@ -68,11 +69,8 @@ class Args:
 def kept(data: Dataset, systems: int) -> Dataset:
     """The first systems of the data, which are contiguous."""
     assert data.system is not None
-    ends = int(data.starts[int((data.system < systems).sum())])
-    rows = ("obs", "act", "reward", "next_obs", "terminal", "paired")
-    parts = {k: getattr(data, k)[:ends] for k in rows}
-    starts, system = data.starts[data.starts <= ends], data.system[data.system < systems]
-    return replace(data, **parts, starts=starts, system=system, systems=systems)
+    system = data.system[data.system < systems]
+    return replace(cut(data, 0, int(data.starts[len(system)])), system=system, systems=systems)
 
 
 def run(job: Meta, name: str) -> dict[str, Any]:

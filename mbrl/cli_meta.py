@@ -214,7 +214,8 @@ def judged(args: Meta, data: Data, model: Mixer, report: MixerReport) -> dict[st
         "skipped": report.skipped, "fit_s": round(report.seconds, 1),
     }  # fmt: skip
     if data.new is not None and model.config.gating != "own":
-        contexts, served, shares, groups = [], [], [], model.chosen(table)
+        contexts, served, shares = [], [], []
+        groups = model.chosen(table)
         for i in range(data.new[0].systems):
             seen = windows(data.new[0], i, table, args.fit.length)
             got = adapt(model, seen, groups=groups, updates=args.adapt_updates, keep=4)

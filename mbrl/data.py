@@ -62,6 +62,12 @@ class Dataset:
         return self.obs.shape[0]
 
     @property
+    def rows(self) -> dict[str, Tensor]:
+        """What is told of each step, [N, ...], by name."""
+        names = ("obs", "act", "reward", "next_obs", "terminal", "paired", "dts")
+        return {k: x for k in names if (x := getattr(self, k)) is not None}
+
+    @property
     def spec(self) -> Spec:
         return Spec(self.obs.shape[1], self.act.shape[1], systems=self.systems)
 
@@ -94,8 +100,7 @@ class Dataset:
 
     def to(self, *args: Any, **kw: Any) -> "Dataset":
         """As `Tensor.to`: device, dtype; index and masks keep their types."""
-        names = ("obs", "act", "reward", "next_obs", *(() if self.dts is None else ("dts",)))
-        floats = {k: getattr(self, k).to(*args, **kw) for k in names}
+        floats = {k: x.to(*args, **kw) for k, x in self.rows.items() if x.is_floating_point()}
         device = floats["obs"].device
         rest = ("terminal", "paired", "starts", "act_low", "act_high", *(() if self.system is None else ("system",)))
         return replace(self, **floats, **{k: getattr(self, k).to(device) for k in rest})
@@ -127,15 +132,16 @@ class Dataset:
         mask = at < last_paired[index][:, None]
         at = torch.where(mask, at, torch.maximum(last_paired[index] - 1, index)[:, None])
         obs = torch.cat([self.obs[index][:, None], self.next_obs[at]], 1)
-        dt = torch.full_like(obs[:, 1:, :1], self.dt) if self.dts is None else self.dts[at][..., None].to(obs)
+        dt = self.intervals(at)
         zero = torch.zeros(1, dtype=torch.int64, device=obs.device)
         reward = torch.where(mask, self.reward[at], 0.0)
         return Segment(obs, self.act[at], reward, self.terminal[at] & mask, mask, dt, zero)
 
     def intervals(self, index: Tensor) -> Tensor:
-        """Rows [B] -> the seconds of each step, [B, 1]."""
-        every = torch.full_like(self.reward, self.dt) if self.dts is None else self.dts.to(self.reward)
-        return every[index, None]
+        """Rows [...] -> the seconds of each step, [..., 1]."""
+        if self.dts is None:
+            return self.obs.new_full((*index.shape, 1), self.dt)
+        return self.dts[index][..., None].to(self.obs)
 
     def split(self, holdout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Paired rows in random order, cut in two: (train, held out)."""
@@ -153,8 +159,7 @@ def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
         timed = x.dt == first.dt or x.dts is not None
         if x.spec != first.spec or not timed or (x.dts is None) != (first.dts is None) or x.system is not None:
             raise ValueError(f"joined: part {i} is of {x.spec}, dt {x.dt}; the first of {first.spec}, dt {first.dt}")
-    rows = ("obs", "act", "reward", "next_obs", "terminal", "paired", *(() if first.dts is None else ("dts",)))
-    both: dict[str, Any] = {k: torch.cat([getattr(x, k) for x in parts]) for k in rows}
+    both: dict[str, Any] = {k: torch.cat([x.rows[k] for x in parts]) for k in first.rows}
     if first.dts is not None:
         both["dt"] = float(both["dts"].double().mean())
     ends = torch.cat([x.lengths for x in parts]).cumsum(0)

@@ -1,6 +1,7 @@
 """Fitting any dynamics learner to a fixed dataset, through the hooks of the contract: holdout, early stopping and the
 best snapshot of each part. A learner that is trained in phases builds its own fit from these pieces."""
 
+import abc
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -270,34 +271,8 @@ class Parts:
         return mask.reshape(-1, *[1] * (p.ndim - 1)) if self.n > 1 else mask[0]
 
     def step(self, segment: Segment, noise: Tensor) -> Tensor:
-        """One update of every part, on its own rows of the segment. Returns the losses [parts]."""
-        losses = self.update(segment, noise)
-        self.model.advance(segment)
-        return losses
-
-    def stepper(self, rows: "Rows") -> Callable[[Tensor, Tensor], Tensor]:
-        """`step` for rows by their index, captured as a graph where there is an accelerator: (index [parts * B], noise)
-        -> losses [parts], overwritten by the next call."""
-        model, scheduled = self.model, type(self.model).advance is not Dynamics.advance
-        whole = lambda index, noise: self.update(rows.segment(index, model.parts), noise)
-        replay: Callable[[Tensor, Tensor], Tensor] | None = None
-
-        def step(index: Tensor, noise: Tensor) -> Tensor:
-            nonlocal replay
-            if index.is_cpu:
-                return self.step(rows.segment(index, model.parts), noise)
-            if replay is None:
-                live = [*model.parameters(), *model.buffers(), *(x for m in self.moments.values() for x in m)]
-                replay = graphed(whole, index, noise, state=live, fallback=True)
-            losses = replay(index, noise)
-            if scheduled:  # may wait for the device, and so stays outside
-                model.advance(rows.segment(index, model.parts))
-            return losses
-
-        return step
-
-    def update(self, segment: Segment, noise: Tensor) -> Tensor:
-        """`step` without the learner's schedules."""
+        """One update of every part, on its own rows of the segment. Returns the losses [parts]. The learner's schedules
+        are `stepper`'s."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.cast:
             losses = self.model.losses(segment, noise)
@@ -306,6 +281,25 @@ class Parts:
             self._clip(self.config.clip)
         self.optimizer.step()
         return losses.detach()
+
+    def stepper(self, rows: Rows) -> Callable[[Tensor, Tensor], Tensor]:
+        """`step` on rows by their index, a graph where there is an accelerator, and the learner's schedules after it:
+        (index [parts * B], noise) -> losses [parts], overwritten by the next call."""
+        model, scheduled = self.model, type(self.model).advance is not Dynamics.advance
+        whole = lambda index, noise: self.step(rows.segment(index, model.parts), noise)
+        go: Callable[[Tensor, Tensor], Tensor] | None = None
+
+        def step(index: Tensor, noise: Tensor) -> Tensor:
+            nonlocal go
+            if go is None:
+                live = [*model.parameters(), *model.buffers(), *(x for m in self.moments.values() for x in m)]
+                go = graphed(whole, index, noise, state=live, fallback=True)
+            losses = go(index, noise)
+            if scheduled:  # may wait for the device, and so stays outside
+                model.advance(rows.segment(index, model.parts))
+            return losses
+
+        return step
 
     def _clip(self, limit: float) -> None:
         """Each part's gradient to a norm of at most `limit`; one that is not finite is dropped, for that part only."""
@@ -381,15 +375,59 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
 BLOCK = 2**17  # numbers that a CPU works on at a time: what lies between stays in its cache
 
 
-class Adam:
-    """Adam over named tensors that can also tell where its next step would lead; one pass over memory a step. On an
-    accelerator the steps are counted on it, so that a captured step goes on counting."""
+class Moments(abc.ABC):
+    """An optimiser of named tensors that keeps two moments of each. Steps are counted in tensors beside the parameters,
+    so that a captured step goes on counting."""
 
     def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
         self.params, self.lr = dict(params), lr
         self.clocks = [torch.zeros((), device=p.device) for p in params.values()]
         self.mean = [torch.zeros_like(p) for p in params.values()]
         self.square = [torch.zeros_like(p) for p in params.values()]
+
+    @property
+    def steps(self) -> int:
+        return int(self.clocks[0])
+
+    def live(self) -> list[Tensor]:
+        """What a step changes."""
+        return [*self.params.values(), *self.mean, *self.square, *self.clocks]
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor]) -> None:
+        self._step(list(self.params.values()), self.mean, self.square, grads)
+
+    @abc.abstractmethod
+    def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
+        """Changes what it is given, and the clocks, in place."""
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        out = {f"{name}.steps": torch.tensor(self.steps)}
+        for (k, p), m, s in zip(self.params.items(), self.mean, self.square, strict=True):
+            out |= {f"{name}.param.{k}": p.detach(), f"{name}.mean.{k}": m, f"{name}.square.{k}": s}
+        return out
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Raises ValueError where the state is of another model."""
+        for key, x in self.state(name).items():
+            if key not in state or state[key].shape != x.shape:
+                got = list(state[key].shape) if key in state else "nothing"
+                own = type(self).__name__
+                raise ValueError(
+                    f"{own}: resume holds {got} for {key}, expected {list(x.shape)}: another model's state?"
+                )
+            if not key.endswith(".steps"):
+                x.copy_(state[key])
+        for clock in self.clocks:
+            clock.fill_(int(state[f"{name}.steps"]))
+
+
+class Adam(Moments):
+    """Adam that can also tell where its next step would lead; one pass over memory a step."""
+
+    def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
+        super().__init__(params, lr)
         self.trial: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -404,8 +442,7 @@ class Adam:
         root, rate = (1 - BETAS[1] ** t) ** -0.5, -self.lr / (1 - BETAS[0] ** t)
         every = zip(self.trial.values(), self.params.values(), self.mean, self.square, grads, strict=True)
         for tensors in every:
-            cut = BLOCK
-            for new, p, m, s, g in zip(*(x.reshape(-1).split(max(cut, 1)) for x in tensors), strict=True):
+            for new, p, m, s, g in zip(*(x.reshape(-1).split(BLOCK) for x in tensors), strict=True):
                 below = torch.mul(s, BETAS[1]).addcmul_(g, g, value=1 - BETAS[1]).sqrt_().mul_(root).add_(EPSILON)
                 torch.addcdiv(p, torch.lerp(m, g, 1 - BETAS[0]), below, value=rate, out=new)
         return self.trial
@@ -424,41 +461,9 @@ class Adam:
         torch._foreach_copy_(new, torch._foreach_add(params, moved))
         return self.trial
 
-    @property
-    def steps(self) -> int:
-        return int(self.clocks[0])
-
-    def live(self) -> list[Tensor]:
-        """What a step changes."""
-        return [*self.params.values(), *self.mean, *self.square, *self.clocks]
-
-    @torch.no_grad()
-    def step(self, grads: Sequence[Tensor]) -> None:
-        self._step(list(self.params.values()), self.mean, self.square, grads)
-
     def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:
         dense = [g.contiguous() for g in grads]  # the fused kernel reads them in the parameters' order
         adam(
             params, dense, mean, square, [], self.clocks, fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
             lr=self.lr, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        out = {f"{name}.steps": torch.tensor(self.steps)}
-        for (k, p), m, s in zip(self.params.items(), self.mean, self.square, strict=True):
-            out |= {f"{name}.param.{k}": p.detach(), f"{name}.mean.{k}": m, f"{name}.square.{k}": s}
-        return out
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Raises ValueError where the state is of another model."""
-        for key, x in self.state(name).items():
-            if key not in state or state[key].shape != x.shape:
-                got = list(state[key].shape) if key in state else "nothing"
-                raise ValueError(
-                    f"Adam: resume holds {got} for {key}, expected {list(x.shape)}: another model's state?"
-                )
-            if not key.endswith(".steps"):
-                x.copy_(state[key])
-        for clock in self.clocks:
-            clock.fill_(int(state[f"{name}.steps"]))

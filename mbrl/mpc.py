@@ -124,8 +124,8 @@ class Mpc:
             "plan": self.plan,
             "white": p.noise(envs, self.model.spec.act, self.generator, self.like),
             "noise": draw(envs, w.particles),
-            "one": cond,
-            "cond": self._pinned(envs, cond),
+            "cond": cond,
+            "pinned": self._pinned(envs, cond),
             "proposals": [],
         }
         if p.proposals:
@@ -155,7 +155,7 @@ class Mpc:
 
     def _whole(self, given: dict[str, Any]) -> tuple[tuple, tuple, Tree]:
         """A plan and what follows from executing its first action: one graph where there is an accelerator."""
-        state, one, cond, model = given["state"], given["one"], given["cond"], self.model
+        state, one, cond, model = given["state"], given["cond"], given["pinned"], self.model
         envs = given["plan"].mean.shape[0]
         dt = torch.full((envs, 1), self.dt, dtype=self.like.dtype, device=self.like.device)
         others = None

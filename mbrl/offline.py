@@ -504,8 +504,7 @@ def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Genera
     for system, own in enumerate(data.of_system(index)):
         cond = model.condition(model.context(torch.tensor([system], device=index.device)).to(data.obs))
         for part in own.split(5_000):
-            dt = data.intervals(part).to(data.obs)
-            inp = StepInput(data.act[part], model.draw(len(part), 1, generator), dt)
+            inp = StepInput(data.act[part], model.draw(len(part), 1, generator), data.intervals(part))
             doubt = _named(model.step(model.init(data.obs[part], cond), inp, cond)[1].uncertainty, name)
             found.append(doubt[doubt.isfinite()])
     return torch.cat(found)

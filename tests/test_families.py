@@ -11,6 +11,7 @@ import pytest
 import torch
 from mbrl_envs import contexts, families
 from mbrl_envs.families import FAMILIES, SETS, Environment, Factors, Family, environments, generate, robots
+from mbrl_envs.series import cut
 from mbrl_envs.systems import integrate, sine
 
 from mbrl.core import Spec
@@ -259,6 +260,9 @@ def test_moved_points_are_kept_apart_from_regular_ones(tmp_path):
     plain, moved = generate([env], 2, 0, cache=tmp_path), generate([env], 2, 0, irregular=0.5, cache=tmp_path)
     assert not torch.equal(plain.obs, moved.obs)
     assert torch.equal(generate([env], 2, 0, irregular=0.5, cache=tmp_path).obs, moved.obs)
+    half = cut(moved, 0, 99)
+    assert half.dts is not None
+    assert torch.equal(half.dts, moved.dts[:99])
     with pytest.raises(ValueError, match="joined: part 1"):
         joined([replace(x, system=None, systems=1) for x in (plain, moved)])
 

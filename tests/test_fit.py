@@ -10,7 +10,7 @@ from torch import nn
 from mbrl.core import Markov, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.fit import FitConfig, Parts, Rows, fit, order, streams
+from mbrl.fit import Adam, FitConfig, Parts, Rows, fit, order, streams
 
 close = torch.testing.assert_close
 SMALL = EnsembleConfig(members=3, elites=2, hidden=(16, 16), weight_decay=(1e-4, 2e-4, 3e-4))
@@ -210,6 +210,22 @@ def test_the_update_is_adam_with_coupled_decay_member_by_member():
         parts.step(rows.segment(index), torch.zeros(96, 1, 4))
     for name, p in model.named_parameters():
         close(p, torch.cat([dict(m.named_parameters())[name] for m in members]), rtol=1e-7, atol=1e-9)
+
+
+def test_where_the_next_step_leads_is_told_alike_by_a_cpu_and_an_accelerator():
+    p = {"a": torch.randn(7, 3, generator=gen()), "b": torch.randn(5, generator=gen(1))}
+    adam, g = Adam(p, 1e-2), gen(2)
+    for _ in range(3):
+        grads = [torch.randn(x.shape, generator=g) for x in p.values()]
+        here = {k: x.clone() for k, x in adam.look(grads).items()}
+        there = {k: x.clone() for k, x in adam._look(grads).items()}
+        before = [x.clone() for x in p.values()]
+        adam.step(grads)
+        for (k, x), old in zip(p.items(), before, strict=True):
+            assert not torch.equal(x, old)
+            close(here[k], x, rtol=1e-5, atol=1e-7)
+            close(there[k], x, rtol=1e-5, atol=1e-7)
+    assert adam.steps == 3
 
 
 def test_clipping_is_per_part():

@@ -343,7 +343,8 @@ def robots(name: str, steps: int, seed: int) -> tuple[Dataset, list[str]]:
 
 def _mixed(parts: list[Dataset], name: str, meta: Mapping[str, Any]) -> Dataset:
     data = joined(parts, mixed=True)
-    found = digest(data.obs, data.act, data.reward, data.next_obs, data.terminal, data.starts)
+    more = () if data.dts is None else (data.dts,)
+    found = digest(data.obs, data.act, data.reward, data.next_obs, data.terminal, data.starts, *more)
     return replace(data, name=name, sha256=found, meta=meta)
 
 

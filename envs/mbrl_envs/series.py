@@ -153,18 +153,15 @@ def cut(data: Dataset, start: int, stop: int | None = None) -> Dataset:
     start, stop, _ = slice(start, stop).indices(len(data))
     if stop - start < 2:
         raise ValueError(f"cut: rows {start} to {stop} of {len(data)}, expected at least 2")
-    rows = slice(start, stop)
     inside = data.starts[(data.starts > start) & (data.starts < stop)]
-    paired, after = data.paired[rows].clone(), data.next_obs[rows].clone()
+    rows = {k: x[start:stop].clone() for k, x in data.rows.items()}
     if not (data.starts == stop).any():
-        paired[-1] = False
-        after[-1] = data.obs[stop - 1]
+        rows["paired"][-1] = False
+        rows["next_obs"][-1] = data.obs[stop - 1]
     return _hashed(
         replace(
             data,
-            **{k: getattr(data, k)[rows] for k in ("obs", "act", "reward", "terminal")},
-            next_obs=after,
-            paired=paired,
+            **rows,
             starts=torch.cat([inside.new_tensor([start]), inside, inside.new_tensor([stop])]) - start,
             name=f"{data.name}[{start}:{stop}]",
             meta=dict(data.meta, rows=[start, stop]),
@@ -231,7 +228,8 @@ def digest(*tensors: Tensor) -> str:
 def _hashed(data: Dataset) -> Dataset:
     bounds = (data.act_low, data.act_high)
     dt = torch.tensor(data.dt, dtype=torch.float64)
-    return replace(data, sha256=digest(data.obs, data.act, data.starts, *bounds, dt))
+    more = () if data.dts is None else (data.dts,)
+    return replace(data, sha256=digest(data.obs, data.act, data.starts, *bounds, dt, *more))
 
 
 def _rescaled(data: Dataset, low: Tensor, high: Tensor) -> Dataset:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group, pull
 from mbrl.data import Dataset
 from mbrl.device import graphed
-from mbrl.fit import BETAS, Adam, Rows
+from mbrl.fit import BETAS, Moments, Rows
 from mbrl.nets import Activation, Normalizer, StackedMLP, apply_layers, uniform
 from mbrl.rollout import masked_mean
 from mbrl.solvers import RK4, Tsit5
@@ -592,7 +592,7 @@ class MixerReport:
 EPSILON = 1e-16
 
 
-class AdaBelief(Adam):
+class AdaBelief(Moments):
     """Adam that divides by the gradient's deviation from its mean (Zhuang et al., NeurIPS 2020, arXiv 2010.07468); what
     `square` holds is that of the deviation."""
 
@@ -648,8 +648,8 @@ class _Fit:
                 f"fit_mixer: the data hold {systems} systems, expected two and as many as the {experts} experts: pass "
                 "more systems, or fewer experts"
             )
-        for name in ("obs", "next_obs", "act", "reward", *(() if data.dts is None else ("dts",))):
-            if not bool(getattr(data, name).isfinite().all()):
+        for name, x in data.rows.items():
+            if not bool(x.isfinite().all()):
                 raise ValueError(f"fit_mixer: the data's {name} is not finite everywhere, expected finite trajectories")
         like = model.contexts
         lengths = data.lengths
