@@ -1,13 +1,14 @@
 """Adapting a learner with contexts to a system that it has not met: gradient descent on the context alone, the weights
 fixed, from a few transitions or trajectories of that system."""
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Dynamics, Segment, StepInput
+from mbrl.core import Dynamics, Segment, StepInput, demand
 from mbrl.data import Dataset
 from mbrl.fit import Adam, Rows
 from mbrl.rollout import steps, unroll
@@ -54,8 +55,16 @@ def adapt(
     these are small, and descent explains the learner's own faults: then give those of the training data, and a `prior`:
     the weight of (ctx - mean)^2 / variance over the known systems' contexts, mean over dimensions.
 
-    Raises ValueError for a learner without contexts, for windows of another width or of several systems, that hold no
-    transition or are not finite."""
+    Raises ValueError for settings that cannot be, for a learner without contexts, for windows of another width or of
+    several systems, that hold no transition or are not finite."""
+    demand(
+        "adapt",
+        ("keep", keep, "at least 1", keep >= 1),
+        ("updates", updates, "at least 0", updates >= 0),
+        ("lr", lr, "a rate above 0", 0 < lr < math.inf),
+        ("alpha", alpha, "0 to 1", 0 <= alpha <= 1),
+        ("prior", prior, "0 or more", 0 <= prior < math.inf),
+    )
     given = known(model) if starts is None else starts.detach()
     width = model.spec.ctx
     if segment.obs.shape[-1] != model.spec.obs or segment.act.shape[-1] != model.spec.act:
@@ -158,10 +167,16 @@ def windows(
     data: Dataset, system: int, like: Tensor, length: int | None = None, episodes: int | None = None
 ) -> Segment:
     """Windows of one of the data's systems, one after the other without overlap, of `length` steps or whole episodes,
-    of its first `episodes`; as a segment of one system, for `adapt`. Raises ValueError where there is none."""
+    of its first `episodes`; as a segment of one system, for `adapt`. Raises ValueError where there is none, and for a
+    system that the data do not have."""
+    demand(
+        "windows",
+        ("system", system, f"0 to {data.systems - 1}, the data's systems", 0 <= system < data.systems),
+        ("length", length, "at least 1", length is None or length >= 1),
+    )
     mine = torch.arange(data.episodes) if data.system is None else (data.system.cpu() == system).nonzero()[:, 0]
     mine = mine[:episodes]
-    length = int(data.lengths.cpu()[mine].min()) if length is None else length
+    length = _transitions(data, mine) if length is None else length
     rows = Rows(data, length, like)
     fits = torch.zeros(len(data), dtype=torch.bool).index_fill_(0, rows.whole().cpu(), True)
     starts = data.starts.cpu()
@@ -172,6 +187,11 @@ def windows(
     return rows.segment(begins.to(rows.table.device))._replace(system=rows.system[:1])
 
 
+def _transitions(data: Dataset, episodes: Tensor) -> int:
+    """Of the shortest of these episodes: what followed a series' last step is not known."""
+    return int(torch.bincount(data.episode[data.paired].cpu(), minlength=data.episodes)[episodes].min())
+
+
 @torch.no_grad()
 def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
     """[systems]: of free runs from each episode's first observation, |x' - x|^2 / |x|^2, the squares summed over times
@@ -180,7 +200,8 @@ def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
     like, out = next(model.parameters()), []
     for system in range(data.systems):
         own = torch.ones_like(data.lengths) > 0 if data.system is None else data.system == system
-        segment = Rows(data, int(data.lengths[own].min()), like).segment(data.starts[:-1][own].to(like.device))
+        length = _transitions(data, own.cpu().nonzero()[:, 0])
+        segment = Rows(data, length, like).segment(data.starts[:-1][own].to(like.device))
         true = segment.obs[:, 1:].double()
         gap = predicted(model, segment, ctx[system : system + 1].to(like)).double() - true
         error = gap.square().sum((1, 2)) / true.square().sum((1, 2))

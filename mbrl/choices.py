@@ -2,7 +2,7 @@
 
 import operator
 import warnings
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import reduce
 from importlib import metadata
 from typing import Annotated, Any
@@ -135,6 +135,24 @@ WORDS = {
     "mppi": "One iteration; every candidate weighs exp(return / temperature).",
     "tdmpc": "TD-MPC2's mixture: short horizon, elites weigh by their return.",
 }
+
+
+def by_option(x: Any, name: str = "-") -> dict[str, Any]:
+    """Each of a command's settings by its option."""
+    if not is_dataclass(x):
+        return {name: x}
+    of = lambda f: f"{name}{'-' if name == '-' else '.'}{f.name.replace('_', '-')}"
+    return {k: v for f in fields(x) for k, v in by_option(getattr(x, f.name), of(f)).items()}
+
+
+def unlike(given: dict[str, Any], usual: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """Options that were given, so that they are not as usual, and are not a run's own, in words."""
+    word = lambda x: " ".join(map(str, x)) if isinstance(x, tuple | list) else str(x)
+    return [
+        f"{k} {word(v)} (its own is {word(own.get(k))})"
+        for k, v in given.items()
+        if k not in ("--quiet", "--threads", "--resume") and v not in (usual.get(k), own.get(k))
+    ]
 
 
 def union(options: dict[str, tuple[Any, Any]]) -> Any:

@@ -29,7 +29,7 @@ from mbrl.cli_continual import Continual, run_continual
 from mbrl.cli_control import Online, Plan, run_online, run_plan
 from mbrl.cli_meta import Meta, run_meta
 from mbrl.cli_reconstruct import Reconstruct, run_reconstruct
-from mbrl.core import Spec
+from mbrl.core import Diverged, Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.fit import FitConfig
@@ -223,8 +223,7 @@ def run_offline(args: Offline) -> Run:
     """The command `mbrl offline`; returns the finished run."""
     from mbrl_envs import datasets
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    devices.use_threads(args.threads)
     device = devices.pick(args.device)
     if args.resume is not None:
         given = args
@@ -256,6 +255,8 @@ def run_offline(args: Offline) -> Run:
     seeds = args.seeds or (devices.fresh_seed(),)
     world = World.of(replace(args, seeds=seeds), data)
     _check_plan(replace(args, algorithm=algorithm), world)
+    if algorithm.imagination is not None:
+        offline.check_doubts(algorithm.imagination, data, args.dynamics)
     if args.start is not None:
         _start(Path(args.start), replace(args, seeds=seeds), data)
     label = name_of(algorithm)
@@ -802,7 +803,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         again = f"mbrl {name} --resume {shlex.quote(str(stop.args[0])) if stop.args else '<run folder>'}"
         console.print(f"\ninterrupted; `{again}` continues it to the same numbers", **PLAIN)
         sys.exit(130)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, Diverged, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 

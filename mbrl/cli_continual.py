@@ -3,7 +3,7 @@
 import copy
 import operator
 import time
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -19,7 +19,7 @@ from mbrl import continual, mpc
 from mbrl import device as devices
 from mbrl import planner as planners
 from mbrl.border import World, episode_seed
-from mbrl.choices import KNOWN, WORDS, Search, Student, console
+from mbrl.choices import KNOWN, WORDS, Search, Student, by_option, console, unlike
 from mbrl.continual import STUDENTS, Budget, Course, Hypernetwork
 from mbrl.core import demand
 from mbrl.data import Dataset, joined
@@ -161,9 +161,7 @@ def _begin(args: Continual) -> tuple[Run, Continual, list[Any], list[Dataset], A
     before there is a folder, and before anything changes in one."""
     from mbrl_envs import contexts
 
-    demand("continual", ("--threads", args.threads, "at least 0", args.threads >= 0))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    devices.use_threads(args.threads)
     run = None
     if args.resume is not None:
         run = Run.resumed(args.resume, "continual", args.threads, quiet=args.quiet)
@@ -243,8 +241,8 @@ def _resumed(run: Run, given: Continual) -> Continual:
 
 def _differing(given: Continual, own: Continual) -> list[str]:
     """Options that were given (that differ from the defaults) and are not the run's own, in words."""
-    usual = _flat(Continual(dynamics=STUDENTS[name_of(given.dynamics)]))
-    mine, its, out = _flat(given), _flat(own), []
+    usual = by_option(Continual(dynamics=STUDENTS[name_of(given.dynamics)]))
+    mine, its, out = by_option(given), by_option(own), []
     preset = lambda x: next((n for n, p in planners.PRESETS.items() if p == x), "custom")
     if preset(given.planner) != "custom":  # named, not changed by single options
         mine = {k: v for k, v in mine.items() if not k.startswith("--planner.")}
@@ -254,25 +252,7 @@ def _differing(given: Continual, own: Continual) -> list[str]:
         mine = {k: v for k, v in mine.items() if not k.startswith("--dynamics.")}
         if given.dynamics != STUDENTS["hyper"]:
             out.append(f"dynamics:{name_of(given.dynamics)} (its own is dynamics:{name_of(own.dynamics)})")
-    return [
-        f"{k} {_word(v)} (its own is {_word(its.get(k))})"
-        for k, v in mine.items()
-        if k not in ("--quiet", "--threads", "--resume") and v not in (usual.get(k), its.get(k))
-    ] + out
-
-
-def _flat(x: Any, name: str = "-") -> dict[str, Any]:
-    """Each setting by its option."""
-    if not is_dataclass(x):
-        return {name: x}
-    dot = "-" if name == "-" else "."
-    return {
-        k: v for f in fields(x) for k, v in _flat(getattr(x, f.name), f"{name}{dot}{f.name.replace('_', '-')}").items()
-    }
-
-
-def _word(x: Any) -> str:
-    return " ".join(map(str, x)) if isinstance(x, tuple | list) else str(x)
+    return unlike(mine, usual, its) + out
 
 
 # ---------------------------------------------------------------- learning

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
+from mbrl import cli_meta, mpc, online
 from mbrl import device as devices
-from mbrl import mpc, online
 from mbrl.border import World, episode_seed, spec_of
 from mbrl.choices import KNOWN, Learner, Search, console
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
-from mbrl.mpc import ByValue, Mpc, PetsConfig
+from mbrl.mpc import Adapting, ByValue, Mpc, PetsConfig
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
 
@@ -46,7 +46,8 @@ class Plan(Driving):
     """Control an environment by planning: learn its model on the way (PETS), or plan with one that is there."""
 
     model: str | None = None
-    """Plan with this instead of learning: the folder of a finished `mbrl plan`, or "true", the simulator itself."""
+    """Plan with this instead of learning: the folder of a finished `mbrl plan`; of a finished `mbrl meta`, whose
+    context then follows each episode; or "true", the simulator itself."""
     random: int = 1
     """Episodes of random actions at first."""
     episodes: int = 10
@@ -179,7 +180,8 @@ def _check_plan(args: Plan, env: Any) -> None:
         return
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1 where nothing is learned")
-    controller = _given(replace(args, seed=0), env, None, None, devices.pick("cpu"))
+    reward, terminal = functions(str(args.env), env, args.reward)
+    controller = _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
     if args.video and isinstance(controller, ByValue):
         raise ValueError("--video: a plan in the true simulator is of one environment alone; leave --video out")
 
@@ -191,22 +193,36 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
     if args.model == "true":
         return truth(args.env, env, args.planner, args.worth, args.seed)
     other = Run.open(Path(str(args.model)))
-    kept = other.load("pets")
-    weights = {} if kept is None else mpc.weights(kept[0])
-    if not weights:
-        raise RunError(f"--model {args.model}: holds no model; expected the folder of a finished `mbrl plan`, or true")
-    settings = from_plain(other.config["arguments"], (*KINDS, Plan))
-    spec = spec_of(env)
-    model = settings.dynamics.build(spec, devices.generator(0))
+    many = other.config["arguments"].get("_type") == "Meta"
+    kept = other.load("model" if many else "pets")
+    weights = {} if kept is None else kept[0] if many else mpc.weights(kept[0])
+    if kept is None or not weights:
+        raise RunError(
+            f"--model {args.model}: holds no model; expected the folder of a finished `mbrl plan` or `mbrl meta`, or "
+            "true"
+        )
+    settings = from_plain(other.config["arguments"], (*KINDS, Plan, *cli_meta.TYPES))
+    spec, facts = spec_of(env), kept[1]
+    model = settings.dynamics.build(replace(spec, systems=facts.get("systems", 1)), devices.generator(0))
     want, got = ({k: tuple(v.shape) for k, v in x.items()} for x in (model.state_dict(), weights))
     if want != got:
+        of = settings.families or "files" if many else settings.env
         raise RunError(
-            f"--model {args.model}: its model is of {settings.env}; {args.env} has {spec.obs} observations and "
-            f"{spec.act} actions, which do not fit it"
+            f"--model {args.model}: its model is of {of}; {args.env} has {spec.obs} observations and {spec.act} "
+            "actions, which do not fit it"
         )
     model.load_state_dict(weights)
-    stream = devices.generator(args.seed, device)
-    return Mpc(args.planner, args.worth, model.eval().to(device), generator=stream, reward=reward, terminal=terminal)
+    stream, model = devices.generator(args.seed, device), model.eval().to(device)
+    if not many:
+        return Mpc(args.planner, args.worth, model, generator=stream, reward=reward, terminal=terminal)
+    others = cli_meta.functions_of(settings)
+    reward, terminal = reward or others[0], terminal or others[1]
+    if reward is None and not settings.dynamics.reward:
+        raise RunError(f"--model {args.model}: it tells no reward, and none is known of {args.env}")
+    model.requires_grad_(False)
+    one = replace(args.worth, particles=1)  # no noise
+    plans = Mpc(args.planner, one, model, generator=stream, reward=reward, terminal=terminal, dt=float(facts["dt"]))
+    return Adapting(plans, scale=torch.tensor(facts["scale"], device=device))
 
 
 def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.device) -> list[tuple[int, float]]:
@@ -299,8 +315,7 @@ def _check_online(args: Online, env: Any) -> None:
 
 def _begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -> tuple[Run, Any]:
     """The run folder, new or resumed, and the settings that hold there."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    devices.use_threads(args.threads)
     if args.resume is not None:
         run = Run.resumed(args.resume, name, args.threads, quiet=args.quiet)
         old = from_plain(run.config["arguments"], (*KINDS, kind))

@@ -1,6 +1,8 @@
 """The command `mbrl meta`: one model for families of systems, which sort themselves, and how it adapts to others."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ from torch import Tensor
 
 from mbrl import device as devices
 from mbrl.adapt import adapt, predicted, relative_errors, windows
-from mbrl.choices import KNOWN, MIXERS, PLAIN, Mixture, console
+from mbrl.choices import KNOWN, MIXERS, PLAIN, Mixture, by_option, console, unlike
+from mbrl.core import demand
 from mbrl.data import Dataset
-from mbrl.dynamics.mixer import Mixer, MixerFit, MixerReport, fit_mixer, purity
+from mbrl.dynamics.mixer import Mixer, MixerFit, MixerReport, check, fit_mixer, purity
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
 
+ADDED = {"added": True}  # after results were kept: the default does not change what a run is known by
 FIT = MixerFit(
-    length=10, lr=3e-3, lr_context=1e-2, assign="hungarian", warm=20, restarts=10, guard=1.1
+    length=10, lr=3e-3, lr_context=1e-2, assign="hungarian", warm=20, restarts=10, solve="nearest"
 )  # what was measured to work; MixerFit() has the published choices
 
 
@@ -29,6 +33,19 @@ class Meta:
     families: str | None = None
     """A set (four, ten, lotka-volterra, driven), or families by name, joined by commas; or a sequence of `mbrl
     continual`, as in cartpole-pole or Hopper-v5:mass, each of whose tasks is a system."""
+    data: tuple[Path, ...] = field(default=(), metadata=ADDED)
+    """Instead of families, series as `mbrl reconstruct` reads them, each file of one system. --experts says of how many
+    kinds they may be."""
+    new: tuple[Path, ...] = field(default=(), metadata=ADDED)
+    """Series of systems that are not in training, to adapt to."""
+    columns: tuple[str, ...] = field(default=(), metadata=ADDED)
+    """Of the files: which are observed, by number or name."""
+    inputs: tuple[str, ...] = field(default=(), metadata=ADDED)
+    """Of the files: which drive the system."""
+    dt: float | None = field(default=None, metadata=ADDED)
+    """Time between samples, instead of each file's own."""
+    holdout: float = field(default=0.25, metadata=ADDED)
+    """Of each file, the last part, to judge by."""
     resume: Path | None = None
     """Continue this run folder where it stopped, to the same numbers."""
     out: Path | None = None
@@ -40,7 +57,7 @@ class Meta:
     trajectories: int = 4
     """Of each system, to learn from."""
     steps: int = 2000
-    """Transitions of each task of a sequence."""
+    """Transitions of each task of a sequence, to learn from; half as many to judge by."""
     tests: int = 32
     """Trajectories of each system to judge by."""
     noise: float = 0.0
@@ -52,7 +69,7 @@ class Meta:
     adapt_updates: int = 200
     """Steps of that descent."""
     experts: int | None = None
-    """By default as many as there are families."""
+    """By default as many as there are families; a mixture of one expert is a meta-learner."""
     save_every: int = 10
     """Outer steps between checkpoints."""
     fit: MixerFit = FIT
@@ -74,40 +91,69 @@ class Data:
     labels: list[str]  # "family:index" of each system
     new: tuple[Dataset, Dataset] | None  # to adapt by, and to judge by
     new_labels: list[str]
+    sorts: bool = True  # whether the labels tell of which kind a system is
 
 
 def run_meta(args: Meta) -> Run:
     """The command; returns the finished run."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    devices.use_threads(args.threads)
     if args.resume is not None:
         run = Run.resumed(args.resume, "meta", args.threads, quiet=args.quiet)
-        old = from_plain(run.config["arguments"], TYPES)
-        if args.families not in (None, old.families):
-            raise RunError(f"{args.resume}: is of {old.families}; it cannot go on with {args.families}")
-        run.rewind()
-        args = replace(old, quiet=args.quiet, device=run.local["device"])
+        args = _resumed(run, args)
         data = load(args)
+        if args.data and data.train.sha256 != run.config["data"]["sha256"]:
+            raise RunError(f"{run.folder}: the files {words_of(args.data)} are not those that it was begun with")
+        run.rewind()
     else:
         _check(args)
+        given = args.dynamics
         args = replace(args, seed=devices.fresh_seed() if args.seed is None else args.seed)
         data = load(args)
         args = replace(args, dynamics=sized(args, data))
+        if args.dynamics.experts == 1 and args.experts is None and not args.quiet and "meta" not in name_of(given):
+            console.print("one family, hence one expert, which is a meta-learner; --experts N takes more")
         fit_mixer(  # raises for what would fail in the course of the run
             args.dynamics.build(data.train.spec, devices.generator(0)), data.train, replace(args.fit, outer=0),
             devices.generator(0),
         )  # fmt: skip
-        name = (args.families or "").replace(",", "+").replace(":", "_")
+        name = (args.families or "+".join(x.stem for x in args.data)[:80]).replace(",", "+").replace(":", "_")
         out = args.out or Path("runs") / name / f"{name_of(args.dynamics)}-{args.seed}"
         local = {"device": str(devices.pick(args.device)), "threads": torch.get_num_threads()}
-        plain = to_plain(replace(args, out=None, quiet=False))
-        run = Run.create(out, {"algorithm": "meta", "arguments": plain}, local, quiet=args.quiet)
+        local |= {k: [str(x.resolve()) for x in getattr(args, k)] for k in ("data", "new")}
+        files = {k: tuple(str(x) for x in getattr(args, k)) for k in ("data", "new")}
+        plain = to_plain(replace(args, out=None, quiet=False, **files))
+        facts = {"name": data.train.name, "sha256": data.train.sha256, "systems": data.train.systems}
+        run = Run.create(out, {"algorithm": "meta", "data": facts, "arguments": plain}, local, quiet=args.quiet)
     with run:
         result = _go(run, args, data)
     if not args.quiet:
         tell(result)
     console.print(f"report: {run.folder / 'report.png'}", **PLAIN)
     return run
+
+
+def _resumed(run: Run, given: Meta) -> Meta:
+    """The run's own settings. Raises RunError for options that are none of them."""
+    old, paths = from_plain(run.config["arguments"], TYPES), ("data", "new")
+    old = replace(old, **{k: tuple(Path(x) for x in run.local.get(k, ())) for k in paths})
+    asked = replace(given, **{k: tuple(x.resolve() for x in getattr(given, k)) for k in paths})
+    mine, its = by_option(asked), by_option(old)
+    its |= {"--device": run.local["device"], "--out": run.folder}
+    if name_of(given.dynamics) != name_of(old.dynamics):
+        mine = {k: v for k, v in mine.items() if not k.startswith("--dynamics.")}
+        if given.dynamics != MIXERS["mixer"]:
+            mine["dynamics:"], its["dynamics:"] = name_of(given.dynamics), name_of(old.dynamics)
+    usual = by_option(Meta(dynamics=MIXERS[name_of(given.dynamics)]))
+    if differ := unlike(mine, usual, its):
+        raise RunError(
+            f"{run.folder}: goes on by its own settings, not by {', '.join(differ)}; leave these out, or begin another "
+            "run"
+        )
+    return replace(old, quiet=given.quiet, device=run.local["device"])
+
+
+def words_of(paths: Any) -> str:
+    return " ".join(map(str, paths))
 
 
 def name_of(config: Any) -> str:
@@ -120,18 +166,51 @@ def name_of(config: Any) -> str:
 
 
 def _check(args: Meta) -> None:
-    if args.families is None:
-        raise ValueError("--families is missing; expected four, ten, lotka-volterra, driven, or families by name")
-    least = {"trajectories": 1, "steps": 2, "tests": 1, "shots": 1, "adapt_updates": 0, "save_every": 1}
+    """Raises ValueError for settings that cannot be."""
+    if (args.families is None) == (not args.data):
+        which = "are both given; leave one out" if args.data else "are missing; give one of them"
+        raise ValueError(
+            f"--families and --data {which}: four, ten, lotka-volterra, driven, families by name, or files of series"
+        )
+    least = {"trajectories": 1, "steps": 2, "tests": 1, "shots": 1, "adapt_updates": 0, "save_every": 1, "experts": 1}
     for name, low in least.items():
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}")
-    fit = args.fit
-    if min(fit.outer, fit.inner, fit.batch, fit.gate_every) < 1 or not 0 < fit.lr < 1 or not 0 < fit.lr_context < 1:
-        got = f"outer {fit.outer}, inner {fit.inner}, batch {fit.batch}, gate-every {fit.gate_every}"
-        raise ValueError(f"--fit: got {got}, lr {fit.lr}, {fit.lr_context}: expected at least 1, rates in (0, 1)")
+        if (got := getattr(args, name)) is not None and got < low:
+            raise ValueError(f"--{name.replace('_', '-')} {got}: expected at least {low}")
+    demand("--fit", ("outer", args.fit.outer, "at least 1", args.fit.outer >= 1))
+    check(args.fit)
     if args.seed is not None and args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected at least 0")
+    if args.dynamics.experts != (usual := MIXERS[name_of(args.dynamics)].experts):
+        raise ValueError(
+            f"--dynamics.experts {args.dynamics.experts}: the number of experts is an option of the command, and not "
+            f"of the learner (which has {usual}): pass --experts {args.dynamics.experts}"
+        )
+    apart = ("environments", "trajectories", "tests", "noise", "irregular")
+    if args.data:
+        _own(args, "files of series", (*apart, "steps", "shots"))
+        if args.experts is None and args.dynamics.experts > 1 and args.dynamics.gating != "own":
+            raise ValueError("--experts is missing: of how many kinds the systems of files are is not known")
+        if not 0 < args.holdout < 1:
+            raise ValueError(f"--holdout {args.holdout}: expected a share between 0 and 1")
+        if args.dt is not None and not 0 < args.dt < math.inf:
+            raise ValueError(f"--dt {args.dt}: expected a time between samples, above 0")
+        return
+    _own(args, args.families, ("new", "columns", "inputs", "dt", "holdout"))
+    if is_sequence(str(args.families)):
+        _own(args, f"{args.families}, which is of a simulator", (*apart, "shots"))
+
+
+def _own(args: Meta, what: Any, names: tuple[str, ...]) -> None:
+    """Raises ValueError where options are given that do nothing there."""
+    given = [f"--{k.replace('_', '-')}" for k in names if getattr(args, k) != getattr(Meta, k)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not for {what}; leave it out")
+
+
+def is_sequence(name: str) -> bool:
+    from mbrl_envs import contexts
+
+    return name in contexts.SEQUENCES or name.count(":") == 1
 
 
 def sized(args: Meta, data: Data) -> Any:
@@ -148,19 +227,27 @@ def kinds(labels: list[str]) -> list[str]:
 
 
 def load(args: Meta) -> Data:
-    """The data of a run: from its seed alone. Raises ValueError for families that there are not."""
+    """The data of a run: from its seed alone, or from files. Raises ValueError for families that there are not, and
+    for files that cannot stand together."""
     from mbrl_envs import contexts, families
+    from mbrl_envs.scores import close_matches
 
     assert args.seed is not None
+    if args.data:
+        return _read(args)
     assert args.families is not None
     seed = int(np.random.SeedSequence([args.seed, 3]).generate_state(1)[0] // 2)
-    if args.families in contexts.SEQUENCES or args.families.count(":") == 1:
-        if args.irregular or args.noise:
-            raise ValueError(f"--irregular, --noise: of families of equations; {args.families} is of a simulator")
+    if is_sequence(args.families):
         train, labels = families.robots(args.families, args.steps, seed)
         test, _ = families.robots(args.families, args.steps // 2, seed + 1)
         return Data(train, test, labels, None, [])
     names = [args.families] if args.families in families.SETS else args.families.split(",")
+    if wrong := [x for x in names if x not in families.SETS and x not in families.FAMILIES]:
+        raise ValueError(
+            f"--families: there is no {wrong[0]!r}{close_matches(wrong[0], families.FAMILIES)}; expected a set "
+            f"({', '.join(families.SETS)}), families ({', '.join(families.FAMILIES)}), or a sequence of tasks "
+            f"({', '.join(contexts.SEQUENCES)}, or as in Hopper-v5:mass)"
+        )
     of = lambda split, n: [e for name in names for e in families.environments(name, split, n)]
     envs, others = of("train", args.environments), of("adapt", None)
     make = lambda e, n, k, **kw: families.generate(e, n, seed + k, **kw)
@@ -168,6 +255,35 @@ def load(args: Meta) -> Data:
     train, test = make(envs, args.trajectories, 0, **seen), make(envs, args.tests, 1)
     new = make(others, args.shots, 2, **seen), make(others, args.tests, 3)
     return Data(train, test, [e.label for e in envs], new, [e.label for e in others])
+
+
+def functions_of(args: Meta) -> tuple[Any, Any]:
+    """(reward, terminal) of a sequence's tasks, each None where it is not known."""
+    from mbrl_envs import contexts
+
+    if args.families is None or not is_sequence(args.families):
+        return None, None
+    task = contexts.tasks(args.families)[0]
+    return task.reward, task.terminal
+
+
+def _read(args: Meta) -> Data:
+    """Files, each of one system: the first part to learn from or to adapt by, the last to judge by."""
+    from mbrl_envs import series
+
+    number = lambda names: [int(x) if x.lstrip("-").isdigit() else x for x in names] or None
+    read = lambda path: series.read_series(path, number(args.columns), number(args.inputs), dt=args.dt)
+    every = series.alike([read(x) for x in (*args.data, *args.new)])
+    halves, many = [series.split(x, 1 - args.holdout) for x in every], len(args.data)
+
+    def whole(part: int, some: slice) -> Dataset:
+        parts = [x[part] for x in halves[some]]
+        return series.mixed(parts, "+".join(x.stem for x in (*args.data, *args.new)[some]), {"kind": "series"})
+
+    labels = [f"{path.stem}:{i}" for i, path in enumerate((*args.data, *args.new))]
+    first, rest = slice(0, many), slice(many, None)
+    new = (whole(0, rest), whole(1, rest)) if args.new else None
+    return Data(whole(0, first), whole(1, first), labels[first], new, labels[rest], False)
 
 
 # ---------------------------------------------------------------- the run
@@ -193,23 +309,30 @@ def _go(run: Run, args: Meta, data: Data) -> dict[str, Any]:
         resume=None if kept is None else {k: v.to(device) if k != "generator" else v for k, v in kept[0].items()},
     )  # fmt: skip
     model.requires_grad_(False)
-    result = judged(args, data, model, report)
+    result = judged(args, data, model, report, lambda i, of: run.progress("adapt", i, of, {}))
     result |= {"wall_s": round(time.perf_counter() - began, 1), **machine(), "versions": versions()}
-    run.save("model", model.state_dict(), {})
+    changes = data.train.next_obs - data.train.obs
+    facts = {"systems": train.systems, "dt": train.dt, "scale": changes[data.train.paired].square().mean(0).tolist()}
+    run.save("model", model.state_dict(), facts)
     draw(run.folder / "report.png", result, data, model)
     write_json(run.folder / "result.json", result)
     return result
 
 
-def judged(args: Meta, data: Data, model: Mixer, report: MixerReport) -> dict[str, Any]:
-    """What a fit has come to: errors by system and family, purity, and how it adapts."""
+def judged(
+    args: Meta, data: Data, model: Mixer, report: MixerReport, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """What a fit has come to: errors by system and family beside those of models that know nothing, purity where it
+    means something, and how it adapts. progress: (systems that were adapted to, all)."""
     table = model.contexts.detach()
     errors = relative_errors(model, data.test, table)
-    chosen = model.chosen(table).tolist()
+    chosen, truth = model.chosen(table).tolist(), kinds(data.labels)
+    tells = data.sorts and len(set(truth)) > 1 and model.config.gating != "own"
     found: dict[str, Any] = {
         "families": args.families, "learner": name_of(args.dynamics), "experts": model.config.experts,
         "seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()), "labels": data.labels,
-        "assigned": chosen, "purity": purity(chosen, kinds(data.labels)), "errors": errors.tolist(),
+        "assigned": chosen, "purity": purity(chosen, truth) if tells else None, "errors": errors.tolist(),
+        "nulls": nulls(data.test, data.train).tolist(),
         "loss": report.loss, "assignments": report.assigned, "solved": report.solved, "passed": report.passed,
         "skipped": report.skipped, "fit_s": round(report.seconds, 1),
     }  # fmt: skip
@@ -222,13 +345,32 @@ def judged(args: Meta, data: Data, model: Mixer, report: MixerReport) -> dict[st
             expert = model.chosen(got.tried)
             contexts.append(got.ctx)
             served.append(int(expert[0]))
-            shares.append(float(got.share[expert == expert[0]].sum()))
+            shares.append(min(1.0, float(got.share[expert == expert[0]].sum())))
+            if progress is not None:
+                progress(i + 1, data.new[0].systems)
         new = relative_errors(model, data.new[1], torch.cat(contexts))
         found |= {
             "new_labels": data.new_labels, "new_errors": new.tolist(), "new_assigned": served, "confidence": shares,
-            "new_contexts": torch.cat(contexts).tolist(),
+            "new_contexts": torch.cat(contexts).tolist(), "new_nulls": nulls(data.new[1], data.new[0]).tolist(),
         }  # fmt: skip
     return found
+
+
+def nulls(test: Dataset, train: Dataset) -> Tensor:
+    """[systems]: the relative squared error, as of `relative_errors`, of what does not know the system: the lesser of
+    those of staying at a trajectory's first observation and at the mean of the system's data in `train`."""
+    means = [train.obs[i].double().mean(0) for i in train.of_system(torch.arange(len(train)))]
+    first = test.obs[test.starts[:-1]].double()  # [E, O]
+    after = torch.where(test.paired[:, None], test.next_obs.double(), 0.0)
+    total = lambda x: torch.zeros(test.episodes, dtype=x.dtype).index_add_(0, test.episode, x.sum(1))
+    scale, out = total(after.square()), []
+    whose = torch.zeros(test.episodes, dtype=torch.int64) if test.system is None else test.system
+    for guess in (first, torch.stack(means)[whose]):
+        gap = torch.where(test.paired[:, None], guess[test.episode] - after, 0.0)
+        error = total(gap.square()) / scale
+        mean = torch.zeros(test.systems, dtype=error.dtype).index_add_(0, whose, error)
+        out.append(mean / torch.bincount(whose, minlength=test.systems))
+    return torch.minimum(*out)
 
 
 def by_family(labels: list[str], values: list[float]) -> dict[str, float]:
@@ -240,18 +382,25 @@ def by_family(labels: list[str], values: list[float]) -> dict[str, float]:
 
 
 def tell(result: dict[str, Any]) -> None:
-    words = Table(
-        "family", "systems", "experts", "error", "adapted", title=f"{result['families']}, {result['learner']}"
-    )
+    words = Table("family", "systems", "experts", "error", "adapted", "null")
+    words.title = f"{result['families'] or 'files'}, {result['learner']}"
+    nulls = by_family(result["labels"], result["nulls"])
     adapted = by_family(result["new_labels"], result["new_errors"]) if "new_errors" in result else {}
     for family, error in by_family(result["labels"], result["errors"]).items():
         mine = [a for a, k in zip(result["assigned"], kinds(result["labels"]), strict=True) if k == family]
         served = ", ".join(f"{e}" for e in dict.fromkeys(mine))
-        words.add_row(family, str(len(mine)), served, f"{error:.3g}", f"{adapted[family]:.3g}" if adapted else "-")
-    words.caption = "error: |x' - x|^2 / |x|^2 of free runs over test trajectories; adapted: new systems, by contexts"
+        other = f"{adapted[family]:.3g}" if family in adapted else "-"
+        words.add_row(family, str(len(mine)), served, f"{error:.3g}", other, f"{nulls[family]:.3g}")
+    for family in adapted.keys() - nulls.keys():
+        words.add_row(family, "new", "", "-", f"{adapted[family]:.3g}", "")
+    words.caption = (
+        "error: |x' - x|^2 / |x|^2 of free runs over test trajectories; adapted: of new systems, by their contexts "
+        "alone; null: of staying at the start or at the data's mean, whichever errs less"
+    )
     console.print(words)
+    pure = "-" if result["purity"] is None else f"{result['purity']:.3g}"
     console.print(
-        f"purity {result['purity']:.3g} with {result['experts']} experts, {result['parameters']} parameters, fit in "
+        f"purity {pure} with {result['experts']} experts, {result['parameters']} parameters, fit in "
         f"{result['fit_s']:.0f} s"
     )
 
@@ -275,7 +424,7 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
         tint = [colors(result["assigned"][n] % 10) for n in mine]
         ax.scatter(*plane(table[mine]).T, c=tint, marker=marks[i % 10], s=45)
         ax.scatter([], [], c="gray", marker=marks[i % 10], label=family)
-        if "new_contexts" in result:
+        if "new_contexts" in result and family in kinds(result["new_labels"]):
             new = [n for n, k in enumerate(kinds(result["new_labels"])) if k == family]
             where = plane(torch.tensor(result["new_contexts"], dtype=torch.float64)[new])
             tint = [colors(result["new_assigned"][n] % 10) for n in new]
@@ -296,19 +445,21 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     ax, where = axes[1, 0], np.arange(len(families))
     ax.bar(where - 0.2, list(by_family(result["labels"], result["errors"]).values()), 0.4, label="systems of training")
     if "new_errors" in result:
-        new = list(by_family(result["new_labels"], result["new_errors"]).values())
-        ax.bar(where + 0.2, new, 0.4, label="new systems, adapted")
+        new = by_family(result["new_labels"], result["new_errors"])
+        ax.bar(where + 0.2, [new.get(k, np.nan) for k in families], 0.4, label="new systems, adapted")
+    ax.plot(where, list(by_family(result["labels"], result["nulls"]).values()), "k_", ms=14, label="null")
     ax.set_xticks(where, families, rotation=45, ha="right")
     ax.set(title="relative squared error of free runs", yscale="log")
     ax.legend(fontsize=8)
     ax = axes[1, 1]
     ax.plot(np.arange(1, len(result["loss"]) + 1), result["loss"], lw=1)
     ax.set(title="the fit", xlabel="outer step", ylabel="loss, relative", yscale="log")
-    other = ax.twinx()
-    truth = kinds(result["labels"])
-    steps_, pure = zip(*[(at, purity(to, truth)) for at, to in result["assignments"]], strict=True)
-    other.step([*steps_, len(result["loss"])], [*pure, pure[-1]], where="post", color="C1")
-    other.set_ylim(0, 1.05)
-    other.set_ylabel("purity", color="C1")
-    figure.suptitle(f"{result['families']}, {result['learner']}, seed {result['seed']}")
+    other, truth = ax.twinx(), kinds(result["labels"])
+    told = result["purity"] is not None
+    value = (lambda to: purity(to, truth)) if told else (lambda to: len(set(to)))
+    steps_, course = zip(*[(at, value(to)) for at, to in result["assignments"]], strict=True)
+    other.step([*steps_, len(result["loss"])], [*course, course[-1]], where="post", color="C1")
+    other.set_ylim(0, 1.05 * (1 if told else result["experts"]))
+    other.set_ylabel("purity" if told else "experts in use", color="C1")
+    figure.suptitle(f"{result['families'] or 'files'}, {result['learner']}, seed {result['seed']}")
     save_figure(figure, path)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mbrl import compiled, metrics, nulls, piecewise
 from mbrl import device as devices
 from mbrl.choices import KNOWN, PLAIN, RECONSTRUCTORS, Reconstructor, console
-from mbrl.core import Dynamics, Spec, StepInput
+from mbrl.core import Diverged, Dynamics, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics.plrnn import Plrnn, PlrnnConfig, PlrnnFit, Shallow, fit_plrnn, orbit
 from mbrl.fit import FitConfig, Rows, fit
@@ -143,9 +143,7 @@ def train(run: Run, args: Reconstruct, config: Any, data: Dataset, name: str) ->
         else:
             pairs = zip(models, args.seeds, strict=True)
             finite = [_alone(run, args, model, data, f"{name}-{seed}", seed) for model, seed in pairs]
-    except RuntimeError as error:
-        if "diverged" not in str(error):
-            raise
+    except Diverged as error:
         part = "schedule" if isinstance(config, PlrnnConfig) else "fitting"
         raise RunError(f"{name}: {error}; begin again with a smaller --{part}.lr, or --{part}.clip 1") from error
     states = {f"{i}.{k}": v for i, m in enumerate(models) for k, v in m.state_dict().items()}
@@ -287,10 +285,7 @@ def true_exponents(system: Any, dt: float, seed: int = 0) -> list[float]:
 
 def run_reconstruct(args: Reconstruct) -> Run:
     """The command `mbrl reconstruct`; returns the finished run."""
-    if args.threads < 0:
-        raise ValueError(f"--threads {args.threads}: expected 0 (torch's own choice) or more")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    devices.use_threads(args.threads)
     if args.resume is not None:
         given, run = args, Run.resumed(args.resume, "reconstruct", args.threads, quiet=args.quiet)
         config = run.config

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Dynamics, Segment, Spec, StepInput, demand
+from mbrl.core import Diverged, Dynamics, Segment, Spec, StepInput, demand
 from mbrl.data import Dataset
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import Hyper, HyperConfig, HyperFit, check_fit, fit_hyper, importance_of
@@ -271,7 +271,7 @@ class _Shared(Student):
             if done % budget.save_every == 0 or done == budget.updates:
                 value = loss.item()
                 if not np.isfinite(value):
-                    raise RuntimeError(
+                    raise Diverged(
                         f"continual: the loss of task {task} is {value}; expected finite data, or try a smaller lr"
                     )
                 if progress is not None:

@@ -212,6 +212,10 @@ def randn(model: nn.Module, n: int, m: int, generator: torch.Generator, kind: Ca
 # ---------------------------------------------------------------- settings
 
 
+class Diverged(RuntimeError):
+    """A fit that cannot go on: nothing of it is finite any more."""
+
+
 def demand(who: str, *rules: tuple[str, Any, str, bool]) -> None:
     """rules: a setting's name, its value, what is expected, whether it holds. Raises one ValueError that names all of
     which it does not."""

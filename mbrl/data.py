@@ -157,7 +157,9 @@ def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
     first = parts[0]
     for i, x in enumerate(parts):
         timed = x.dt == first.dt or x.dts is not None
-        if x.spec != first.spec or not timed or (x.dts is None) != (first.dts is None) or x.system is not None:
+        if x.system is not None:
+            raise ValueError(f"joined: part {i} holds {x.systems} systems already, expected parts of one system each")
+        if x.spec != first.spec or not timed or (x.dts is None) != (first.dts is None):
             raise ValueError(f"joined: part {i} is of {x.spec}, dt {x.dt}; the first of {first.spec}, dt {first.dt}")
     both: dict[str, Any] = {k: torch.cat([x.rows[k] for x in parts]) for k in first.rows}
     if first.dts is not None:

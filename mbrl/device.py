@@ -30,6 +30,14 @@ def pick(name: str = "auto") -> torch.device:
     return device
 
 
+def use_threads(n: int) -> None:
+    """CPU threads of this process; 0 leaves torch its own choice. Raises ValueError for fewer."""
+    if n < 0:
+        raise ValueError(f"--threads {n}: expected 0 (torch's own choice) or more")
+    if n:
+        torch.set_num_threads(n)
+
+
 def available() -> bool:
     """Whether an accelerator is at hand."""
     return torch.cuda.is_available()

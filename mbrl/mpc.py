@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from mbrl import device as devices
 from mbrl.adapt import adapt, known
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Dynamics, Segment, StepInput, Tree, choose, rows
+from mbrl.core import Dynamics, Segment, StepInput, Tree, choose, demand, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.offline import Forget, Record
@@ -185,6 +185,11 @@ class Follow:
     prior: float = 0.0
     """See `mbrl.adapt.adapt`."""
 
+    def __post_init__(self) -> None:
+        least = {"window": 1, "every": 1, "updates": 0, "keep": 1, "prior": 0}
+        rules = [(k, getattr(self, k), f"at least {n}", getattr(self, k) >= n) for k, n in least.items()]
+        demand("Follow", *rules, ("lr", self.lr, "a rate above 0", self.lr > 0))
+
 
 @final
 class Adapting:
@@ -199,6 +204,10 @@ class Adapting:
         self.mpc, self.follow, self.scale = mpc, follow or Follow(), scale
         self.first = (table.mean(0, keepdim=True) if first is None else first).to(table)
         self.begin(0)
+
+    @property
+    def generator(self) -> torch.Generator:
+        return self.mpc.generator
 
     def begin(self, envs: int) -> None:
         """Forget everything: E new episodes."""

@@ -474,7 +474,10 @@ def model_is_free(cond: Any) -> bool:
 
 def _named(doubts: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in doubts:
-        raise ValueError(f"uncertainty {name!r} is not one that the model has: got {sorted(doubts)}")
+        raise ValueError(
+            f"uncertainty {name!r} is not one that the model has: got {sorted(doubts) or 'none'}; name one of these, "
+            "or take the penalty's coefficient 0 and no truncation by it"
+        )
     return doubts[name]
 
 
@@ -547,7 +550,7 @@ def train(
     made: list[Dynamics] = []
     if imagination is not None:
         if not models:
-            _check_doubts(imagination, data, dynamics)
+            check_doubts(imagination, data, dynamics)
         for seed in seeds:
             model = models[len(made) % len(models)] if models else learn_model(data, dynamics, fitting, seed, record)
             lap("model")
@@ -710,8 +713,8 @@ def _mix(seeds: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def _check_doubts(config: Imagination, data: Dataset, dynamics: Any) -> None:
-    """Whether the learner can tell what it is to be penalised and cut by, before it is fitted."""
+def check_doubts(config: Imagination, data: Dataset, dynamics: Any) -> None:
+    """Raises ValueError where the learner cannot tell what it is to be penalised and cut by; before it is fitted."""
     generator = devices.generator(0, data.obs.device)
     model = dynamics.build(data.spec, generator).to(data.obs.device)
     cond = model.condition(data.obs.new_zeros(1, model.spec.ctx))

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, repeat
+from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, repeat
 from mbrl.nets import Normalizer, variance
 from mbrl.rollout import masked_mean, transitions
 
@@ -138,7 +138,7 @@ class OneStep(Markov):
         return (self.moments(self.inputs(x), cond)[0] - self.targets(y)) ** 2
 
     def finish(self, errors: Tensor) -> None:
-        """Raises RuntimeError where the fit never reached a finite error."""
+        """Raises Diverged where the fit never reached a finite error."""
         if not bool(errors.isfinite().all()):
             name = type(self).__name__
-            raise RuntimeError(f"{name}: the fit has diverged; expected finite data, or try a smaller learning rate")
+            raise Diverged(f"{name}: the fit has diverged; expected finite data, or try a smaller learning rate")

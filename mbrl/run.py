@@ -19,14 +19,18 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+
+from mbrl import device as devices
 
 SHARED = ("model-", "reward-", "terminal-")  # what several runs on the same data may share
 VERSIONED = ("mbrl-suite", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "minari")
@@ -112,9 +116,33 @@ def from_plain(value: Any, known: Iterable[type]) -> Any:
         names = {f.name for f in dataclasses.fields(cls)}
         if extra := set(x) - names - {"_type"}:
             raise RunError(f"settings of {cls.__name__}: unknown {sorted(extra)}; it has {sorted(names)}")
-        return cls(**{k: build(v) for k, v in x.items() if k != "_type"})
+        made = {k: build(v) for k, v in x.items() if k != "_type"}
+        for name, hint in get_type_hints(cls).items():
+            if name in made and not _fits(made[name], hint):
+                raise RunError(f"settings of {cls.__name__}: {name} is {made[name]!r}, expected {_words(hint)}")
+        return cls(**made)
 
     return build(value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a setting is of its type; what JSON has no word for (a path, another class) is not looked at."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, x) for x in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)
+        return isinstance(value, tuple) and (inner[-1:] != (...,) or all(_fits(x, inner[0]) for x in value))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint in (bool, str, NoneType):
+        return isinstance(value, hint)
+    return not isinstance(value, dict)
+
+
+def _words(hint: Any) -> str:
+    return getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 # ---------------------------------------------------------------- the folder
@@ -133,6 +161,7 @@ class Run:
         self._progress: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._said: dict[str, float] = {}
+        self._lock = FileLock(self.folder / ".lock")
 
     @classmethod
     def create(cls, folder: Path, config: Mapping[str, Any], local: Mapping[str, Any], **kw: Any) -> "Run":
@@ -141,7 +170,11 @@ class Run:
         if (folder / "config.json").exists():
             raise RunError(f"{folder}: holds a run already; continue it with --resume {folder}, or name another folder")
         run = cls(folder, **kw)
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError):
+            raise RunError(f"{folder}: a file is in the way; expected a folder, or a name that is free") from None
+        run.lock()
         write_json(folder / "local.json", local)
         facts = {"versions": versions(), "git": git_hash(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(folder / "config.json", {**config, **facts})
@@ -165,8 +198,19 @@ class Run:
             raise RunError(f"{folder}: is of `mbrl {kind}`, expected one of `mbrl {command}`")
         if run.result is not None:
             raise RunError(f"{folder}: has finished; its report is {Path(folder) / 'report.png'}")
-        torch.set_num_threads(threads or run.local["threads"])
+        devices.use_threads(threads or run.local["threads"])
+        run.lock()
         return run
+
+    def lock(self) -> None:
+        """Keep other processes from writing there too, until `close` or the end of this one, however it ends. Raises
+        RunError where one is at it."""
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise RunError(f"{self.folder}: another process is at work there; wait for its end, or stop it") from None
+        except NotImplementedError:  # a file system without locks
+            return
 
     def rewind(self) -> None:
         """Drop the numbers that were logged after the last checkpoint: they will be computed again, and be the same."""
@@ -199,7 +243,7 @@ class Run:
         path = self.folder / name
         try:
             return json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.folder}: no {name} there; expected the folder of a run") from None
         except json.JSONDecodeError as error:
             raise RunError(f"{path}: not JSON ({error}); the run cannot be read") from None
@@ -304,6 +348,7 @@ class Run:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        self._lock.release()
 
     def __enter__(self) -> "Run":
         return self

@@ -160,6 +160,10 @@ def test_what_cannot_adapt_says_so(fitted):
         adapt(fitted, segment._replace(mask=~segment.mask))
     with pytest.raises(ValueError, match=r"starts are \[3\]"):
         adapt(fitted, segment, starts=torch.zeros(3))
+    with pytest.raises(ValueError, match="keep is 0, expected at least 1; updates is -1"):
+        adapt(fitted, segment, keep=0, updates=-1)
+    with pytest.raises(ValueError, match="every is 0, expected at least 1"):
+        Follow(every=0)
 
 
 def test_windows_are_those_of_one_system_without_overlap():
@@ -171,6 +175,8 @@ def test_windows_are_those_of_one_system_without_overlap():
     assert len(windows(data, 1, data.obs, None, 2).obs) == 2
     with pytest.raises(ValueError, match="system 1 has no window of 21 steps"):
         windows(data, 1, data.obs, 21)
+    with pytest.raises(ValueError, match="system is 17, expected 0 to 1"):
+        windows(data, 17, data.obs)
 
 
 def test_relative_errors_are_those_of_free_runs(fitted):
@@ -189,6 +195,14 @@ def test_relative_errors_are_those_of_free_runs(fitted):
     true = torch.stack([data.next_obs[:20], data.next_obs[20:40]]).square().sum((1, 2))
     want = (torch.stack(errors).sum(0)[:, 0] / true).mean()
     assert got[0].item() == pytest.approx(want.item(), rel=1e-4)
+    ends = torch.tensor([19, 39])
+    open_ended = replace(  # as of a series: nothing is known to follow the last step
+        data, paired=data.paired.index_fill(0, ends, False), next_obs=data.next_obs.index_copy(0, ends, data.obs[ends])
+    )
+    last = torch.stack(errors)[:19].sum(0)[:, 0] / torch.stack([data.next_obs[:19], data.next_obs[20:39]]).square().sum(
+        (1, 2)
+    )
+    assert relative_errors(fitted, open_ended, fitted.contexts)[0].item() == pytest.approx(last.mean().item(), rel=1e-4)
     broken = torch.full((4, 2), math.nan)
     assert relative_errors(fitted, data, broken).isinf().all()
 

@@ -223,6 +223,8 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["offline", "--dataset", "embedded:pendulum", "--scale", "hoper-medium-v2"], "hoper-medium-v2"),
         (["offline", "--dataset", "embedded:pendulum", "--updates", "0"], "--updates: got 0"),
         (["offline", "--dataset", "embedded:pendulum", "--start", "no.zip", "algorithm:mopo"], "no.zip"),
+        (["offline", "--dataset", "embedded:pendulum", "algorithm:mopo", "dynamics:mixer"], "uncertainty 'aleatoric'"),
+        (["offline", "--dataset", "embedded:pendulum", "--threads", "-2"], "--threads -2"),
         (["offline", "--dataset", "minari:foo"], "minari:<namespace>/<name>-v<number>"),
         (["offline", "--dataset", "Hopper-v5"], "mbrl collect --env Hopper-v5"),
         (["suite", "--datasets", "a/x.hdf5", "b/x.hdf5"], "called x"),

@@ -2,17 +2,20 @@
 
 import json
 
+import gymnasium as gym
+import numpy as np
 import pytest
+import torch
 from worlds import interrupted
 
-from mbrl import cli_meta
+from mbrl import cli_control, cli_meta
 from mbrl.choices import MIXERS
 from mbrl.cli import main
 from mbrl.run import Run
 
-QUICK = ["--trajectories", "2", "--tests", "3", "--threads", "1", "--seed", "3", "--fit.outer", "6", "--fit.warm", "2",
+QUICK = ["--threads", "1", "--seed", "3", "--fit.outer", "6", "--fit.warm", "2",
          "--adapt-updates", "5", "--save-every", "2", "--quiet"]  # fmt: skip
-TWO = ("--families", "harmonic,damped-harmonic", "--environments", "2")
+TWO = ("--families", "harmonic,damped-harmonic", "--environments", "2", "--trajectories", "2", "--tests", "3")
 SMALL = ["--dynamics.expert.hidden", "8", "8"]
 
 
@@ -38,7 +41,9 @@ def test_a_run_holds_errors_assignments_contexts_and_a_picture(tmp_path):
     assert found["assignments"][-1][1] == found["assigned"]
     assert {x.rpartition(":")[0] for x in found["new_labels"]} == {"harmonic", "damped-harmonic"}
     assert len(found["new_errors"]) == len(found["new_labels"]) == len(found["confidence"])
-    assert all(0 < x <= 1 + 1e-6 for x in found["confidence"])
+    assert all(0 < x <= 1 for x in found["confidence"])
+    assert len(found["nulls"]) == 4
+    assert len(found["new_nulls"]) == len(found["new_labels"])
     assert (tmp_path / "a" / "report.png").stat().st_size > 10_000
     assert [x["step"] for x in Run.open(tmp_path / "a").metrics()] == [1, 2, 3, 4, 5, 6]
 
@@ -57,6 +62,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys):
 def test_what_stands_beside_has_as_many_experts_as_it_should(tmp_path, learner, experts):
     found = go(tmp_path / "a", learner=learner, settings=["--dynamics.expert.main", "8"])
     assert found["experts"] == experts
+    assert (found["purity"] is None) == (learner == "separate")  # which has no choice
     if learner == "separate":
         assert found["assigned"] == [0, 1, 2, 3]
         assert "new_errors" not in found  # contexts that stay cannot adapt
@@ -69,6 +75,86 @@ def test_tasks_of_robots_are_systems_too(tmp_path):
     assert len(found["errors"]) == 10
     assert found["experts"] == 2
     assert found["labels"][0] == "cartpole-pole:0.4"
+    assert found["purity"] is None  # of one family
+
+
+def test_what_it_has_learned_of_a_simulator_plans_there(tmp_path, capsys):
+    which = ("--families", "cartpole-pole", "--steps", "60", "--experts", "1")
+    go(tmp_path / "a", "--fit.length", "5", which=which)
+    small = ["planner:icem", "--planner.horizon", "3", "--planner.samples", "16"]
+    plan = lambda env, out: main(
+        ["plan", "--env", env, "--model", str(tmp_path / "a"), "--seed", "0", "--episodes", "1", "--threads", "1",
+         "--quiet", "--out", str(out), *small]
+    )  # fmt: skip
+    plan("mbrl_envs/CartPoleLength-v0", tmp_path / "b")
+    found = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert np.isfinite(found["returns"][0][1])
+    with pytest.raises(SystemExit):
+        plan("Pendulum-v1", tmp_path / "c")
+    assert "its model is of cartpole-pole; Pendulum-v1 has 3 observations" in said(capsys)
+
+
+def test_planning_follows_by_what_the_run_has_kept(tmp_path):
+    which = ("--families", "cartpole-pole", "--steps", "60", "--experts", "1")
+    go(tmp_path / "a", "--fit.length", "5", which=which)
+    env = gym.make("mbrl_envs/CartPoleLength-v0")
+    args = cli_control.Plan(env="mbrl_envs/CartPoleLength-v0", seed=0, model=str(tmp_path / "a"))
+    control = cli_control._given(args, env, None, None, torch.device("cpu"))
+    data = cli_meta.load(cli_meta.Meta(families="cartpole-pole", steps=60, seed=3)).train
+    assert control.scale.tolist() == pytest.approx((data.next_obs - data.obs).square().mean(0).tolist(), rel=1e-5)
+    assert control.mpc.dt == data.dt
+    assert control.mpc.reward is not None  # the tasks' own
+    assert torch.equal(control.first[0], control.mpc.model.contexts.mean(0))
+
+
+def series(folder, rates, names, steps=120):
+    """A file of two waves for each rate."""
+    time = np.arange(steps)[:, None]
+    for name, rate in zip(names, rates, strict=True):
+        np.save(folder / f"{name}.npy", np.concatenate([np.sin(rate * time), np.cos(rate * time)], 1))
+    return [str(folder / f"{name}.npy") for name in names]
+
+
+def test_files_of_ones_own_are_systems(tmp_path, capsys):
+    files = series(tmp_path, (0.1, 0.2, 0.5), "abc")
+    which = ("--data", *files[:2], "--new", files[2], "--experts", "2")
+    whole = go(tmp_path / "a", which=which)
+    assert (whole["labels"], whole["new_labels"]) == (["a:0", "b:1"], ["c:2"])
+    assert whole["purity"] is None
+    assert whole["experts"] == 2
+    assert len(whole["errors"]) == 2
+    assert len(whole["new_errors"]) == 1
+    with interrupted(2), pytest.raises(SystemExit):
+        go(tmp_path / "b", which=which)
+    capsys.readouterr()
+    series(tmp_path, (0.3,), "a")
+    with pytest.raises(SystemExit):
+        main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
+    assert "are not those that it was begun with" in said(capsys)
+    series(tmp_path, (0.1,), "a")
+    main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
+    assert timeless(json.loads((tmp_path / "b" / "result.json").read_text())) == timeless(whole)
+
+
+def test_files_are_cut_in_two_and_keep_their_intervals(tmp_path):
+    files = series(tmp_path, (0.1, 0.2), "ab")
+    np.savez(tmp_path / "b.npz", obs=np.load(files[1]), dt=0.5)
+    args = cli_meta.Meta(data=(tmp_path / "a.npy", tmp_path / "b.npz"), seed=0, holdout=0.25)
+    data = cli_meta.load(args)
+    assert data.train.lengths.tolist() == [90, 90]
+    assert data.test.lengths.tolist() == [30, 30]
+    assert data.train.dts.unique_consecutive().tolist() == [1.0, 0.5]
+    assert data.train.system.tolist() == [0, 1]
+    assert np.allclose(data.test.obs[:30].numpy(), np.load(files[0])[90:])
+
+
+def test_a_model_that_knows_nothing_stays_at_the_start_or_at_the_mean():
+    from mbrl_envs import series
+
+    waves = [series.from_arrays(np.array([[x] for x in xs])) for xs in ([1.0, 1.0, 1.0, 3.0], [5.0, 1.0, -1.0, 1.0])]
+    known = [series.from_arrays(np.full((2, 1), x)) for x in (9.0, 0.5)]  # the data's means
+    found = cli_meta.nulls(series.mixed(waves, "x", {}), series.mixed(known, "y", {}))
+    assert found.tolist() == pytest.approx([2.0**2 / 11, (0.5**2 + 1.5**2 + 0.5**2) / 3], rel=1e-6)
 
 
 def test_families_are_counted_and_their_errors_averaged():
@@ -81,18 +167,32 @@ def test_families_are_counted_and_their_errors_averaged():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--families", "harmonics"], "'harmonics'"),
+        (["--families", "harmonics"], "'harmonics'; did you mean harmonic"),
+        (["--families", "hopper"], "a sequence of tasks (cheetah-body"),
+        (["--families", "four", "--data", "x.npy"], "are both given"),
+        (["--data", "no.npy"], "--experts is missing"),
+        (["--data", "no.npy", "--experts", "2"], "no.npy: no such file"),
+        (["--data", "no.npy", "--experts", "2", "--noise", "0.1", "--shots", "2"], "--noise, --shots: not for files"),
+        (["--families", "harmonic", "--holdout", "0.5"], "--holdout: not for harmonic"),
+        (
+            ["--families", "cartpole-pole", "--trajectories", "9"],
+            "--trajectories: not for cartpole-pole, which is of a",
+        ),
+        (["--families", "harmonic", "--experts", "0"], "--experts 0: expected at least 1"),
+        (["--families", "harmonic", "--threads", "-1"], "--threads -1"),
+        (["--families", "harmonic", "--fit.warm", "-1"], "warm is -1, expected at least 0"),
+        (["--families", "harmonic", "--fit.guard", "-1"], "guard is -1.0, expected a number above 0"),
         (["--families", "harmonic,driven-pendulum"], "actions of several widths"),
         (["--families", "harmonic", "--environments", "0"], "n=0"),
         (["--families", "harmonic", "--environments", "1"], "hold 1 systems, expected two"),
         (["--families", "harmonic", "--experts", "9"], "5 systems, expected two and as many as the 9 experts"),
         (["--families", "harmonic", "--shots", "0"], "--shots 0: expected at least 1"),
         (["--families", "harmonic", "--fit.length", "500"], "no window of 500 steps"),
-        (["--families", "harmonic", "--fit.lr", "nan"], "rates in (0, 1)"),
+        (["--families", "harmonic", "--fit.lr", "nan"], "lr is nan, expected a rate above 0"),
         (["--families", "harmonic", "--noise", "-1"], "noise=-1"),
         (["--families", "harmonic", "--irregular", "1"], "irregular=1"),
         (["--families", "cartpole-pole", "--irregular", "0.5"], "is of a simulator"),
-        ([], "--families is missing"),
+        ([], "--families and --data are missing"),
     ],
 )
 def test_bad_input_is_one_error_and_no_folder(tmp_path, capsys, words, says):
@@ -102,9 +202,39 @@ def test_bad_input_is_one_error_and_no_folder(tmp_path, capsys, words, says):
     assert not (tmp_path / "a").exists()
 
 
-def test_another_set_cannot_be_gone_on_with(tmp_path, capsys):
-    go(tmp_path / "a")
-    (tmp_path / "a" / "result.json").unlink()
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["--dynamics.expert.hidden", "8", "-5"], "hidden of Coda is (8, -5), expected units of each layer"),
+        (["--dynamics.solver.substeps", "0"], "substeps of the solver is 0, expected at least 1"),
+        (["--dynamics.experts", "3"], "pass --experts 3"),
+    ],
+)
+def test_settings_of_the_learner_that_cannot_be(tmp_path, capsys, settings, says):
     with pytest.raises(SystemExit):
-        main(["meta", "--resume", str(tmp_path / "a"), "--families", "four"])
-    assert "is of harmonic,damped-harmonic; it cannot go on with four" in said(capsys)
+        go(tmp_path / "a", settings=settings)
+    assert says in said(capsys)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--families", "four"], "not by --families four (its own is harmonic,damped-harmonic)"),
+        (["--fit.outer", "9"], "not by --fit.outer 9 (its own is 6)"),
+        (["dynamics:mixer-geps"], "not by dynamics: mixer-geps (its own is mixer-coda)"),
+        (["dynamics:mixer-coda", "--dynamics.expert.hidden", "9"], "--dynamics.expert.hidden 9 (its own is 8 8)"),
+    ],
+)
+def test_a_run_goes_on_by_its_own_settings(tmp_path, capsys, words, says):
+    with interrupted(2), pytest.raises(SystemExit):
+        go(tmp_path / "a")
+    with pytest.raises(SystemExit):
+        main(["meta", "--resume", str(tmp_path / "a"), *words])
+    assert says in said(capsys)
+
+
+def test_a_fit_that_is_not_finite_ends_with_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        go(tmp_path / "a", "--fit.lr", "1e30")
+    assert "no update of outer step" in said(capsys)

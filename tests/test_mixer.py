@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from mbrl import device as devices
-from mbrl.core import Spec, StepInput
+from mbrl.core import Diverged, Spec, StepInput
 from mbrl.data import Dataset, joined
 from mbrl.dynamics import mixer
 from mbrl.dynamics.mixer import (
@@ -264,6 +264,38 @@ def test_the_gate_is_least_squares_of_the_one_hot_experts():
     assert (torch.cat([apart, torch.ones(3, 1)], 1) @ gate).argmax(1).tolist() == [2, 0, 1]
 
 
+def test_the_nearest_centres_expert_serves_and_none_is_masked():
+    centre, order = torch.randn(5, 3, generator=gen()), [2, 0, 4, 1, 3]
+    x = torch.cat([torch.randn(40, 3, generator=gen(1)), torch.ones(40, 1)], 1)
+    got = (x @ mixer.nearest_gate(centre, order)).argmax(1)
+    assert got.tolist() == [order[i] for i in torch.cdist(x[:, :3], centre).argmin(1).tolist()]
+    line = torch.tensor([[-1.0], [0.0], [1.0]])  # three clusters in a row
+    choose = lambda gate: (torch.cat([line, torch.ones(3, 1)], 1) @ gate).argmax(1).tolist()
+    systems, label = line[[0] * 9 + [1] * 5 + [2] * 9], torch.tensor([0] * 9 + [1] * 5 + [2] * 9)
+    assert 1 not in choose(solved_gate(systems, label, 3, gen()))  # the middle one is masked by least squares
+    assert choose(mixer.nearest_gate(line, [0, 1, 2])) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("solve", ["least-squares", "nearest"])
+def test_the_gate_is_solved_as_asked(solve):
+    data = families()
+    model = CONFIG.build(data.spec, gen())
+    job = mixer._Fit(model, data, replace(FIT, solve=solve), gen(2))
+    with torch.no_grad():
+        model.contexts.copy_(torch.randn(6, 4, generator=gen(3)))
+    job._solve(job._batch())
+    away = torch.cdist(model.contexts, job.centre)
+    served = model.chosen(model.contexts)
+    x = torch.cat([model.contexts, torch.ones(6, 1)], 1).detach()
+    if solve == "nearest":
+        assert (served == served[away.argmin(1) == 0][0]).tolist() == (away.argmin(1) == 0).tolist()
+        scores = x @ model.gate
+        gap = scores[:, served[away.argmin(1) == 0][0]] - scores[:, served[away.argmin(1) == 1][0]]
+        torch.testing.assert_close(gap, away[:, 1] ** 2 - away[:, 0] ** 2)
+    else:
+        assert (x @ model.gate).sum(1).tolist() == pytest.approx([1.0] * 6, abs=1e-2)  # as the one-hot experts do
+
+
 def test_purity_counts_the_majority_of_each_expert():
     assert purity([0, 0, 1, 1], "aabb") == 1.0
     assert purity([0, 0, 0, 1], "aabb") == 0.75
@@ -511,6 +543,7 @@ def test_a_resumed_fit_gives_the_same_numbers(config):
     fit_mixer(short, data, fit_of, gen(1), checkpoint=keep)
     again = config.build(data.spec, gen(7))
     got = fit_mixer(again, data, fit_of, gen(8), resume=kept)
+    assert got.seconds > float(kept["seconds"]) > 0  # with those of before
     assert (got.loss, got.assigned, got.solved, got.updates) == (want.loss, want.assigned, want.solved, want.updates)
     for k, v in whole.state_dict().items():
         assert torch.equal(v, again.state_dict()[k]), k
@@ -554,6 +587,39 @@ def test_bad_data_are_one_clear_error(change, settings, says):
     config = replace(FIT, length=settings.get("length", 5))
     with pytest.raises(ValueError, match=says):
         fit_mixer(model, change(data), config, gen())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"outer": -1}, "outer is -1, expected at least 0"),
+        ({"inner": 0, "batch": 0}, "inner is 0, expected at least 1; batch is 0"),
+        ({"lr_context": 0.0}, "lr_context is 0.0, expected a rate above 0"),
+        ({"proximal": -1.0}, "proximal is -1.0, expected 0 or more"),
+        ({"assign": "foo"}, "assign is foo, expected greedy or hungarian"),
+    ],
+)
+def test_a_fits_settings_that_cannot_be(settings, says):
+    data = families()
+    with pytest.raises(ValueError, match=says):
+        fit_mixer(CONFIG.build(data.spec, gen()), data, replace(FIT, **settings), gen())
+
+
+def test_settings_that_cannot_be_built():
+    spec = families().spec
+    for change, says in (
+        ({"gating": "foo"}, "gating is foo, expected one of solved, gradient, own"),
+        ({"expert": Ncf(main=())}, r"main of Ncf is \(\), expected"),
+        ({"experts": 0, "alpha": 2.0}, "experts is 0, expected at least 1; alpha is 2.0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(CONFIG, **change).build(spec)
+
+
+def test_a_fit_of_which_nothing_is_finite_ends():
+    data = families()
+    with pytest.raises(Diverged, match=r"no update of outer step \d+ was finite.*lr 1e\+30"):
+        fit_mixer(CONFIG.build(data.spec, gen()), data, replace(FIT, lr=1e30), gen())
 
 
 def test_a_single_system_is_none_for_a_mixture():

@@ -33,6 +33,39 @@ def test_settings_of_an_unknown_type_or_field_are_refused():
         from_plain({"_type": "Penalty", "coeficient": 1.0}, KNOWN)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("coefficient", "much", "coefficient is 'much', expected float"),
+        ("name", 3, "name is 3, expected str"),
+        ("samples", 1.5, "samples is 1.5, expected int"),
+        ("scaled", 1, "scaled is 1, expected bool"),
+    ],
+)
+def test_settings_of_another_type_are_refused(name, value, says):
+    with pytest.raises(RunError, match=says):
+        from_plain({"_type": "Penalty", name: value}, KNOWN)
+    assert from_plain({"_type": "Penalty", "coefficient": 2}, KNOWN).coefficient == 2
+
+
+def test_one_process_at_a_time_writes_in_a_folder(tmp_path):
+    run = Run.create(tmp_path / "run", {"arguments": {"_type": "Meta"}}, {"threads": 1}, quiet=True)
+    with pytest.raises(RunError, match="another process is at work there"):
+        Run.resumed(run.folder, "meta", 0)
+    assert Run.open(run.folder).config["arguments"] == {"_type": "Meta"}  # reading is free
+    run.close()
+    Run.resumed(run.folder, "meta", 0).close()
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match="a file is in the way"):
+            Run.create(folder, {}, {})
+        with pytest.raises(RunError, match="expected the folder of a run"):
+            Run.resumed(folder, "meta", 0)
+
+
 def test_tensors_and_facts_come_back_as_they_were(tmp_path):
     run = made(tmp_path)
     state = {"a": torch.randn(3, 4), "b": torch.arange(3), "t": torch.randn(4, 3).T, "g": torch.Generator().get_state()}

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbrl.data import Dataset, joined
+from mbrl.data import Dataset
 from mbrl_envs import contexts
 from mbrl_envs.collect import atomic
 from mbrl_envs.scores import close_matches
-from mbrl_envs.series import digest
+from mbrl_envs.series import digest, mixed
 from mbrl_envs.systems import Equations, RandomSteps, cosine, integrate, sine
 
 TOLERANCE = 1e-9  # of the solver, relative and absolute
@@ -329,7 +329,7 @@ def generate(
         parts.append(_dataset(env, states, act, dts))
     meta = {"kind": "families", "seed": seed, "trajectories": trajectories, "noise": noise, "irregular": irregular}
     meta |= {"labels": [e.label for e in envs], "parameters": [e.system.parameters() for e in envs]}
-    return _mixed(parts, "+".join(dict.fromkeys(e.family.name for e in envs)), meta)
+    return mixed(parts, "+".join(dict.fromkeys(e.family.name for e in envs)), meta)
 
 
 def robots(name: str, steps: int, seed: int) -> tuple[Dataset, list[str]]:
@@ -338,14 +338,7 @@ def robots(name: str, steps: int, seed: int) -> tuple[Dataset, list[str]]:
     tasks = contexts.tasks(name)
     labels = [f"{name}:{task.name}" for task in tasks]
     meta = {"kind": "robots", "seed": seed, "labels": labels, "contexts": [task.context for task in tasks]}
-    return _mixed(contexts.collect(tasks, steps, seed=seed), name, meta), labels
-
-
-def _mixed(parts: list[Dataset], name: str, meta: Mapping[str, Any]) -> Dataset:
-    data = joined(parts, mixed=True)
-    more = () if data.dts is None else (data.dts,)
-    found = digest(data.obs, data.act, data.reward, data.next_obs, data.terminal, data.starts, *more)
-    return replace(data, name=name, sha256=found, meta=meta)
+    return mixed(contexts.collect(tasks, steps, seed=seed), name, meta), labels
 
 
 def _stream(env: Environment, seed: int, trajectory: int, *more: int) -> np.random.Generator:

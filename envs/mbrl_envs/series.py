@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbrl.data import Dataset
+from mbrl.data import Dataset, joined
 from mbrl_envs.scores import DataError, close_matches
 
 Column = int | str
@@ -181,21 +181,48 @@ def pair(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
     """The two, their actions scaled by one range, which spans both: two files give each its own. Raises ValueError
     where they cannot be of one system: other widths, the same columns in another order, or another dt. One that
     differs by no more than what times are rounded to becomes train's."""
-    for what, key, got, want in (
-        ("observed columns", "columns", test.obs.shape[1], train.obs.shape[1]),
-        ("inputs", "inputs", test.act.shape[1], train.act.shape[1]),
-    ):
-        mine, others = ([str(x) for x in d.meta.get(key) or []] for d in (test, train))
-        if got != want or (mine != others and sorted(mine) == sorted(others)):
-            listed = lambda names: f" ({', '.join(names)})" if names else ""
-            have = f"{test.name} has {got} {what}{listed(mine)}, expected {want}{listed(others)} as {train.name} has"
-            raise ValueError(f"{have}; choose the same of both")
+    _same_columns(test, train)
     if not math.isclose(test.dt, train.dt, rel_tol=SAME_DT):
         raise ValueError(f"{test.name} has dt {test.dt:g}, expected {train.dt:g} as {train.name} has; resample it")
     if test.dt != train.dt:
         test = _hashed(replace(test, dt=train.dt))
-    low, high = torch.minimum(train.act_low, test.act_low), torch.maximum(train.act_high, test.act_high)
-    return _rescaled(train, low, high), _rescaled(test, low, high)
+    return tuple(_one_range([train, test]))  # type: ignore[return-value]
+
+
+def alike(parts: Sequence[Dataset]) -> list[Dataset]:
+    """Series of several systems, their actions scaled by one range, which spans all; where their dt differ, each says
+    its own step by step (`dts`). Raises ValueError where they observe other columns than the first."""
+    for x in parts[1:]:
+        _same_columns(x, parts[0])
+    if len({x.dt for x in parts}) > 1:
+        parts = [_hashed(replace(x, dts=x.obs.new_full((len(x),), x.dt))) for x in parts]
+    return _one_range(parts)
+
+
+def mixed(parts: Sequence[Dataset], name: str, meta: Mapping[str, Any]) -> Dataset:
+    """Datasets as one of several systems, part i of system i."""
+    data = joined(parts, mixed=True)
+    more = () if data.dts is None else (data.dts,)
+    found = digest(data.obs, data.act, data.reward, data.next_obs, data.terminal, data.starts, *more)
+    return replace(data, name=name, sha256=found, meta=meta)
+
+
+def _same_columns(data: Dataset, like: Dataset) -> None:
+    for what, key, got, want in (
+        ("observed columns", "columns", data.obs.shape[1], like.obs.shape[1]),
+        ("inputs", "inputs", data.act.shape[1], like.act.shape[1]),
+    ):
+        mine, others = ([str(x) for x in d.meta.get(key) or []] for d in (data, like))
+        if got != want or (mine != others and sorted(mine) == sorted(others)):
+            listed = lambda names: f" ({', '.join(names)})" if names else ""
+            have = f"{data.name} has {got} {what}{listed(mine)}, expected {want}{listed(others)} as {like.name} has"
+            raise ValueError(f"{have}; choose the same of both")
+
+
+def _one_range(parts: Sequence[Dataset]) -> list[Dataset]:
+    low = torch.stack([x.act_low for x in parts]).amin(0)
+    high = torch.stack([x.act_high for x in parts]).amax(0)
+    return [_rescaled(x, low, high) for x in parts]
 
 
 def standardise(data: Dataset, like: Dataset | None = None) -> Dataset:

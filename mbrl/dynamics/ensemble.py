@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
+from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
 from mbrl.nets import Normalizer, StackedMLP, apply_layers, truncated, variance
 from mbrl.rollout import transitions
 
@@ -235,12 +235,10 @@ class Ensemble(Markov):
 
     def finish(self, errors: Tensor) -> None:
         """The members with the least error become the elites. One whose error is not finite never does: where too
-        few are left they are repeated. Raises RuntimeError where none is."""
+        few are left they are repeated. Raises Diverged where none is."""
         n = int(errors.isfinite().sum())
         if n == 0:
-            raise RuntimeError(
-                "Ensemble: every member has diverged; expected finite data, or try a smaller learning rate"
-            )
+            raise Diverged("Ensemble: every member has diverged; expected finite data, or try a smaller learning rate")
         order = torch.where(errors.isfinite(), errors, torch.inf).argsort(stable=True)
         count = torch.arange(len(self.elites), device=order.device) % n
         self.elites.copy_(order[count])

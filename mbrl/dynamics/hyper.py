@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbrl.core import Segment, Spec, Tree, demand, group
+from mbrl.core import Diverged, Segment, Spec, Tree, demand, group
 from mbrl.data import Dataset
 from mbrl.device import graphed
 from mbrl.fit import Adam, Rows
@@ -240,7 +240,7 @@ def fit_hyper(
     importance [task, P]: weighs what is anchored (see `importance_of`); ones by default. progress: (update, updates,
     figures) every so many updates, then checkpoint: a dict of live tensors; such a dict as `resume`, with the model as
     it was when the task began, gives the numbers of an uninterrupted fit. Raises ValueError for settings that cannot
-    be, for a task that the model has no embedding for, and for data of another spec or without a pair; RuntimeError
+    be, for a task that the model has no embedding for, and for data of another spec or without a pair; Diverged
     where the loss is not finite."""
     began, spec = time.perf_counter(), model.spec
     check_fit(config)
@@ -307,7 +307,7 @@ def fit_hyper(
         if done % every == 0 or done == config.updates:
             value = loss.item()
             if not math.isfinite(value):
-                raise RuntimeError(
+                raise Diverged(
                     f"fit_hyper: the loss of task {task} is {value}; expected finite data, or try a smaller lr"
                 )
             if progress is not None:

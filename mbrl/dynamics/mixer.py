@@ -4,9 +4,10 @@ alone chooses one expert, and the experts share the context (MixER: Nzoyem et al
 Systems sort themselves by family: `fit_mixer` alternates between contexts and weights, and again and again clusters the
 contexts, gives each cluster the expert that errs least there, and solves for the gate by least squares."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, final
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, group, pull
+from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, demand, group, pull
 from mbrl.data import Dataset
 from mbrl.device import graphed
 from mbrl.fit import BETAS, Moments, Rows
@@ -342,9 +343,9 @@ class Mixer(Markov):
         return (error if self.worth is None else error + self._wrong(segment))[None]
 
     def finish(self, errors: Tensor) -> None:
-        """Raises RuntimeError where the fit never reached a finite error."""
+        """Raises Diverged where the fit never reached a finite error."""
         if not bool(errors.isfinite().all()):
-            raise RuntimeError(
+            raise Diverged(
                 "Mixer: the fit has diverged; expected finite data, or try shorter windows, a larger alpha, more "
                 "substeps or a smaller learning rate"
             )
@@ -412,12 +413,21 @@ def _taylor(f: Callable[[Tensor], Tensor], zero: Tensor, order: int) -> Tensor:
 
 
 def _check(config: MixerConfig) -> None:
-    if config.experts < 1 or config.width < 1:
-        raise ValueError(f"MixerConfig: got {config.experts} experts and width {config.width}, expected at least 1")
-    if not 0 <= config.alpha <= 1:
-        raise ValueError(f"MixerConfig: alpha is {config.alpha}, expected 0 to 1")
-    if config.modulation not in (0, 1, 2):
-        raise ValueError(f"MixerConfig: modulation is {config.modulation}, expected 0, 1 or 2")
+    gatings, kind = ("solved", "gradient", "own"), type(config.expert).__name__
+    sizes = [(f"{f.name} of {kind}", getattr(config.expert, f.name)) for f in fields(config.expert)]
+    layers = [(name, x if isinstance(x, tuple) else (x,)) for name, x in sizes if not isinstance(x, bool)]
+    linear = 0 if isinstance(config.expert, Ncf) else 1  # no layer at all
+    layers.append(("reward_hidden", config.reward_hidden))
+    demand(
+        "MixerConfig",
+        ("experts", config.experts, "at least 1", config.experts >= 1),
+        ("width", config.width, "at least 1", config.width >= 1),
+        ("alpha", config.alpha, "0 to 1", 0 <= config.alpha <= 1),
+        ("gating", config.gating, f"one of {', '.join(gatings)}", config.gating in gatings),
+        ("modulation", config.modulation, "0, 1 or 2", config.modulation in (0, 1, 2)),
+        ("substeps of the solver", config.solver.substeps, "at least 1", config.solver.substeps >= 1),
+        *((name, x, "units of each layer, at least 1", min(x, default=linear) >= 1) for name, x in layers),
+    )
     if config.modulation and isinstance(config.expert, Hierarchical):
         raise ValueError("MixerConfig: modulation is of vector fields, and Hierarchical is a map: pass modulation 0")
     if config.modulation and config.gating == "gradient":
@@ -534,6 +544,15 @@ def solved_gate(contexts: Tensor, expert: Tensor, experts: int, generator: torch
     return torch.linalg.pinv(x.double()).to(x) @ target
 
 
+def nearest_gate(centre: Tensor, expert: Sequence[int]) -> Tensor:
+    """[C + 1, E]: the gate that sends a context x to the expert of the nearest, by L2, of the centres c [E, C], which
+    `expert` names for each. It is linear: -|x - c|^2 is 2 c x - |c|^2, but for what is the same of all."""
+    gate = torch.cat([2 * centre, -centre.square().sum(1, keepdim=True)], 1)
+    out = torch.empty_like(gate)
+    out[list(expert)] = gate
+    return out.T
+
+
 def purity(assigned: Sequence[int], labels: Sequence[Any]) -> float:
     """The share of systems whose expert serves mostly systems of their label."""
     counts: dict[int, dict[Any, int]] = {}
@@ -558,7 +577,10 @@ class MixerFit:
     experts; then all begin as that of the first system. restarts: besides from the centres before, K-means begins so
     many times from contexts that are apart, and the tightest clusters count. guard: a gate that would make the loss
     more than so many times what it is, is passed over (after warm steps: experts that were never trained would be shut
-    out). relative: each system's error counts over the variance of its observations. `clip`: of the gradient's norm."""
+    out). relative: each system's error counts over the variance of its observations. `clip`: of the gradient's norm.
+    solve: the gate is the "least-squares" one of the one-hot experts, as published, which leaves a cluster that lies
+    between others without systems (masking: Hastie et al., The Elements of Statistical Learning, 4.2), or "nearest":
+    each context goes where its cluster's centre is, so that the systems are sorted as the clusters are."""
 
     outer: int = 500
     inner: int = 12
@@ -575,13 +597,38 @@ class MixerFit:
     guard: float | None = None
     relative: bool = True
     clip: float | None = None
+    solve: Literal["least-squares", "nearest"] = field(default="least-squares", metadata={"added": True})
+
+
+def check(config: MixerFit) -> None:
+    """Raises ValueError for settings that cannot be."""
+    c = config
+    positive = lambda x: 0 < x < math.inf
+    demand(
+        "MixerFit",
+        ("outer", c.outer, "at least 0", c.outer >= 0),
+        ("inner", c.inner, "at least 1", c.inner >= 1),
+        ("batch", c.batch, "at least 1", c.batch >= 1),
+        ("gate_every", c.gate_every, "at least 1", c.gate_every >= 1),
+        ("length", c.length, "at least 1", c.length is None or c.length >= 1),
+        ("lr", c.lr, "a rate above 0", positive(c.lr)),
+        ("lr_context", c.lr_context, "a rate above 0", positive(c.lr_context)),
+        ("proximal", c.proximal, "0 or more", 0 <= c.proximal < math.inf),
+        ("warm", c.warm, "at least 0", c.warm >= 0),
+        ("restarts", c.restarts, "at least 0", c.restarts >= 0),
+        ("guard", c.guard, "a number above 0", c.guard is None or positive(c.guard)),
+        ("clip", c.clip, "a number above 0", c.clip is None or positive(c.clip)),
+        ("assign", c.assign, "greedy or hungarian", c.assign in ("greedy", "hungarian")),
+        ("solve", c.solve, "least-squares or nearest", c.solve in ("least-squares", "nearest")),
+        ("empty", c.empty, "skip or reseed", c.empty in ("skip", "reseed")),
+    )
 
 
 @dataclass(frozen=True)
 class MixerReport:
     outer: int
     updates: int
-    seconds: float  # of this call: a resumed fit does not know what came before
+    seconds: float  # with those of the calls that it was resumed from
     loss: list[float]  # an outer step, the mean over its updates of weights
     assigned: list[tuple[int, list[int]]]  # (outer step, each system's expert), whenever it changed
     solved: int  # solutions of the gate
@@ -627,14 +674,16 @@ def fit_mixer(
 
     progress: (outer step, all, figures) after each. checkpoint: after each, a dict of live tensors, to be saved before
     it returns; such a dict as `resume`, with the same data and config, gives the numbers of an uninterrupted fit.
-    Raises ValueError for data of one system, of fewer systems than experts, of another spec, that are not finite, or
-    without a window for each system."""
+    Raises ValueError for settings that cannot be, for data of one system, of fewer systems than experts, of another
+    spec, that are not finite, or without a window for each system; Diverged where no update of an outer step was
+    finite."""
     return _Fit(model, data, config, generator).run(progress, checkpoint, resume)
 
 
 class _Fit:
     def __init__(self, model: Mixer, data: Dataset, config: MixerFit, generator: torch.Generator) -> None:
-        self.began = time.perf_counter()
+        check(config)
+        self.began, self.before = time.perf_counter(), 0.0
         self.model, self.config, self.generator = model, config, generator
         systems, experts = data.systems, model.config.experts
         want = (model.spec.obs, model.spec.act, model.spec.systems)
@@ -690,7 +739,7 @@ class _Fit:
             self.load(resume)
         while self.outer < self.config.outer:
             self._log()
-            total = 0.0
+            total, updates, skipped = 0.0, self.updates, self.skipped
             for params, optimizer, lr in (
                 ([self.model.contexts], self.fast, self.config.lr_context),
                 (self.weights, self.slow, self.config.lr),
@@ -702,7 +751,13 @@ class _Fit:
             self.outer += 1
             if self.outer == self.config.warm and self.model.config.gating == "solved":
                 self._spread()
-            self.loss.append(float(total) / max(self.config.inner, 1))
+            self.loss.append(float(total) / self.config.inner)
+            if self.skipped - skipped == self.updates - updates:
+                raise Diverged(
+                    f"fit_mixer: no update of outer step {self.outer} was finite; expected finite trajectories of like "
+                    f"sizes: try smaller rates than lr {self.config.lr:g} and lr_context {self.config.lr_context:g}, a "
+                    "clip, or shorter windows (length)"
+                )
             self._log()
             if progress is not None:
                 used = len(set(self.assigned[-1][1]))
@@ -710,9 +765,12 @@ class _Fit:
             if checkpoint is not None:
                 checkpoint(self.state())
         return MixerReport(
-            self.outer, self.updates, time.perf_counter() - self.began, self.loss, self.assigned, self.solved,
-            self.passed, self.skipped,
-        )  # fmt: skip
+            self.outer, self.updates, self.seconds, self.loss, self.assigned, self.solved, self.passed, self.skipped
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
 
     def _update(self, params: Sequence[Tensor], old: list[Tensor], optimizer: AdaBelief, lr: float) -> Tensor:
         model, config = self.model, self.config
@@ -788,8 +846,11 @@ class _Fit:
         errors = every_error(model, segment)
         cost = costs(errors * self.weight[:, None], found.label, k)
         order = (hungarian if config.assign == "hungarian" else greedy)(cost.nan_to_num(nan=1e30, posinf=1e30))
-        expert = torch.tensor(order, device=contexts.device)[found.label]
-        gate = solved_gate(contexts, expert, k, self.generator)
+        if config.solve == "nearest":
+            gate = nearest_gate(found.centre, order)
+        else:
+            expert = torch.tensor(order, device=contexts.device)[found.label]
+            gate = solved_gate(contexts, expert, k, self.generator)
         if config.guard is not None:
             chosen = lambda gate: model.logits(contexts, gate).argmax(-1, keepdim=True)
             by = lambda gate: (errors.gather(1, chosen(gate))[:, 0] * self.weight).mean()
@@ -817,6 +878,7 @@ class _Fit:
             "loss": torch.tensor(self.loss, dtype=torch.float64), "generator": self.generator.get_state(),
             "assigned.at": torch.tensor([at for at, _ in self.assigned]),
             "assigned.to": torch.tensor([to for _, to in self.assigned]),
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -827,7 +889,7 @@ class _Fit:
             self.model.neighbour.copy_(state["neighbour"])
         self.outer, self.updates, self.solved, self.passed, self.skipped = state["counts"].tolist()
         self.centre = state["centre"].to(self.model.contexts).clone() if len(state["centre"]) else None
-        self.loss = state["loss"].tolist()
+        self.loss, self.before = state["loss"].tolist(), float(state["seconds"])
         self.generator.set_state(state["generator"].cpu())
         self.assigned = list(zip(state["assigned.at"].tolist(), state["assigned.to"].tolist(), strict=True))
 

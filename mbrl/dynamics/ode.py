@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, pull
+from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, pull
 from mbrl.nets import Activation, Normalizer, StackedMLP, apply_layers, uniform
 from mbrl.rollout import masked_mean
 from mbrl.solvers import RK4, TSIT5_STABILITY, Dopri5, Field, Seen, Solver, Steps, Tsit5Step, tsit5_step
@@ -237,9 +237,9 @@ class NeuralODE(Markov):
         self.moment.copy_(((self.begin + TURN * self.updates) % 2**32 / 2**32).to(self.moment) % 1)
 
     def finish(self, errors: Tensor) -> None:
-        """Raises RuntimeError where the fit never reached a finite error."""
+        """Raises Diverged where the fit never reached a finite error."""
         if not bool(errors.isfinite().all()):
-            raise RuntimeError(
+            raise Diverged(
                 "NeuralODE: the fit has diverged; expected finite data, or try shorter windows, a larger alpha, more "
                 "substeps or a smaller learning rate"
             )

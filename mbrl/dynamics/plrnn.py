@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbrl import compiled
-from mbrl.core import Dynamics, Prediction, Segment, Spec, StepInput, Tree, pull
+from mbrl.core import Diverged, Dynamics, Prediction, Segment, Spec, StepInput, Tree, pull
 from mbrl.data import Dataset
 from mbrl.nets import Normalizer, StackedMLP, apply_layers, uniform, variance
 from mbrl.parallel import forced, pays
@@ -428,9 +428,9 @@ class Plrnn(Dynamics):
         return self._loss(segment, free)[1]["mse"][None]
 
     def finish(self, errors: Tensor) -> None:
-        """Raises RuntimeError where the fit never reached a finite error."""
+        """Raises Diverged where the fit never reached a finite error."""
         if not bool(errors.isfinite().all()):
-            raise RuntimeError("Plrnn: the fit has diverged; expected finite data, or try a stronger forcing")
+            raise Diverged("Plrnn: the fit has diverged; expected finite data, or try a stronger forcing")
 
     def measure(self, segment: Segment) -> None:
         """Sets the constant noise."""
@@ -584,7 +584,7 @@ def fit_plrnn(
     progress: (epoch, epochs, figures) after each epoch. checkpoint: after each epoch, a dict of live tensors, to be
     saved before it returns; such a dict as `resume`, with the same data and config, gives the numbers of an
     uninterrupted fit. Raises ValueError for models of different configs, for data without a window of `length` steps,
-    and for a compiled solver where it cannot serve; RuntimeError where a seed's parameters are not finite at an epoch's
+    and for a compiled solver where it cannot serve; Diverged where a seed's parameters are not finite at an epoch's
     end."""
     began = time.perf_counter()
     model = models[0]
@@ -622,9 +622,7 @@ def fit_plrnn(
         loss = trainer.run_epoch(track, generators)
         curves = {k: torch.cat([curves[k], x.cpu()[None]]) for k, x in (("loss", loss), ("alpha", trainer.alpha))}
         if not all(bool(x.isfinite().all()) for x in p.values()):
-            raise RuntimeError(
-                "fit_plrnn: a seed has diverged; expected finite data, or try a stronger forcing or `clip`"
-            )
+            raise Diverged("fit_plrnn: a seed has diverged; expected finite data, or try a stronger forcing or `clip`")
         if progress is not None:
             progress(
                 trainer.epoch, config.epochs, {"mse": float(loss.median()), "alpha": float(trainer.alpha.median())}
