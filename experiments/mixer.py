@@ -31,9 +31,9 @@ from rich.table import Table
 from mbrl import cli_meta
 from mbrl import device as devices
 from mbrl.choices import MIXERS
-from mbrl.cli_meta import FIT, Meta
+from mbrl.cli_meta import Meta
 from mbrl.data import Dataset
-from mbrl.dynamics.mixer import MixerConfig, MixerFit, Ncf, fit_mixer
+from mbrl.dynamics.mixer import FIT, MixerConfig, MixerFit, Ncf, fit_mixer
 from mbrl.offline import digest
 from mbrl.run import machine, versions, write_json
 
@@ -136,7 +136,8 @@ def main(args: Args) -> None:
             jobs.append(("lotka-volterra", name, replace(base, **whole)))
     for name, learner, job in jobs:
         rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
-        key, mark = f"{name} {learner} {job.seed}", digest(replace(job, out=None))
+        long = f"-{args.outer}" if args.outer != Args.outer else ""
+        key, mark = f"{name}{long} {learner} {job.seed}", digest(replace(job, out=None))
         if key in rows and rows[key]["digest"] == mark:
             continue
         print(key, flush=True)

@@ -17,13 +17,10 @@ from mbrl.adapt import adapt, predicted, relative_errors, windows
 from mbrl.choices import KNOWN, MIXERS, PLAIN, Mixture, by_option, console, unlike
 from mbrl.core import demand
 from mbrl.data import Dataset
-from mbrl.dynamics.mixer import Mixer, MixerFit, MixerReport, check, fit_mixer, purity
+from mbrl.dynamics.mixer import FIT, Mixer, MixerFit, MixerReport, check, fit_mixer, purity
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
 
 ADDED = {"added": True}  # after results were kept: the default does not change what a run is known by
-FIT = MixerFit(
-    length=10, lr=3e-3, lr_context=1e-2, assign="hungarian", warm=20, restarts=10, solve="nearest"
-)  # what was measured to work; MixerFit() has the published choices
 
 
 @dataclass(frozen=True)

@@ -600,6 +600,11 @@ class MixerFit:
     solve: Literal["least-squares", "nearest"] = field(default="least-squares", metadata={"added": True})
 
 
+FIT = MixerFit(
+    length=10, lr=3e-3, lr_context=1e-2, assign="hungarian", warm=20, restarts=10, solve="nearest"
+)  # what was measured to work; MixerFit() has the published choices
+
+
 def check(config: MixerFit) -> None:
     """Raises ValueError for settings that cannot be."""
     c = config
