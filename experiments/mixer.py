@@ -157,7 +157,7 @@ def figures(rows: dict[str, Any]) -> dict[str, Any]:
     spread = lambda x: {"median": statistics.median(x), "low": min(x), "high": max(x)}
     return {
         g: {"seeds": len(x), "parameters": x[0]["parameters"]}
-        | {k: spread([r[k] for r in x]) for k in keys if x[0].get(k) is not None}
+        | {k: spread(y) for k in keys if (y := [r[k] for r in x if r.get(k) is not None])}
         for g, x in groups.items()
     }
 

@@ -176,7 +176,7 @@ def windows(
     )
     mine = torch.arange(data.episodes) if data.system is None else (data.system.cpu() == system).nonzero()[:, 0]
     mine = mine[:episodes]
-    length = _transitions(data, mine) if length is None else length
+    length = int(data.followed.cpu()[mine].min()) if length is None else length
     rows = Rows(data, length, like)
     fits = torch.zeros(len(data), dtype=torch.bool).index_fill_(0, rows.whole().cpu(), True)
     starts = data.starts.cpu()
@@ -187,11 +187,6 @@ def windows(
     return rows.segment(begins.to(rows.table.device))._replace(system=rows.system[:1])
 
 
-def _transitions(data: Dataset, episodes: Tensor) -> int:
-    """Of the shortest of these episodes: what followed a series' last step is not known."""
-    return int(torch.bincount(data.episode[data.paired].cpu(), minlength=data.episodes)[episodes].min())
-
-
 @torch.no_grad()
 def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
     """[systems]: of free runs from each episode's first observation, |x' - x|^2 / |x|^2, the squares summed over times
@@ -200,8 +195,7 @@ def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
     like, out = next(model.parameters()), []
     for system in range(data.systems):
         own = torch.ones_like(data.lengths) > 0 if data.system is None else data.system == system
-        length = _transitions(data, own.cpu().nonzero()[:, 0])
-        segment = Rows(data, length, like).segment(data.starts[:-1][own].to(like.device))
+        segment = Rows(data, int(data.followed[own].min()), like).segment(data.starts[:-1][own].to(like.device))
         true = segment.obs[:, 1:].double()
         gap = predicted(model, segment, ctx[system : system + 1].to(like)).double() - true
         error = gap.square().sum((1, 2)) / true.square().sum((1, 2))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -203,6 +204,9 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         )
     settings = from_plain(other.config["arguments"], (*KINDS, Plan, *cli_meta.TYPES))
     spec, facts = spec_of(env), kept[1]
+    if many and ("scale" not in facts or settings.dynamics.gating == "own"):
+        why = "each system has a model of its own, and none adapts" if "scale" in facts else "an older version made it"
+        raise RunError(f"--model {args.model}: cannot serve here, since {why}; expected another run of `mbrl meta`")
     model = settings.dynamics.build(replace(spec, systems=facts.get("systems", 1)), devices.generator(0))
     want, got = ({k: tuple(v.shape) for k, v in x.items()} for x in (model.state_dict(), weights))
     if want != got:
@@ -215,8 +219,14 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
     stream, model = devices.generator(args.seed, device), model.eval().to(device)
     if not many:
         return Mpc(args.planner, args.worth, model, generator=stream, reward=reward, terminal=terminal)
-    others = cli_meta.functions_of(settings)
-    reward, terminal = reward or others[0], terminal or others[1]
+    spaces = env.action_space
+    if not all(np.allclose(facts[k], getattr(spaces, k[4:])) for k in ("act_low", "act_high")):
+        raise RunError(
+            f"--model {args.model}: its actions span {facts['act_low']} to {facts['act_high']}, those of {args.env} "
+            f"{spaces.low.tolist()} to {spaces.high.tolist()}; expected the same"
+        )
+    others = cli_meta.functions_of(settings, str(args.env))
+    reward, terminal = reward or (others[0] if args.reward == "task" else None), terminal or others[1]
     if reward is None and not settings.dynamics.reward:
         raise RunError(f"--model {args.model}: it tells no reward, and none is known of {args.env}")
     model.requires_grad_(False)

@@ -98,7 +98,7 @@ def run_meta(args: Meta) -> Run:
         run = Run.resumed(args.resume, "meta", args.threads, quiet=args.quiet)
         args = _resumed(run, args)
         data = load(args)
-        if args.data and data.train.sha256 != run.config["data"]["sha256"]:
+        if args.data and shas(data) != run.config["data"]["sha256"]:
             raise RunError(f"{run.folder}: the files {words_of(args.data)} are not those that it was begun with")
         run.rewind()
     else:
@@ -113,13 +113,16 @@ def run_meta(args: Meta) -> Run:
             args.dynamics.build(data.train.spec, devices.generator(0)), data.train, replace(args.fit, outer=0),
             devices.generator(0),
         )  # fmt: skip
+        for i in range(data.new[0].systems if data.new else 0):
+            assert data.new is not None
+            windows(data.new[0], i, torch.zeros(1), args.fit.length)
         name = (args.families or "+".join(x.stem for x in args.data)[:80]).replace(",", "+").replace(":", "_")
         out = args.out or Path("runs") / name / f"{name_of(args.dynamics)}-{args.seed}"
         local = {"device": str(devices.pick(args.device)), "threads": torch.get_num_threads()}
         local |= {k: [str(x.resolve()) for x in getattr(args, k)] for k in ("data", "new")}
         files = {k: tuple(str(x) for x in getattr(args, k)) for k in ("data", "new")}
         plain = to_plain(replace(args, out=None, quiet=False, **files))
-        facts = {"name": data.train.name, "sha256": data.train.sha256, "systems": data.train.systems}
+        facts = {"name": data.train.name, "sha256": shas(data), "systems": data.train.systems}
         run = Run.create(out, {"algorithm": "meta", "data": facts, "arguments": plain}, local, quiet=args.quiet)
     with run:
         result = _go(run, args, data)
@@ -136,7 +139,8 @@ def _resumed(run: Run, given: Meta) -> Meta:
     asked = replace(given, **{k: tuple(x.resolve() for x in getattr(given, k)) for k in paths})
     mine, its = by_option(asked), by_option(old)
     its |= {"--device": run.local["device"], "--out": run.folder}
-    if name_of(given.dynamics) != name_of(old.dynamics):
+    kind = lambda config: (type(config.expert), config.gating)  # of one expert a mixture has another name
+    if kind(given.dynamics) != kind(old.dynamics):
         mine = {k: v for k, v in mine.items() if not k.startswith("--dynamics.")}
         if given.dynamics != MIXERS["mixer"]:
             mine["dynamics:"], its["dynamics:"] = name_of(given.dynamics), name_of(old.dynamics)
@@ -147,6 +151,11 @@ def _resumed(run: Run, given: Meta) -> Meta:
             "run"
         )
     return replace(old, quiet=given.quiet, device=run.local["device"])
+
+
+def shas(data: Data) -> list[str]:
+    """Of all data of a run: to learn from, to judge by, to adapt by."""
+    return [x.sha256 for x in (data.train, data.test, *(data.new or ()))]
 
 
 def words_of(paths: Any) -> str:
@@ -254,14 +263,14 @@ def load(args: Meta) -> Data:
     return Data(train, test, [e.label for e in envs], new, [e.label for e in others])
 
 
-def functions_of(args: Meta) -> tuple[Any, Any]:
-    """(reward, terminal) of a sequence's tasks, each None where it is not known."""
+def functions_of(args: Meta, env_id: str) -> tuple[Any, Any]:
+    """(reward, terminal) of the sequence's tasks in that environment, each None where it is not known."""
     from mbrl_envs import contexts
 
     if args.families is None or not is_sequence(args.families):
         return None, None
     task = contexts.tasks(args.families)[0]
-    return task.reward, task.terminal
+    return (task.reward, task.terminal) if task.id == env_id else (None, None)
 
 
 def _read(args: Meta) -> Data:
@@ -271,16 +280,29 @@ def _read(args: Meta) -> Data:
     number = lambda names: [int(x) if x.lstrip("-").isdigit() else x for x in names] or None
     read = lambda path: series.read_series(path, number(args.columns), number(args.inputs), dt=args.dt)
     every = series.alike([read(x) for x in (*args.data, *args.new)])
-    halves, many = [series.split(x, 1 - args.holdout) for x in every], len(args.data)
+    halves, many = [_halves(x, args.holdout) for x in every], len(args.data)
 
     def whole(part: int, some: slice) -> Dataset:
         parts = [x[part] for x in halves[some]]
         return series.mixed(parts, "+".join(x.stem for x in (*args.data, *args.new)[some]), {"kind": "series"})
 
-    labels = [f"{path.stem}:{i}" for i, path in enumerate((*args.data, *args.new))]
+    paths = (*args.data, *args.new)
+    once = len({x.stem for x in paths}) == len(paths)
+    labels = [f"{x.stem if once else x}:{i}" for i, x in enumerate(paths)]
     first, rest = slice(0, many), slice(many, None)
     new = (whole(0, rest), whole(1, rest)) if args.new else None
     return Data(whole(0, first), whole(1, first), labels[first], new, labels[rest], False)
+
+
+def _halves(data: Dataset, holdout: float) -> tuple[Dataset, Dataset]:
+    """A file of several episodes is cut between two of them, at least one on either side."""
+    from mbrl_envs import series
+
+    if data.episodes == 1:
+        return series.split(data, 1 - holdout)
+    first = min(max(1, round((1 - holdout) * data.episodes)), data.episodes - 1)
+    at = int(data.starts[first])
+    return series.cut(data, 0, at), series.cut(data, at)
 
 
 # ---------------------------------------------------------------- the run
@@ -309,7 +331,9 @@ def _go(run: Run, args: Meta, data: Data) -> dict[str, Any]:
     result = judged(args, data, model, report, lambda i, of: run.progress("adapt", i, of, {}))
     result |= {"wall_s": round(time.perf_counter() - began, 1), **machine(), "versions": versions()}
     changes = data.train.next_obs - data.train.obs
-    facts = {"systems": train.systems, "dt": train.dt, "scale": changes[data.train.paired].square().mean(0).tolist()}
+    facts: dict[str, Any] = {"systems": train.systems, "dt": train.dt}
+    facts |= {k: getattr(train, k).tolist() for k in ("act_low", "act_high")}
+    facts |= {"scale": changes[data.train.paired].square().mean(0).tolist()}
     run.save("model", model.state_dict(), facts)
     draw(run.folder / "report.png", result, data, model)
     write_json(run.folder / "result.json", result)
@@ -355,15 +379,19 @@ def judged(
 
 def nulls(test: Dataset, train: Dataset) -> Tensor:
     """[systems]: the relative squared error, as of `relative_errors`, of what does not know the system: the lesser of
-    those of staying at a trajectory's first observation and at the mean of the system's data in `train`."""
+    those of staying at a trajectory's first observation and at the mean of the system's data in `train`. A system's
+    episodes are cut to the length of its shortest there too."""
+    whose = torch.zeros(test.episodes, dtype=torch.int64) if test.system is None else test.system
+    least = torch.stack([test.followed[whose == i].min() for i in range(test.systems)])
+    step = torch.arange(len(test)) - test.starts[test.episode]
+    some = (step < least[whose][test.episode])[:, None]
     means = [train.obs[i].double().mean(0) for i in train.of_system(torch.arange(len(train)))]
     first = test.obs[test.starts[:-1]].double()  # [E, O]
-    after = torch.where(test.paired[:, None], test.next_obs.double(), 0.0)
+    after = torch.where(some, test.next_obs.double(), 0.0)
     total = lambda x: torch.zeros(test.episodes, dtype=x.dtype).index_add_(0, test.episode, x.sum(1))
     scale, out = total(after.square()), []
-    whose = torch.zeros(test.episodes, dtype=torch.int64) if test.system is None else test.system
     for guess in (first, torch.stack(means)[whose]):
-        gap = torch.where(test.paired[:, None], guess[test.episode] - after, 0.0)
+        gap = torch.where(some, guess[test.episode] - after, 0.0)
         error = total(gap.square()) / scale
         mean = torch.zeros(test.systems, dtype=error.dtype).index_add_(0, whose, error)
         out.append(mean / torch.bincount(whose, minlength=test.systems))
@@ -388,8 +416,9 @@ def tell(result: dict[str, Any]) -> None:
         served = ", ".join(f"{e}" for e in dict.fromkeys(mine))
         other = f"{adapted[family]:.3g}" if family in adapted else "-"
         words.add_row(family, str(len(mine)), served, f"{error:.3g}", other, f"{nulls[family]:.3g}")
-    for family in adapted.keys() - nulls.keys():
-        words.add_row(family, "new", "", "-", f"{adapted[family]:.3g}", "")
+    for family in [x for x in adapted if x not in nulls]:
+        null = by_family(result["new_labels"], result["new_nulls"])[family]
+        words.add_row(family, "new", "-", "-", f"{adapted[family]:.3g}", f"{null:.3g}")
     words.caption = (
         "error: |x' - x|^2 / |x|^2 of free runs over test trajectories; adapted: of new systems, by their contexts "
         "alone; null: of staying at the start or at the data's mean, whichever errs less"
@@ -409,7 +438,8 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    families = list(dict.fromkeys(kinds(result["labels"])))
+    families = list(dict.fromkeys(kinds(result["labels"] + result.get("new_labels", []))))
+    known = by_family(result["labels"], result["errors"])
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     ax, table = axes[0, 0], model.contexts.detach().cpu().double()
     centre = table.mean(0)
@@ -419,7 +449,7 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     for i, family in enumerate(families):
         mine = [n for n, k in enumerate(kinds(result["labels"])) if k == family]
         tint = [colors(result["assigned"][n] % 10) for n in mine]
-        ax.scatter(*plane(table[mine]).T, c=tint, marker=marks[i % 10], s=45)
+        ax.scatter(*plane(table[mine].reshape(-1, table.shape[1])).T, c=tint, marker=marks[i % 10], s=45)
         ax.scatter([], [], c="gray", marker=marks[i % 10], label=family)
         if "new_contexts" in result and family in kinds(result["new_labels"]):
             new = [n for n, k in enumerate(kinds(result["new_labels"])) if k == family]
@@ -429,7 +459,7 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     ax.set(title="contexts: shape family, colour expert, hollow adapted", xlabel="first component", ylabel="second")
     ax.legend(fontsize=7)
     ax = axes[0, 1]
-    for i, family in enumerate(families):
+    for i, family in enumerate(known):
         n = kinds(result["labels"]).index(family)
         segment = windows(data.test, n, model.contexts, None, 1)
         said = predicted(model, segment, model.contexts[n : n + 1])
@@ -440,11 +470,14 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     ax.set(title="a test trajectory of each family: truth wide, model dashed", xlabel="x", ylabel="y")
     ax.legend(fontsize=7)
     ax, where = axes[1, 0], np.arange(len(families))
-    ax.bar(where - 0.2, list(by_family(result["labels"], result["errors"]).values()), 0.4, label="systems of training")
+    ax.bar(where - 0.2, [known.get(k, np.nan) for k in families], 0.4, label="systems of training")
     if "new_errors" in result:
         new = by_family(result["new_labels"], result["new_errors"])
         ax.bar(where + 0.2, [new.get(k, np.nan) for k in families], 0.4, label="new systems, adapted")
-    ax.plot(where, list(by_family(result["labels"], result["nulls"]).values()), "k_", ms=14, label="null")
+    nulls = by_family(result["labels"], result["nulls"])
+    if "new_nulls" in result:
+        nulls = by_family(result["new_labels"], result["new_nulls"]) | nulls
+    ax.plot(where, [nulls[k] for k in families], "k_", ms=14, label="null")
     ax.set_xticks(where, families, rotation=45, ha="right")
     ax.set(title="relative squared error of free runs", yscale="log")
     ax.legend(fontsize=8)

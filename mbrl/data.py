@@ -81,6 +81,11 @@ class Dataset:
         return self.starts[1:] - self.starts[:-1]
 
     @property
+    def followed(self) -> Tensor:
+        """[E] steps whose successor is known."""
+        return torch.bincount(self.episode[self.paired], minlength=self.episodes)
+
+    @property
     def longest(self) -> int:
         """Steps of the longest stretch without a gap."""
         rows = torch.arange(len(self), device=self.paired.device)

@@ -117,12 +117,19 @@ def from_plain(value: Any, known: Iterable[type]) -> Any:
         if extra := set(x) - names - {"_type"}:
             raise RunError(f"settings of {cls.__name__}: unknown {sorted(extra)}; it has {sorted(names)}")
         made = {k: build(v) for k, v in x.items() if k != "_type"}
-        for name, hint in get_type_hints(cls).items():
+        for name, hint in _hints(cls).items():
             if name in made and not _fits(made[name], hint):
                 raise RunError(f"settings of {cls.__name__}: {name} is {made[name]!r}, expected {_words(hint)}")
         return cls(**made)
 
     return build(value)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except NameError:  # of names that are there for a type checker alone
+        return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -138,7 +145,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     if hint in (bool, str, NoneType):
         return isinstance(value, hint)
-    return not isinstance(value, dict)
+    return not (isinstance(value, dict) and dataclasses.is_dataclass(hint))
 
 
 def _words(hint: Any) -> str:

@@ -1,6 +1,7 @@
 """The command `mbrl meta`."""
 
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +12,7 @@ from worlds import interrupted
 from mbrl import cli_control, cli_meta
 from mbrl.choices import MIXERS
 from mbrl.cli import main
-from mbrl.run import Run
+from mbrl.run import Run, RunError
 
 QUICK = ["--threads", "1", "--seed", "3", "--fit.outer", "6", "--fit.warm", "2",
          "--adapt-updates", "5", "--save-every", "2", "--quiet"]  # fmt: skip
@@ -99,12 +100,24 @@ def test_planning_follows_by_what_the_run_has_kept(tmp_path):
     go(tmp_path / "a", "--fit.length", "5", which=which)
     env = gym.make("mbrl_envs/CartPoleLength-v0")
     args = cli_control.Plan(env="mbrl_envs/CartPoleLength-v0", seed=0, model=str(tmp_path / "a"))
-    control = cli_control._given(args, env, None, None, torch.device("cpu"))
+    given = lambda args, reward=None: cli_control._given(args, env, reward, None, torch.device("cpu"))
+    control = given(args)
     data = cli_meta.load(cli_meta.Meta(families="cartpole-pole", steps=60, seed=3)).train
     assert control.scale.tolist() == pytest.approx((data.next_obs - data.obs).square().mean(0).tolist(), rel=1e-5)
     assert control.mpc.dt == data.dt
     assert control.mpc.reward is not None  # the tasks' own
     assert torch.equal(control.first[0], control.mpc.model.contexts.mean(0))
+    with pytest.raises(RunError, match="tells no reward, and none is known"):
+        given(replace(args, reward="learned"))
+    assert given(replace(args, reward="learned"), len).mpc.reward is len
+    go(tmp_path / "b", "--fit.length", "5", which=which[:-2], learner="separate", settings=[])
+    with pytest.raises(RunError, match="each system has a model of its own"):
+        given(replace(args, model=str(tmp_path / "b")))
+    run = Run.open(tmp_path / "a")
+    tensors, facts = run.load("model")
+    run.save("model", tensors, facts | {"act_high": [2.0]})
+    with pytest.raises(RunError, match=r"its actions span \[-1.0\] to \[2.0\]"):
+        given(args)
 
 
 def series(folder, rates, names, steps=120):
@@ -127,11 +140,13 @@ def test_files_of_ones_own_are_systems(tmp_path, capsys):
     with interrupted(2), pytest.raises(SystemExit):
         go(tmp_path / "b", which=which)
     capsys.readouterr()
-    series(tmp_path, (0.3,), "a")
-    with pytest.raises(SystemExit):
-        main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
-    assert "are not those that it was begun with" in said(capsys)
-    series(tmp_path, (0.1,), "a")
+    for name in "ac":  # in what judges, of a system in training and of a new one
+        kept = np.load(tmp_path / f"{name}.npy")
+        np.save(tmp_path / f"{name}.npy", np.concatenate([kept[:110], kept[110:] + 0.1]))
+        with pytest.raises(SystemExit):
+            main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
+        assert "are not those that it was begun with" in said(capsys)
+        np.save(tmp_path / f"{name}.npy", kept)
     main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
     assert timeless(json.loads((tmp_path / "b" / "result.json").read_text())) == timeless(whole)
 
@@ -151,10 +166,22 @@ def test_files_are_cut_in_two_and_keep_their_intervals(tmp_path):
 def test_a_model_that_knows_nothing_stays_at_the_start_or_at_the_mean():
     from mbrl_envs import series
 
-    waves = [series.from_arrays(np.array([[x] for x in xs])) for xs in ([1.0, 1.0, 1.0, 3.0], [5.0, 1.0, -1.0, 1.0])]
+    still, away, short = [1.0, 1.0, 1.0, 3.0], [5.0, 1.0, -1.0, 1.0], [2.0, 4.0]
+    stack = lambda *xs: np.concatenate(xs)[:, None]
+    waves = [series.from_arrays(stack(still)), series.from_arrays(stack(away, short), lengths=[4, 2])]
     known = [series.from_arrays(np.full((2, 1), x)) for x in (9.0, 0.5)]  # the data's means
     found = cli_meta.nulls(series.mixed(waves, "x", {}), series.mixed(known, "y", {}))
-    assert found.tolist() == pytest.approx([2.0**2 / 11, (0.5**2 + 1.5**2 + 0.5**2) / 3], rel=1e-6)
+    cut = (0.5**2 / 1 + 3.5**2 / 16) / 2  # both to the one transition of the shorter
+    assert found.tolist() == pytest.approx([2.0**2 / 11, cut], rel=1e-6)
+
+
+def test_a_file_of_several_episodes_is_cut_between_them(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(5, 6, 2)))
+    np.save(tmp_path / "b.npy", np.random.default_rng(1).normal(size=(2, 6, 2)))
+    data = cli_meta.load(cli_meta.Meta(data=(tmp_path / "a.npy", tmp_path / "b.npy"), seed=0))
+    assert data.train.lengths.tolist() == [6] * 5
+    assert data.test.lengths.tolist() == [6] * 2
+    assert data.test.system.tolist() == [0, 1]
 
 
 def test_families_are_counted_and_their_errors_averaged():
@@ -173,6 +200,7 @@ def test_families_are_counted_and_their_errors_averaged():
         (["--data", "no.npy"], "--experts is missing"),
         (["--data", "no.npy", "--experts", "2"], "no.npy: no such file"),
         (["--data", "no.npy", "--experts", "2", "--noise", "0.1", "--shots", "2"], "--noise, --shots: not for files"),
+        (["--data", "a.npy", "b.npy", "--new", "c.npy", "--experts", "2"], "system 0 has no window of 10 steps"),
         (["--families", "harmonic", "--holdout", "0.5"], "--holdout: not for harmonic"),
         (
             ["--families", "cartpole-pole", "--trajectories", "9"],
@@ -195,7 +223,10 @@ def test_families_are_counted_and_their_errors_averaged():
         ([], "--families and --data are missing"),
     ],
 )
-def test_bad_input_is_one_error_and_no_folder(tmp_path, capsys, words, says):
+def test_bad_input_is_one_error_and_no_folder(tmp_path, capsys, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    series(tmp_path, (0.1, 0.2), "ab")
+    series(tmp_path, (0.3,), "c", steps=12)
     with pytest.raises(SystemExit):
         go(tmp_path / "a", *words, which=())
     assert says in said(capsys)

@@ -277,23 +277,41 @@ def test_the_nearest_centres_expert_serves_and_none_is_masked():
 
 
 @pytest.mark.parametrize("solve", ["least-squares", "nearest"])
-def test_the_gate_is_solved_as_asked(solve):
-    data = families()
-    model = CONFIG.build(data.spec, gen())
+def test_each_clusters_expert_serves_it(solve, monkeypatch):
+    """Three clusters, whose best experts are 2, 0 and 1."""
+    data, best = families(), [2, 2, 0, 0, 1, 1]
+    model = replace(CONFIG, experts=3).build(data.spec, gen())
     job = mixer._Fit(model, data, replace(FIT, solve=solve), gen(2))
+    corners = torch.eye(4)[[0, 0, 1, 1, 2, 2]] * 3
     with torch.no_grad():
-        model.contexts.copy_(torch.randn(6, 4, generator=gen(3)))
+        model.contexts.copy_(corners + 0.1 * torch.randn(6, 4, generator=gen(3)))
+    errors = torch.ones(6, 3).scatter(1, torch.tensor(best)[:, None], 0.1)
+    monkeypatch.setattr(mixer, "every_error", lambda *a: errors)
     job._solve(job._batch())
-    away = torch.cdist(model.contexts, job.centre)
-    served = model.chosen(model.contexts)
+    assert model.chosen(model.contexts).tolist() == best
     x = torch.cat([model.contexts, torch.ones(6, 1)], 1).detach()
-    if solve == "nearest":
-        assert (served == served[away.argmin(1) == 0][0]).tolist() == (away.argmin(1) == 0).tolist()
-        scores = x @ model.gate
-        gap = scores[:, served[away.argmin(1) == 0][0]] - scores[:, served[away.argmin(1) == 1][0]]
-        torch.testing.assert_close(gap, away[:, 1] ** 2 - away[:, 0] ** 2)
+    scores = x @ model.gate
+    if solve == "least-squares":
+        assert scores.sum(1).tolist() == pytest.approx([1.0] * 6, abs=1e-2)  # as the one-hot experts do
     else:
-        assert (x @ model.gate).sum(1).tolist() == pytest.approx([1.0] * 6, abs=1e-2)  # as the one-hot experts do
+        away = torch.cdist(model.contexts.detach(), job.centre) ** 2
+        order = [best[away[:, k].argmin()] for k in range(3)]
+        torch.testing.assert_close(scores[:, order].diff(), -away.diff(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_norm_decides_which_centre_is_near():
+    contexts = torch.tensor([[3.0, 0.0], [2.0, 2.0], [0.0, 0.0]])  # of which the last is 3 and 4, or 3 and 2.8 away
+    assert kmeans(contexts, 2, contexts[:2], gen()).label.tolist() == [0, 1, 0]
+    assert kmeans(contexts, 2, contexts[:2], gen(), p=2.0).label.tolist() == [0, 1, 1]
+
+
+def test_the_guard_holds_from_the_end_of_the_free_steps(monkeypatch):
+    _model, job = prepared(restarts=0, guard=1e-9, free=0.5, outer=10)
+    for outer, passed in ((4, 0), (5, 1)):
+        job.outer = outer
+        job.centre = None
+        job._solve(job._batch())
+        assert (job.passed, job.solved) == (passed, 1)
 
 
 def test_purity_counts_the_majority_of_each_expert():
@@ -370,10 +388,11 @@ def test_adabelief_is_the_papers():
         np.testing.assert_allclose(p.numpy(), x, rtol=1e-10)
 
 
-def test_systems_sort_themselves_by_family():
+@pytest.mark.parametrize("how", [{}, {"solve": "nearest", "guard": 1.1, "free": 0.5}])
+def test_systems_sort_themselves_by_family(how):
     data = families()
     model = CONFIG.build(data.spec, gen())
-    report = fit_mixer(model, data, FIT, gen(1))
+    report = fit_mixer(model, data, replace(FIT, **how), gen(1))
     assigned = report.assigned[-1][1]
     assert assigned == model.chosen(model.contexts).tolist()
     assert purity(assigned, "aaabbb") == 1.0
@@ -542,8 +561,9 @@ def test_a_resumed_fit_gives_the_same_numbers(config):
 
     fit_mixer(short, data, fit_of, gen(1), checkpoint=keep)
     again = config.build(data.spec, gen(7))
+    kept["seconds"] += 1e6
     got = fit_mixer(again, data, fit_of, gen(8), resume=kept)
-    assert got.seconds > float(kept["seconds"]) > 0  # with those of before
+    assert got.seconds > 1e6  # with those of before
     assert (got.loss, got.assigned, got.solved, got.updates) == (want.loss, want.assigned, want.solved, want.updates)
     for k, v in whole.state_dict().items():
         assert torch.equal(v, again.state_dict()[k]), k

@@ -48,6 +48,14 @@ def test_settings_of_another_type_are_refused(name, value, says):
     assert from_plain({"_type": "Penalty", "coefficient": 2}, KNOWN).coefficient == 2
 
 
+def test_settings_of_others_may_be_mappings():
+    @dataclass(frozen=True)
+    class Other:
+        options: dict[str, float]
+
+    assert from_plain({"_type": "Other", "options": {"a": 1.0}}, [Other]) == Other({"a": 1.0})
+
+
 def test_one_process_at_a_time_writes_in_a_folder(tmp_path):
     run = Run.create(tmp_path / "run", {"arguments": {"_type": "Meta"}}, {"threads": 1}, quiet=True)
     with pytest.raises(RunError, match="another process is at work there"):

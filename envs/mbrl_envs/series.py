@@ -203,7 +203,8 @@ def mixed(parts: Sequence[Dataset], name: str, meta: Mapping[str, Any]) -> Datas
     """Datasets as one of several systems, part i of system i."""
     data = joined(parts, mixed=True)
     more = () if data.dts is None else (data.dts,)
-    found = digest(data.obs, data.act, data.reward, data.next_obs, data.terminal, data.starts, *more)
+    facts = (torch.tensor(data.dt, dtype=torch.float64), data.act_low, data.act_high)
+    found = digest(data.obs, data.act, data.reward, data.next_obs, data.terminal, data.starts, *facts, *more)
     return replace(data, name=name, sha256=found, meta=meta)
 
 

@@ -417,7 +417,6 @@ def _check(config: MixerConfig) -> None:
     sizes = [(f"{f.name} of {kind}", getattr(config.expert, f.name)) for f in fields(config.expert)]
     layers = [(name, x if isinstance(x, tuple) else (x,)) for name, x in sizes if not isinstance(x, bool)]
     linear = 0 if isinstance(config.expert, Ncf) else 1  # no layer at all
-    layers.append(("reward_hidden", config.reward_hidden))
     demand(
         "MixerConfig",
         ("experts", config.experts, "at least 1", config.experts >= 1),
@@ -427,6 +426,7 @@ def _check(config: MixerConfig) -> None:
         ("modulation", config.modulation, "0, 1 or 2", config.modulation in (0, 1, 2)),
         ("substeps of the solver", config.solver.substeps, "at least 1", config.solver.substeps >= 1),
         *((name, x, "units of each layer, at least 1", min(x, default=linear) >= 1) for name, x in layers),
+        ("reward_hidden", config.reward_hidden, "at least 1 each", min(config.reward_hidden, default=1) >= 1),
     )
     if config.modulation and isinstance(config.expert, Hierarchical):
         raise ValueError("MixerConfig: modulation is of vector fields, and Hierarchical is a map: pass modulation 0")
@@ -444,18 +444,18 @@ class Clusters(NamedTuple):
 
 
 def kmeans(
-    contexts: Tensor, k: int, start: Tensor | None, generator: torch.Generator, reseed: bool = False
+    contexts: Tensor, k: int, start: Tensor | None, generator: torch.Generator, reseed: bool = False, p: float = 1.0
 ) -> Clusters | None:
-    """Clusters of contexts [systems, C], assigned by the L1 distance, from `start` [K, C] or from k contexts that are
-    drawn; None where a cluster is empty or the assignment has not settled in 20 sweeps. reseed: an empty cluster begins
-    anew at the context farthest from its centre, and what has not settled is taken."""
+    """Clusters of contexts [systems, C], assigned by the distance of norm p, from `start` [K, C] or from k contexts that
+    are drawn; None where a cluster is empty or the assignment has not settled in 20 sweeps. reseed: an empty cluster
+    begins anew at the context farthest from its centre, and what has not settled is taken."""
     centre = start
     if centre is None:
         drawn = torch.randperm(len(contexts), generator=generator, device=generator.device)[:k]
         centre = contexts[drawn.to(contexts.device)]
     label = None
     for _ in range(SWEEPS):
-        apart = torch.cdist(contexts, centre, p=1.0)
+        apart = torch.cdist(contexts, centre, p=p, compute_mode="donot_use_mm_for_euclid_dist")
         new = apart.argmin(1)
         counts = torch.bincount(new, minlength=k)
         if reseed:
@@ -472,7 +472,8 @@ def kmeans(
         centre = total / counts.clamp(min=1)[:, None]
     if not reseed or label is None:
         return None
-    return Clusters(label, centre, float(torch.cdist(contexts, centre, p=1.0).gather(1, label[:, None]).sum()))
+    apart = torch.cdist(contexts, centre, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    return Clusters(label, centre, float(apart.gather(1, label[:, None]).sum()))
 
 
 def scattered(contexts: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -577,10 +578,12 @@ class MixerFit:
     experts; then all begin as that of the first system. restarts: besides from the centres before, K-means begins so
     many times from contexts that are apart, and the tightest clusters count. guard: a gate that would make the loss
     more than so many times what it is, is passed over (after warm steps: experts that were never trained would be shut
-    out). relative: each system's error counts over the variance of its observations. `clip`: of the gradient's norm.
+    out); free: not in this share of the outer steps, the first, in which systems change places freely. relative: each
+    system's error counts over the variance of its observations. `clip`: of the gradient's norm.
     solve: the gate is the "least-squares" one of the one-hot experts, as published, which leaves a cluster that lies
     between others without systems (masking: Hastie et al., The Elements of Statistical Learning, 4.2), or "nearest":
-    each context goes where its cluster's centre is, so that the systems are sorted as the clusters are."""
+    each context goes where its cluster's centre is; K-means then assigns by L2, so that systems are sorted as the
+    clusters are."""
 
     outer: int = 500
     inner: int = 12
@@ -598,10 +601,19 @@ class MixerFit:
     relative: bool = True
     clip: float | None = None
     solve: Literal["least-squares", "nearest"] = field(default="least-squares", metadata={"added": True})
+    free: float = field(default=0.0, metadata={"added": True})
 
 
 FIT = MixerFit(
-    length=10, lr=3e-3, lr_context=1e-2, assign="hungarian", warm=20, restarts=10, solve="nearest"
+    length=10,
+    lr=3e-3,
+    lr_context=1e-2,
+    assign="hungarian",
+    warm=20,
+    restarts=10,
+    guard=1.1,
+    solve="nearest",
+    free=1 / 3,
 )  # what was measured to work; MixerFit() has the published choices
 
 
@@ -624,6 +636,7 @@ def check(config: MixerFit) -> None:
         ("guard", c.guard, "a number above 0", c.guard is None or positive(c.guard)),
         ("clip", c.clip, "a number above 0", c.clip is None or positive(c.clip)),
         ("assign", c.assign, "greedy or hungarian", c.assign in ("greedy", "hungarian")),
+        ("free", c.free, "0 to 1", 0 <= c.free <= 1),
         ("solve", c.solve, "least-squares or nearest", c.solve in ("least-squares", "nearest")),
         ("empty", c.empty, "skip or reseed", c.empty in ("skip", "reseed")),
     )
@@ -642,6 +655,7 @@ class MixerReport:
 
 
 EPSILON = 1e-16
+ADVICE = "expected trajectories of like sizes: try smaller rates, a clip, or shorter windows (length)"
 
 
 class AdaBelief(Moments):
@@ -706,7 +720,7 @@ class _Fit:
             if not bool(x.isfinite().all()):
                 raise ValueError(f"fit_mixer: the data's {name} is not finite everywhere, expected finite trajectories")
         like = model.contexts
-        lengths = data.lengths
+        lengths = data.followed
         length = int(lengths.max()) if config.length is None else config.length
         if config.length is None and int(lengths.min()) != length:
             raise ValueError(
@@ -759,9 +773,8 @@ class _Fit:
             self.loss.append(float(total) / self.config.inner)
             if self.skipped - skipped == self.updates - updates:
                 raise Diverged(
-                    f"fit_mixer: no update of outer step {self.outer} was finite; expected finite trajectories of like "
-                    f"sizes: try smaller rates than lr {self.config.lr:g} and lr_context {self.config.lr_context:g}, a "
-                    "clip, or shorter windows (length)"
+                    f"fit_mixer: no update of outer step {self.outer} was finite at lr {self.config.lr:g} and "
+                    f"lr_context {self.config.lr_context:g}; {ADVICE}"
                 )
             self._log()
             if progress is not None:
@@ -769,6 +782,12 @@ class _Fit:
                 progress(self.outer, self.config.outer, {"loss": self.loss[-1], "experts": float(used)})
             if checkpoint is not None:
                 checkpoint(self.state())
+        if self.outer:
+            segment = self._batch()
+            with torch.no_grad():
+                some = bool(self.model.errors(segment, self.model.moves(segment.system, 0)).isfinite().any())
+            if not some:
+                raise Diverged(f"fit_mixer: after {self.outer} outer steps no system is predicted finitely; {ADVICE}")
         return MixerReport(
             self.outer, self.updates, self.seconds, self.loss, self.assigned, self.solved, self.passed, self.skipped
         )
@@ -839,11 +858,12 @@ class _Fit:
 
     @torch.no_grad()
     def _solve(self, segment: Segment) -> None:
-        """The gate anew, as published: clusters of contexts, each with the expert that errs least there."""
+        """The gate anew: clusters of contexts, each with the expert that errs least there."""
         model, config, k = self.model, self.config, self.model.config.experts
         contexts = model.contexts.detach()
         starts = [self.centre, *(scattered(contexts, k, self.generator) for _ in range(config.restarts))]
-        tried = [kmeans(contexts, k, x, self.generator, config.empty == "reseed") for x in starts]
+        p = 2.0 if config.solve == "nearest" else 1.0
+        tried = [kmeans(contexts, k, x, self.generator, config.empty == "reseed", p) for x in starts]
         found = min((x for x in tried if x is not None), key=lambda x: x.spread, default=None)
         if found is None:
             self.centre, self.passed = None, self.passed + 1
@@ -856,7 +876,7 @@ class _Fit:
         else:
             expert = torch.tensor(order, device=contexts.device)[found.label]
             gate = solved_gate(contexts, expert, k, self.generator)
-        if config.guard is not None:
+        if config.guard is not None and self.outer >= config.free * config.outer:
             chosen = lambda gate: model.logits(contexts, gate).argmax(-1, keepdim=True)
             by = lambda gate: (errors.gather(1, chosen(gate))[:, 0] * self.weight).mean()
             if not by(gate) <= config.guard * by(model.gate):
@@ -894,7 +914,7 @@ class _Fit:
             self.model.neighbour.copy_(state["neighbour"])
         self.outer, self.updates, self.solved, self.passed, self.skipped = state["counts"].tolist()
         self.centre = state["centre"].to(self.model.contexts).clone() if len(state["centre"]) else None
-        self.loss, self.before = state["loss"].tolist(), float(state["seconds"])
+        self.loss, self.before = state["loss"].tolist(), float(state.get("seconds", 0.0))
         self.generator.set_state(state["generator"].cpu())
         self.assigned = list(zip(state["assigned.at"].tolist(), state["assigned.to"].tolist(), strict=True))
 
