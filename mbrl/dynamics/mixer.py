@@ -446,8 +446,8 @@ class Clusters(NamedTuple):
 def kmeans(
     contexts: Tensor, k: int, start: Tensor | None, generator: torch.Generator, reseed: bool = False, p: float = 1.0
 ) -> Clusters | None:
-    """Clusters of contexts [systems, C], assigned by the distance of norm p, from `start` [K, C] or from k contexts that
-    are drawn; None where a cluster is empty or the assignment has not settled in 20 sweeps. reseed: an empty cluster
+    """Clusters of contexts [systems, C], assigned by the distance of norm p, from `start` [K, C] or from k contexts
+    that are drawn; None where a cluster is empty or the assignment has not settled in 20 sweeps. reseed: an empty cluster
     begins anew at the context farthest from its centre, and what has not settled is taken."""
     centre = start
     if centre is None:
@@ -611,7 +611,7 @@ FIT = MixerFit(
     assign="hungarian",
     warm=20,
     restarts=10,
-    guard=1.1,
+    guard=1.0,
     solve="nearest",
     free=1 / 3,
 )  # what was measured to work; MixerFit() has the published choices
