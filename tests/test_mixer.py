@@ -305,8 +305,8 @@ def test_the_norm_decides_which_centre_is_near():
     assert kmeans(contexts, 2, contexts[:2], gen(), p=2.0).label.tolist() == [0, 1, 1]
 
 
-def test_the_guard_holds_from_the_end_of_the_free_steps(monkeypatch):
-    _model, job = prepared(restarts=0, guard=1e-9, free=0.5, outer=10)
+def test_the_guard_holds_from_the_end_of_the_free_steps():
+    _, job = prepared(restarts=0, guard=1e-9, free=0.5, outer=10)
     for outer, passed in ((4, 0), (5, 1)):
         job.outer = outer
         job.centre = None

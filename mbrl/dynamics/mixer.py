@@ -447,8 +447,8 @@ def kmeans(
     contexts: Tensor, k: int, start: Tensor | None, generator: torch.Generator, reseed: bool = False, p: float = 1.0
 ) -> Clusters | None:
     """Clusters of contexts [systems, C], assigned by the distance of norm p, from `start` [K, C] or from k contexts
-    that are drawn; None where a cluster is empty or the assignment has not settled in 20 sweeps. reseed: an empty cluster
-    begins anew at the context farthest from its centre, and what has not settled is taken."""
+    that are drawn; None where a cluster is empty or the assignment has not settled in 20 sweeps. reseed: an empty
+    cluster begins anew at the context farthest from its centre, and what has not settled is taken."""
     centre = start
     if centre is None:
         drawn = torch.randperm(len(contexts), generator=generator, device=generator.device)[:k]
