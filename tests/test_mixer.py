@@ -305,13 +305,14 @@ def test_the_norm_decides_which_centre_is_near():
     assert kmeans(contexts, 2, contexts[:2], gen(), p=2.0).label.tolist() == [0, 1, 1]
 
 
-def test_the_guard_holds_from_the_end_of_the_free_steps():
-    _, job = prepared(restarts=0, guard=1e-9, free=0.5, outer=10)
-    for outer, passed in ((4, 0), (5, 1)):
-        job.outer = outer
-        job.centre = None
-        job._solve(job._batch())
-        assert (job.passed, job.solved) == (passed, 1)
+@pytest.mark.parametrize(("until", "warm", "solved"), [(0.5, 0, [0, 1, 2]), (1.0, 0, [0, 1, 2, 3, 4]), (0.2, 3, [3])])
+def test_the_gate_stays_after_its_share_of_the_steps(monkeypatch, until, warm, solved):
+    """Of five outer steps; once in any case, else warm steps would never end."""
+    _, job = prepared(outer=5, inner=1, until=until, warm=warm, gate_every=1)
+    seen = []
+    monkeypatch.setattr(job, "_solve", lambda segment: seen.append(job.outer))
+    job.run(None, None, None)
+    assert list(dict.fromkeys(seen)) == solved
 
 
 def test_purity_counts_the_majority_of_each_expert():
@@ -388,7 +389,7 @@ def test_adabelief_is_the_papers():
         np.testing.assert_allclose(p.numpy(), x, rtol=1e-10)
 
 
-@pytest.mark.parametrize("how", [{}, {"solve": "nearest", "guard": 1.1, "free": 0.5}])
+@pytest.mark.parametrize("how", [{}, {"solve": "nearest", "until": 0.5}])
 def test_systems_sort_themselves_by_family(how):
     data = families()
     model = CONFIG.build(data.spec, gen())
@@ -398,7 +399,7 @@ def test_systems_sort_themselves_by_family(how):
     assert purity(assigned, "aaabbb") == 1.0
     assert len(set(assigned)) == 2
     assert report.updates == 60 * 24
-    assert report.solved + report.passed == 60 * 24 // 5
+    assert report.solved + report.passed == 60 * 24 // 5 * (0.5 if how else 1)
     assert report.skipped == 0
     assert report.loss[-1] < 0.02 * report.loss[0]
     fresh = families(seed=50)
