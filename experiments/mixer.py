@@ -7,9 +7,10 @@ Each row is one fit: relative squared error |x' - x|^2 / |x|^2 of free runs over
 over systems, and their median), the same of new systems after adaptation from one trajectory by the context alone,
 purity of the assignment, wall time. --gate: the mixture with the published gate, by least squares, instead of that of
 the nearest centre, guarded as suits it ("least-squares"), and in the other's place, nothing else changed
-("least-squares-free"). --robust: the four families with too few and too many experts, with 5 % noise, points moved in time by up to 0.4 intervals, with one system that belongs to no family of theirs (a Lotka-Volterra), and
-with the published choices but for the rates and the number of outer steps (a gate after each
-update, by one start of K-means, empty clusters passed over; no warm steps; whole episodes, errors not relative);
+("least-squares-free"). --robust: the four families with too few and too many experts, with 5 % noise, with training
+points moved in time by up to 0.4 intervals, with one system that belongs to no family of theirs (a Lotka-Volterra), and
+with the published choices but for the rates and the number of outer steps (a gate after each update, by one start of
+K-means, empty clusters passed over; no warm steps; whole episodes, errors not relative);
 Lotka-Volterra, one family that three experts share, with what might mend it. A finished row is in
 experiments/results/mixer.json and is not run again.
 """

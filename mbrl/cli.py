@@ -256,7 +256,11 @@ def run_offline(args: Offline) -> Run:
     world = World.of(replace(args, seeds=seeds), data)
     _check_plan(replace(args, algorithm=algorithm), world)
     if algorithm.imagination is not None:
-        offline.check_doubts(algorithm.imagination, data, args.dynamics)
+        try:
+            offline.check_doubts(algorithm.imagination, data, args.dynamics)
+        except ValueError as error:
+            option = "--algorithm.imagination.penalty.coefficient 0, before dynamics:"
+            raise ValueError(f"{name_of(algorithm)}: {error} ({option})") from error
     if args.start is not None:
         _start(Path(args.start), replace(args, seeds=seeds), data)
     label = name_of(algorithm)

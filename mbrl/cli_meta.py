@@ -50,7 +50,7 @@ class Meta:
     seed: int | None = None
     """Drawn, and recorded, where none is given."""
     environments: int | None = None
-    """Systems of each family; by default as many as were published."""
+    """Systems of each family to learn from; by default as many as were published."""
     trajectories: int = 4
     """Of each system, to learn from."""
     steps: int = 2000
@@ -99,7 +99,9 @@ def run_meta(args: Meta) -> Run:
         args = _resumed(run, args)
         data = load(args)
         if args.data and shas(data) != run.config["data"]["sha256"]:
-            raise RunError(f"{run.folder}: the files {words_of(args.data)} are not those that it was begun with")
+            raise RunError(
+                f"{run.folder}: the files {words_of(args.data)} are not those that it was begun with; put these back"
+            )
         run.rewind()
     else:
         _check(args)
@@ -191,6 +193,17 @@ def _check(args: Meta) -> None:
             f"--dynamics.experts {args.dynamics.experts}: the number of experts is an option of the command, and not "
             f"of the learner (which has {usual}): pass --experts {args.dynamics.experts}"
         )
+    name = name_of(args.dynamics)
+    if args.experts is not None and name in ("separate", "meta-learner"):
+        raise ValueError(f"--experts {args.experts}: not for {name}; leave it out, or take dynamics:mixer")
+    if name not in ("separate", "meta-learner", "naive-gate") and args.fit.outer <= args.fit.warm:
+        raise ValueError(
+            f"--fit.outer {args.fit.outer}: systems change places after the first {args.fit.warm} outer steps "
+            "(--fit.warm); pass more, or a smaller --fit.warm"
+        )
+    names = [str(x) for x in args.data + args.new] or str(args.families).split(",")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{'--data' if args.data else '--families'} {' '.join(names)}: expected each once")
     apart = ("environments", "trajectories", "tests", "noise", "irregular")
     if args.data:
         _own(args, "files of series", (*apart, "steps", "shots"))
@@ -201,8 +214,9 @@ def _check(args: Meta) -> None:
         if args.dt is not None and not 0 < args.dt < math.inf:
             raise ValueError(f"--dt {args.dt}: expected a time between samples, above 0")
         return
-    _own(args, args.families, ("new", "columns", "inputs", "dt", "holdout"))
-    if is_sequence(str(args.families)):
+    sequence = is_sequence(str(args.families))
+    _own(args, args.families, (*(() if sequence else ("steps",)), "new", "columns", "inputs", "dt", "holdout"))
+    if sequence:
         _own(args, f"{args.families}, which is of a simulator", (*apart, "shots"))
 
 
@@ -299,7 +313,13 @@ def _halves(data: Dataset, holdout: float) -> tuple[Dataset, Dataset]:
     from mbrl_envs import series
 
     if data.episodes == 1:
-        return series.split(data, 1 - holdout)
+        try:
+            return series.split(data, 1 - holdout)
+        except ValueError:
+            raise ValueError(
+                f"{data.name}: {len(data)} rows cannot be cut in two by --holdout {holdout}; expected at least two on "
+                "either side: leave the file out, or pass another --holdout"
+            ) from None
     first = min(max(1, round((1 - holdout) * data.episodes)), data.episodes - 1)
     at = int(data.starts[first])
     return series.cut(data, 0, at), series.cut(data, at)
@@ -310,7 +330,7 @@ def _halves(data: Dataset, holdout: float) -> tuple[Dataset, Dataset]:
 
 def _go(run: Run, args: Meta, data: Data) -> dict[str, Any]:
     assert args.seed is not None
-    began, device = time.perf_counter(), devices.pick(args.device)
+    device = devices.pick(args.device)
     train = data.train.to(device, torch.float32)
     model = args.dynamics.build(train.spec, devices.generator(args.seed)).to(device)
     kept = run.load("fit")
@@ -327,9 +347,10 @@ def _go(run: Run, args: Meta, data: Data) -> dict[str, Any]:
         model, train, args.fit, devices.generator(args.seed + 1), tell_step, checkpoint=keep,
         resume=None if kept is None else {k: v.to(device) if k != "generator" else v for k, v in kept[0].items()},
     )  # fmt: skip
+    fitted = time.perf_counter()
     model.requires_grad_(False)
     result = judged(args, data, model, report, lambda i, of: run.progress("adapt", i, of, {}))
-    result |= {"wall_s": round(time.perf_counter() - began, 1), **machine(), "versions": versions()}
+    result |= {"wall_s": round(report.seconds + time.perf_counter() - fitted, 1), **machine(), "versions": versions()}
     changes = data.train.next_obs - data.train.obs
     facts: dict[str, Any] = {"systems": train.systems, "dt": train.dt}
     facts |= {k: getattr(train, k).tolist() for k in ("act_low", "act_high")}
@@ -348,7 +369,7 @@ def judged(
     table = model.contexts.detach()
     errors = relative_errors(model, data.test, table)
     chosen, truth = model.chosen(table).tolist(), kinds(data.labels)
-    tells = data.sorts and len(set(truth)) > 1 and model.config.gating != "own"
+    tells = data.sorts and len(set(truth)) > 1 and model.config.gating != "own" and model.config.experts > 1
     found: dict[str, Any] = {
         "families": args.families, "learner": name_of(args.dynamics), "experts": model.config.experts,
         "seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()), "labels": data.labels,
@@ -407,18 +428,24 @@ def by_family(labels: list[str], values: list[float]) -> dict[str, float]:
 
 
 def tell(result: dict[str, Any]) -> None:
-    words = Table("family", "systems", "experts", "error", "adapted", "null")
+    words = Table("family", "systems", "served by expert", "error", "adapted", "null")
     words.title = f"{result['families'] or 'files'}, {result['learner']}"
     nulls = by_family(result["labels"], result["nulls"])
+    adapted_by: dict[str, list[int]] = {}
+    for label, expert in zip(kinds(result.get("new_labels", [])), result.get("new_assigned", []), strict=True):
+        adapted_by.setdefault(label, []).append(expert)
     adapted = by_family(result["new_labels"], result["new_errors"]) if "new_errors" in result else {}
     for family, error in by_family(result["labels"], result["errors"]).items():
         mine = [a for a, k in zip(result["assigned"], kinds(result["labels"]), strict=True) if k == family]
         served = ", ".join(f"{e}" for e in dict.fromkeys(mine))
+        if others := sorted(set(adapted_by.get(family, ())) - set(mine)):
+            served += f" (new: {', '.join(map(str, others))})"
         other = f"{adapted[family]:.3g}" if family in adapted else "-"
         words.add_row(family, str(len(mine)), served, f"{error:.3g}", other, f"{nulls[family]:.3g}")
     for family in [x for x in adapted if x not in nulls]:
+        served = ", ".join(str(e) for e in dict.fromkeys(adapted_by[family]))
         null = by_family(result["new_labels"], result["new_nulls"])[family]
-        words.add_row(family, "new", "-", "-", f"{adapted[family]:.3g}", f"{null:.3g}")
+        words.add_row(family, "new", served, "-", f"{adapted[family]:.3g}", f"{null:.3g}")
     words.caption = (
         "error: |x' - x|^2 / |x|^2 of free runs over test trajectories; adapted: of new systems, by their contexts "
         "alone; null: of staying at the start or at the data's mean, whichever errs less"
@@ -467,7 +494,9 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
         last = min(1, a.shape[1] - 1)
         ax.plot(a[:, 0], a[:, last], color=colors(i % 10), lw=3, alpha=0.3)
         ax.plot(b[:, 0], b[:, last], color=colors(i % 10), lw=1, ls="--", label=family)
-    ax.set(title="a test trajectory of each family: truth wide, model dashed", xlabel="x", ylabel="y")
+    ax.set(
+        title="a test trajectory of each family: truth wide, model dashed", xlabel="first dimension", ylabel="second"
+    )
     ax.legend(fontsize=7)
     ax, where = axes[1, 0], np.arange(len(families))
     ax.bar(where - 0.2, [known.get(k, np.nan) for k in families], 0.4, label="systems of training")

@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys):
 def test_what_stands_beside_has_as_many_experts_as_it_should(tmp_path, learner, experts):
     found = go(tmp_path / "a", learner=learner, settings=["--dynamics.expert.main", "8"])
     assert found["experts"] == experts
-    assert (found["purity"] is None) == (learner == "separate")  # which has no choice
+    assert (found["purity"] is None) == (experts != 2)  # where there is no choice
     if learner == "separate":
         assert found["assigned"] == [0, 1, 2, 3]
         assert "new_errors" not in found  # contexts that stay cannot adapt
@@ -208,6 +208,13 @@ def test_families_are_counted_and_their_errors_averaged():
         ),
         (["--families", "harmonic", "--experts", "0"], "--experts 0: expected at least 1"),
         (["--families", "harmonic", "--threads", "-1"], "--threads -1"),
+        (["--families", "harmonic,harmonic"], "--families harmonic harmonic: expected each once"),
+        (["--families", "harmonic", "--steps", "9"], "--steps: not for harmonic"),
+        (["--families", "harmonic", "--fit.warm", "6"], "--fit.outer 6: systems change places after the first 6"),
+        (
+            ["--data", "a.npy", "b.npy", "--holdout", "0.999", "--experts", "2"],
+            "cannot be cut in two by --holdout 0.999",
+        ),
         (["--families", "harmonic", "--fit.warm", "-1"], "warm is -1, expected at least 0"),
         (["--families", "harmonic", "--fit.guard", "-1"], "guard is -1.0, expected a number above 0"),
         (["--families", "harmonic,driven-pendulum"], "actions of several widths"),
@@ -263,6 +270,26 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path, capsys, words, says):
     with pytest.raises(SystemExit):
         main(["meta", "--resume", str(tmp_path / "a"), *words])
     assert says in said(capsys)
+
+
+@pytest.mark.parametrize("learner", ["separate", "meta-learner"])
+def test_what_has_its_own_number_of_experts_takes_no_other(tmp_path, capsys, learner):
+    with pytest.raises(SystemExit):
+        go(tmp_path / "a", "--experts", "2", learner=learner, settings=[])
+    assert f"--experts 2: not for {learner}" in said(capsys)
+
+
+def test_the_table_says_who_serves_new_systems(capsys):
+    result = {"families": None, "learner": "mixer", "labels": ["a:0", "b:1"], "errors": [0.1, 0.2], "nulls": [0.5, 0.6],
+              "assigned": [0, 1], "purity": None, "experts": 3, "parameters": 7, "fit_s": 1.0,
+              "new_labels": ["a:0", "c:1"], "new_errors": [0.3, 0.4], "new_nulls": [0.7, 0.8],
+              "new_assigned": [2, 1]}  # fmt: skip
+    cli_meta.tell(result)
+    lines = capsys.readouterr().out.splitlines()
+    row = lambda name: [x.strip() for x in next(x for x in lines if x.startswith(f"│ {name}")).split("│")[1:-1]]
+    assert row("a") == ["a", "1", "0 (new: 2)", "0.1", "0.3", "0.5"]
+    assert row("b") == ["b", "1", "1", "0.2", "-", "0.6"]
+    assert row("c") == ["c", "new", "1", "-", "0.4", "0.8"]
 
 
 def test_a_fit_that_is_not_finite_ends_with_an_error(tmp_path, capsys):
