@@ -148,7 +148,7 @@ def test_all_tasks_are_as_many_as_there_are(tmp_path, monkeypatch, capsys):
         (POLES, ["--first", "99", "--hold", "0"], "tasks of cartpole-pole; --hold is 0"),
         (POLES, ["--seed", "-1"], "--seed is -1"),
         (POLES, ["--seed", str(2**70)], f"--seed is {2**70}"),
-        (POLES, ["--threads", "-1"], "--threads is -1"),
+        (POLES, ["--threads", "-1"], "--threads -1: expected 0"),
         (POLES, ["--episodes", "-1"], "--episodes is -1"),
         (POLES, ["--length", "0", "--episodes", "1"], "--length is 0"),
         (POLES, ["--horizon", "0"], "--horizon is 0"),

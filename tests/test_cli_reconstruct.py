@@ -11,6 +11,7 @@ from mbrl_envs import systems
 from worlds import interrupted
 
 from mbrl import cli, cli_reconstruct
+from mbrl.core import Diverged
 from mbrl.run import Run
 
 QUICK = ["--threads", "1", "--quiet", "--seeds", "0", "--ahead", "5", "--schedule.batches", "10",
@@ -212,7 +213,7 @@ def test_a_fit_that_is_not_finite_says_so(tmp_path, spiral, capsys, monkeypatch,
 
 def test_a_fit_that_gives_no_model_is_one_error(tmp_path, spiral, capsys, monkeypatch):
     def diverging(*a, **kw):
-        raise RuntimeError("fit_plrnn: a seed has diverged")
+        raise Diverged("fit_plrnn: a seed has diverged")
 
     monkeypatch.setattr(cli_reconstruct, "fit_plrnn", diverging)
     with pytest.raises(SystemExit):
