@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "mixer.json"
 LEARNERS = ("mixer", "naive-gate", "meta-learner", "separate")
 ONE_KIND = 3  # experts for a set of one family
 MENDED: dict[str, dict[str, Any]] = {
-    "soft-start": {"fit": replace(FIT, warm=150)},  # one expert for half of the fit
+    "soft-start": {"fit": replace(FIT, warm=150)},  # one expert for half of the fit, then one outer step to sort
     "two-experts": {"experts": 2},
     "shared-trunk": {"dynamics": MixerConfig(Ncf(shared=True))},
     "must-pay": {"fit": replace(FIT, guard=0.95)},  # experts that do not lower the loss stay unused
@@ -112,31 +112,22 @@ def run(job: Meta, name: str) -> dict[str, Any]:
 def main(args: Args) -> None:
     devices.keep_memory()
     torch.set_num_threads(args.threads)
-    fit = replace(FIT, outer=args.outer)
-    base = Meta(fit=fit)
-    jobs = []
+    base, jobs = Meta(fit=FIT), []
     for seed in args.seeds:
         for name in args.sets:
-            for learner in args.learners:
-                job = replace(base, families=name, seed=seed, dynamics=MIXERS[learner])
-                if learner != "mixer":
-                    job = replace(job, fit=replace(LEAST, outer=args.outer))  # of these no gate is solved that matters
-                if name == "lotka-volterra" and learner in ("mixer", "naive-gate"):
-                    job = replace(job, experts=ONE_KIND)
-                jobs.append((name, learner, job))
-            for gate, how in GATES.items() if args.gate else ():
-                experts = ONE_KIND if name == "lotka-volterra" else None
-                job = replace(base, families=name, seed=seed, fit=replace(how, outer=args.outer), experts=experts)
-                jobs.append((name, gate, job))
-        for name, change in ROBUST.items() if args.robust else ():
-            change = change | ({"fit": replace(change["fit"], outer=args.outer)} if "fit" in change else {})
-            jobs.append(("four", name, replace(base, **({"families": "four", "seed": seed} | change))))
-        for name, change in MENDED.items() if args.robust else ():
-            whole: dict[str, Any] = {"experts": ONE_KIND, "families": "lotka-volterra", "seed": seed, **change}
-            if "fit" in change:
-                whole["fit"] = replace(change["fit"], outer=args.outer)
-            jobs.append(("lotka-volterra", name, replace(base, **whole)))
+            whole = replace(base, families=name, seed=seed)
+            many = replace(whole, experts=ONE_KIND if name == "lotka-volterra" else None)  # of a mixture
+            made = {"mixer": many, "naive-gate": replace(many, fit=LEAST)}  # no gate is solved there, nor for these:
+            made |= {k: replace(whole, fit=LEAST) for k in ("meta-learner", "separate")}
+            jobs += [(name, k, replace(made[k], dynamics=MIXERS[k])) for k in args.learners]
+            jobs += [(name, k, replace(many, fit=how)) for k, how in GATES.items() if args.gate]
+        if args.robust:
+            four = replace(base, families="four", seed=seed)
+            one = replace(base, families="lotka-volterra", seed=seed, experts=ONE_KIND)
+            jobs += [("four", k, replace(four, **change)) for k, change in ROBUST.items()]
+            jobs += [("lotka-volterra", k, replace(one, **change)) for k, change in MENDED.items()]
     for name, learner, job in jobs:
+        job = replace(job, fit=replace(job.fit, outer=args.outer))
         rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
         long = f"-{args.outer}" if args.outer != Args.outer else ""
         key, mark = f"{name}{long} {learner} {job.seed}", digest(replace(job, out=None))

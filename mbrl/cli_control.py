@@ -1,6 +1,7 @@
 """The commands that drive an environment: `mbrl plan` (PETS, or planning with a model that is there) and `mbrl online`
 (MBPO). With `mbrl.cli` the only modules of `mbrl` that reach for the environments."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from mbrl import cli_meta, mpc, online
 from mbrl import device as devices
 from mbrl.border import World, episode_seed, spec_of
 from mbrl.choices import KNOWN, Learner, Search, console
+from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.mpc import Adapting, ByValue, Mpc, PetsConfig
@@ -193,46 +195,49 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
     assert args.seed is not None
     if args.model == "true":
         return truth(args.env, env, args.planner, args.worth, args.seed)
-    other = Run.open(Path(str(args.model)))
-    many = other.config["arguments"].get("_type") == "Meta"
-    kept = other.load("model" if many else "pets")
-    weights = {} if kept is None else kept[0] if many else mpc.weights(kept[0])
-    if kept is None or not weights:
+    other, stream = Run.open(Path(str(args.model))), devices.generator(args.seed, device)
+    settings = from_plain(other.config["arguments"], (*KINDS, Plan, *cli_meta.TYPES))
+    make = functools.partial(Mpc, args.planner, generator=stream)
+    if isinstance(settings, cli_meta.Meta):
+        tensors, facts = other.load("model") or ({}, {"systems": 1})
+        if settings.dynamics.gating == "own":
+            raise RunError(f"--model {args.model}: is of separate models, none of which adapts; take another run")
+        spec = replace(spec_of(env), systems=facts["systems"])
+        model = _built(args, settings.dynamics, spec, tensors, settings.families or "files").to(device)
+        model.requires_grad_(False)
+        space, known = env.action_space, cli_meta.functions_of(settings, args.env)
+        if not all(np.allclose(facts[f"act_{k}"], getattr(space, k)) for k in ("low", "high")):
+            raise RunError(
+                f"--model {args.model}: its actions span {facts['act_low']} to {facts['act_high']}, those of "
+                f"{args.env} {space.low.tolist()} to {space.high.tolist()}; expected the same"
+            )
+        reward = reward or (known[0] if args.reward == "task" else None)
+        if reward is None and not settings.dynamics.reward:
+            raise RunError(f"--model {args.model}: it tells no reward, and none is known of {args.env}")
+        one = replace(args.worth, particles=1)  # no noise
+        plans = make(one, model, reward=reward, terminal=terminal or known[1], dt=facts["dt"])
+        return Adapting(plans, scale=torch.tensor(facts["scale"], device=device))
+    tensors, _ = other.load("pets") or ({}, {})
+    model = _built(args, settings.dynamics, spec_of(env), mpc.weights(tensors), settings.env).to(device)
+    return make(args.worth, model, reward=reward, terminal=terminal)
+
+
+def _built(args: Plan, dynamics: Any, spec: Spec, weights: dict[str, torch.Tensor], of: str) -> Any:
+    """The learner with these weights. Raises RunError where there are none, or those of other spaces."""
+    if not weights:
         raise RunError(
             f"--model {args.model}: holds no model; expected the folder of a finished `mbrl plan` or `mbrl meta`, or "
             "true"
         )
-    settings = from_plain(other.config["arguments"], (*KINDS, Plan, *cli_meta.TYPES))
-    spec, facts = spec_of(env), kept[1]
-    if many and ("scale" not in facts or settings.dynamics.gating == "own"):
-        why = "each system has a model of its own, and none adapts" if "scale" in facts else "an older version made it"
-        raise RunError(f"--model {args.model}: cannot serve here, since {why}; expected another run of `mbrl meta`")
-    model = settings.dynamics.build(replace(spec, systems=facts.get("systems", 1)), devices.generator(0))
+    model = dynamics.build(spec, devices.generator(0))
     want, got = ({k: tuple(v.shape) for k, v in x.items()} for x in (model.state_dict(), weights))
     if want != got:
-        of = settings.families or "files" if many else settings.env
         raise RunError(
             f"--model {args.model}: its model is of {of}; {args.env} has {spec.obs} observations and {spec.act} "
             "actions, which do not fit it"
         )
     model.load_state_dict(weights)
-    stream, model = devices.generator(args.seed, device), model.eval().to(device)
-    if not many:
-        return Mpc(args.planner, args.worth, model, generator=stream, reward=reward, terminal=terminal)
-    spaces = env.action_space
-    if not all(np.allclose(facts[k], getattr(spaces, k[4:])) for k in ("act_low", "act_high")):
-        raise RunError(
-            f"--model {args.model}: its actions span {facts['act_low']} to {facts['act_high']}, those of {args.env} "
-            f"{spaces.low.tolist()} to {spaces.high.tolist()}; expected the same"
-        )
-    others = cli_meta.functions_of(settings, str(args.env))
-    reward, terminal = reward or (others[0] if args.reward == "task" else None), terminal or others[1]
-    if reward is None and not settings.dynamics.reward:
-        raise RunError(f"--model {args.model}: it tells no reward, and none is known of {args.env}")
-    model.requires_grad_(False)
-    one = replace(args.worth, particles=1)  # no noise
-    plans = Mpc(args.planner, one, model, generator=stream, reward=reward, terminal=terminal, dt=float(facts["dt"]))
-    return Adapting(plans, scale=torch.tensor(facts["scale"], device=device))
+    return model.eval()
 
 
 def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.device) -> list[tuple[int, float]]:

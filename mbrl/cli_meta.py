@@ -99,9 +99,8 @@ def run_meta(args: Meta) -> Run:
         args = _resumed(run, args)
         data = load(args)
         if args.data and shas(data) != run.config["data"]["sha256"]:
-            raise RunError(
-                f"{run.folder}: the files {words_of(args.data)} are not those that it was begun with; put these back"
-            )
+            files = " ".join(map(str, args.data + args.new))
+            raise RunError(f"{run.folder}: {files} are not the files that it was begun with; put those back")
         run.rewind()
     else:
         _check(args)
@@ -160,10 +159,6 @@ def shas(data: Data) -> list[str]:
     return [x.sha256 for x in (data.train, data.test, *(data.new or ()))]
 
 
-def words_of(paths: Any) -> str:
-    return " ".join(map(str, paths))
-
-
 def name_of(config: Any) -> str:
     """By what it is, however its sizes were set."""
     if config.gating != "solved":
@@ -206,7 +201,7 @@ def _check(args: Meta) -> None:
         raise ValueError(f"{'--data' if args.data else '--families'} {' '.join(names)}: expected each once")
     apart = ("environments", "trajectories", "tests", "noise", "irregular")
     if args.data:
-        _own(args, "files of series", (*apart, "steps", "shots"))
+        _refuse(args, "files of series", (*apart, "steps", "shots"))
         if args.experts is None and args.dynamics.experts > 1 and args.dynamics.gating != "own":
             raise ValueError("--experts is missing: of how many kinds the systems of files are is not known")
         if not 0 < args.holdout < 1:
@@ -215,12 +210,12 @@ def _check(args: Meta) -> None:
             raise ValueError(f"--dt {args.dt}: expected a time between samples, above 0")
         return
     sequence = is_sequence(str(args.families))
-    _own(args, args.families, (*(() if sequence else ("steps",)), "new", "columns", "inputs", "dt", "holdout"))
+    _refuse(args, args.families, (*(() if sequence else ("steps",)), "new", "columns", "inputs", "dt", "holdout"))
     if sequence:
-        _own(args, f"{args.families}, which is of a simulator", (*apart, "shots"))
+        _refuse(args, f"{args.families}, which is of a simulator", (*apart, "shots"))
 
 
-def _own(args: Meta, what: Any, names: tuple[str, ...]) -> None:
+def _refuse(args: Meta, what: Any, names: tuple[str, ...]) -> None:
     """Raises ValueError where options are given that do nothing there."""
     given = [f"--{k.replace('_', '-')}" for k in names if getattr(args, k) != getattr(Meta, k)]
     if given:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -106,12 +107,13 @@ def test_planning_follows_by_what_the_run_has_kept(tmp_path):
     assert control.scale.tolist() == pytest.approx((data.next_obs - data.obs).square().mean(0).tolist(), rel=1e-5)
     assert control.mpc.dt == data.dt
     assert control.mpc.reward is not None  # the tasks' own
+    assert cli_meta.functions_of(cli_meta.Meta(families="cartpole-pole"), "Pendulum-v1") == (None, None)
     assert torch.equal(control.first[0], control.mpc.model.contexts.mean(0))
     with pytest.raises(RunError, match="tells no reward, and none is known"):
         given(replace(args, reward="learned"))
     assert given(replace(args, reward="learned"), len).mpc.reward is len
     go(tmp_path / "b", "--fit.length", "5", which=which[:-2], learner="separate", settings=[])
-    with pytest.raises(RunError, match="each system has a model of its own"):
+    with pytest.raises(RunError, match="separate models, none of which adapts"):
         given(replace(args, model=str(tmp_path / "b")))
     run = Run.open(tmp_path / "a")
     tensors, facts = run.load("model")
@@ -145,7 +147,7 @@ def test_files_of_ones_own_are_systems(tmp_path, capsys):
         np.save(tmp_path / f"{name}.npy", np.concatenate([kept[:110], kept[110:] + 0.1]))
         with pytest.raises(SystemExit):
             main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
-        assert "are not those that it was begun with" in said(capsys)
+        assert "are not the files that it was begun with" in said(capsys)
         np.save(tmp_path / f"{name}.npy", kept)
     main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
     assert timeless(json.loads((tmp_path / "b" / "result.json").read_text())) == timeless(whole)
@@ -173,6 +175,13 @@ def test_a_model_that_knows_nothing_stays_at_the_start_or_at_the_mean():
     found = cli_meta.nulls(series.mixed(waves, "x", {}), series.mixed(known, "y", {}))
     cut = (0.5**2 / 1 + 3.5**2 / 16) / 2  # both to the one transition of the shorter
     assert found.tolist() == pytest.approx([2.0**2 / 11, cut], rel=1e-6)
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    (tmp_path / "x").mkdir()
+    files = [*series(tmp_path, (0.1,), "a"), *series(tmp_path / "x", (0.2,), "a")]
+    data = cli_meta.load(cli_meta.Meta(data=tuple(map(Path, files)), seed=0))
+    assert cli_meta.kinds(data.labels) == files
 
 
 def test_a_file_of_several_episodes_is_cut_between_them(tmp_path):
@@ -243,16 +252,34 @@ def test_bad_input_is_one_error_and_no_folder(tmp_path, capsys, monkeypatch, wor
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["--dynamics.expert.hidden", "8", "-5"], "hidden of Coda is (8, -5), expected units of each layer"),
-        (["--dynamics.solver.substeps", "0"], "substeps of the solver is 0, expected at least 1"),
-        (["--dynamics.experts", "3"], "pass --experts 3"),
+        (["--experts", "2", "dynamics:separate"], "--experts 2: not for separate"),
+        (["--experts", "2", "dynamics:meta-learner"], "--experts 2: not for meta-learner"),
+        (
+            ["dynamics:mixer-coda", "--dynamics.expert.hidden", "8", "-5"],
+            "hidden of Coda is (8, -5), expected units of each layer",
+        ),
+        (
+            ["dynamics:mixer-coda", "--dynamics.solver.substeps", "0"],
+            "substeps of the solver is 0, expected at least 1",
+        ),
+        (["dynamics:mixer-coda", "--dynamics.experts", "3"], "pass --experts 3"),
     ],
 )
 def test_settings_of_the_learner_that_cannot_be(tmp_path, capsys, settings, says):
     with pytest.raises(SystemExit):
-        go(tmp_path / "a", settings=settings)
+        main(["meta", *TWO, "--out", str(tmp_path / "a"), *QUICK, *settings])
     assert says in said(capsys)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_mixture_of_one_expert_goes_on_by_its_name(tmp_path):
+    with interrupted(2), pytest.raises(SystemExit):
+        go(
+            tmp_path / "a",
+            which=("--families", "harmonic", "--environments", "2", "--trajectories", "2", "--tests", "3"),
+        )
+    main(["meta", "--resume", str(tmp_path / "a"), "--quiet", "dynamics:mixer-coda", *SMALL])
+    assert Run.open(tmp_path / "a").result["experts"] == 1
 
 
 @pytest.mark.parametrize(
@@ -270,13 +297,6 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path, capsys, words, says):
     with pytest.raises(SystemExit):
         main(["meta", "--resume", str(tmp_path / "a"), *words])
     assert says in said(capsys)
-
-
-@pytest.mark.parametrize("learner", ["separate", "meta-learner"])
-def test_what_has_its_own_number_of_experts_takes_no_other(tmp_path, capsys, learner):
-    with pytest.raises(SystemExit):
-        go(tmp_path / "a", "--experts", "2", learner=learner, settings=[])
-    assert f"--experts 2: not for {learner}" in said(capsys)
 
 
 def test_the_table_says_who_serves_new_systems(capsys):

@@ -641,6 +641,18 @@ def test_a_fit_of_which_nothing_is_finite_ends():
     data = families()
     with pytest.raises(Diverged, match=r"no update of outer step \d+ was finite.*lr 1e\+30"):
         fit_mixer(CONFIG.build(data.spec, gen()), data, replace(FIT, lr=1e30), gen())
+    with pytest.raises(Diverged, match="after 1 outer steps no system is predicted finitely"):
+        fit_mixer(CONFIG.build(data.spec, gen()), data, replace(FIT, lr=1e30, outer=1, inner=1), gen())
+
+
+def test_whole_episodes_of_a_series_end_where_it_does():
+    """Nothing is known to follow their last step."""
+    data = families()
+    last = data.starts[1:] - 1
+    data = replace(data, paired=data.paired.index_fill(0, last, False))
+    job = mixer._Fit(CONFIG.build(data.spec, gen()), data, replace(FIT, outer=1, length=None), gen())
+    assert job.rows.length == 19
+    assert job.run(None, None, None).updates == 24
 
 
 def test_a_single_system_is_none_for_a_mixture():

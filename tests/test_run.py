@@ -55,6 +55,12 @@ def test_settings_of_others_may_be_mappings():
 
     assert from_plain({"_type": "Other", "options": {"a": 1.0}}, [Other]) == Other({"a": 1.0})
 
+    @dataclass(frozen=True)
+    class Typed:
+        x: "NowhereToBeFound"  # noqa: F821
+
+    assert from_plain({"_type": "Typed", "x": 1}, [Typed]) == Typed(1)
+
 
 def test_one_process_at_a_time_writes_in_a_folder(tmp_path):
     run = Run.create(tmp_path / "run", {"arguments": {"_type": "Meta"}}, {"threads": 1}, quiet=True)

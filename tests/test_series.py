@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mbrl_envs.scores import DataError
-from mbrl_envs.series import cut, digest, dimensions, from_arrays, pair, read_series, split, standardise
+from mbrl_envs.series import alike, cut, digest, dimensions, from_arrays, mixed, pair, read_series, split, standardise
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((12, 3)) * [1, 10, 100] + [0, 5, -50]  # observations
@@ -372,6 +372,28 @@ def test_a_pair_shares_one_range_of_inputs():
     close(both.amax(0), [1, 1])
     assert a.sha256 != train.sha256
     assert pair(train, train)[0] is train
+
+
+def test_series_of_several_systems_share_one_range_and_keep_their_intervals():
+    first, second = (
+        from_arrays(np.zeros((3, 1)), np.array([[a], [b], [a]]), dt=dt)
+        for a, b, dt in ((0.0, 1.0, 0.1), (-1.0, 3.0, 0.2))
+    )
+    a, b = alike([first, second])
+    assert a.act_low.tolist() == b.act_low.tolist() == [-1.0]
+    assert a.act_high.tolist() == b.act_high.tolist() == [3.0]
+    assert a.act.flatten().tolist() == [-0.5, 0.0, -0.5]
+    assert (a.dts.unique().tolist(), b.dts.unique().tolist()) == (pytest.approx([0.1]), pytest.approx([0.2]))
+    assert alike([first, first])[0].dts is None
+
+
+def test_the_digest_of_several_is_that_of_the_numbers():
+    data = from_arrays(np.arange(4.0)[:, None], dt=0.1)
+    sha = lambda x: mixed([data, x], "x", {}).sha256
+    assert sha(data) == mixed([data, data], "y", {}).sha256
+    assert len({sha(data), sha(replace(data, obs=data.obs + 1)), sha(replace(data, reward=data.reward + 1))}) == 3
+    slow = replace(data, dt=0.2)
+    assert mixed([slow, slow], "x", {}).sha256 != sha(data)
 
 
 def test_a_pair_must_be_of_one_system():

@@ -201,11 +201,7 @@ def alike(parts: Sequence[Dataset]) -> list[Dataset]:
 
 def mixed(parts: Sequence[Dataset], name: str, meta: Mapping[str, Any]) -> Dataset:
     """Datasets as one of several systems, part i of system i."""
-    data = joined(parts, mixed=True)
-    more = () if data.dts is None else (data.dts,)
-    facts = (torch.tensor(data.dt, dtype=torch.float64), data.act_low, data.act_high)
-    found = digest(data.obs, data.act, data.reward, data.next_obs, data.terminal, data.starts, *facts, *more)
-    return replace(data, name=name, sha256=found, meta=meta)
+    return _hashed(replace(joined(parts, mixed=True), name=name, meta=meta))
 
 
 def _same_columns(data: Dataset, like: Dataset) -> None:
@@ -254,10 +250,8 @@ def digest(*tensors: Tensor) -> str:
 
 
 def _hashed(data: Dataset) -> Dataset:
-    bounds = (data.act_low, data.act_high)
     dt = torch.tensor(data.dt, dtype=torch.float64)
-    more = () if data.dts is None else (data.dts,)
-    return replace(data, sha256=digest(data.obs, data.act, data.starts, *bounds, dt, *more))
+    return replace(data, sha256=digest(*data.rows.values(), data.starts, data.act_low, data.act_high, dt))
 
 
 def _rescaled(data: Dataset, low: Tensor, high: Tensor) -> Dataset:
