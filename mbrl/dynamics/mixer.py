@@ -579,7 +579,7 @@ class MixerFit:
     many times from contexts that are apart, and the tightest clusters count. guard: a gate that would make the loss
     more than so many times what it is, is passed over (after warm steps: experts that were never trained would be shut
     out). relative: each system's error counts over the variance of its observations. `clip`: of the gradient's norm.
-    solve: the gate is the "least-squares" one of the one-hot experts, as published, which leaves a cluster that lies
+    solve: the gate is the "least-squares" one of the one-hot experts, as published, which may leave a cluster that lies
     between others without systems (masking: Hastie et al., The Elements of Statistical Learning, 4.2), or "nearest":
     each context goes where its cluster's centre is; K-means then assigns by L2, so that systems are sorted as the
     clusters are. until: the gate is solved for in this share of the outer steps, the first, and then stays: a system
