@@ -102,6 +102,7 @@ def one(args: Args, env: str, variant: str, seed: int) -> dict[str, Any]:
     folder = args.out / env / variant / f"{seed}-{digest}"
     if (folder / "config.json").exists():
         run = Run.open(folder)
+        run.lock()
         run.rewind()
     else:
         facts = {"online": to_plain(config), "dynamics": to_plain(dynamics), "fitting": to_plain(fitting)}

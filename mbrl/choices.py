@@ -2,14 +2,16 @@
 
 import operator
 import warnings
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import reduce
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from mbrl import device as devices
 from mbrl import offline, planner
 from mbrl.baselines import BcConfig, Td3BcConfig
 from mbrl.continual import STUDENTS
@@ -33,6 +35,7 @@ from mbrl.dynamics.plrnn import (
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
 from mbrl.planner import Planner, Worth
+from mbrl.run import Run, RunError
 from mbrl.sac import SacConfig
 from mbrl.solvers import RK4, Dopri5, Tsit5
 
@@ -140,7 +143,7 @@ WORDS = {
 def by_option(x: Any, name: str = "-") -> dict[str, Any]:
     """Each of a command's settings by its option."""
     if not is_dataclass(x):
-        return {name: x}
+        return {name: x.resolve() if isinstance(x, Path) else x}
     of = lambda f: f"{name}{'-' if name == '-' else '.'}{f.name.replace('_', '-')}"
     return {k: v for f in fields(x) for k, v in by_option(getattr(x, f.name), of(f)).items()}
 
@@ -153,6 +156,51 @@ def unlike(given: dict[str, Any], usual: dict[str, Any], own: dict[str, Any]) ->
         for k, v in given.items()
         if k not in ("--quiet", "--threads", "--resume") and v not in (usual.get(k), own.get(k))
     ]
+
+
+def only_its_own(run: Run, given: Any, own: Any, **presets: dict[str, Any]) -> None:
+    """Raises RunError where options of a resumed command were given (are not the command's defaults) and are not the
+    run's own. presets: what is chosen by name, name -> config, by field."""
+    device = given.device if given.device == "auto" else str(devices.pick(given.device))
+    given, own = replace(given, device=device), replace(own, device=run.local.get("device", device), out=run.folder)
+    usual, differ = type(given)(), []
+    mine = by_option(given)
+    for name, known in presets.items():
+        option = f"--{name}"
+        mine = {k: v for k, v in mine.items() if not k.startswith(f"{option}.")}
+        asked, default, has = (getattr(x, name) for x in (given, usual, own))
+        if asked in (default, has):
+            continue
+        # of what can be named, that from which a config differs least; the command's own default is one of these
+        near = _nearest(default, list(known.items()))[0]
+        among = [*known.items(), *((n, default) for n in near)]
+        (named, start), (its, _) = _nearest(asked, among), _nearest(has, among)
+        if set(named) & set(its):
+            differ += unlike(by_option(asked, option), by_option(start, option), by_option(has, option))
+        else:
+            differ.append(f"{name}:{named[0]} (its own is {name}:{its[0]})")
+    refuse(run, unlike(mine, by_option(usual), by_option(own)) + differ)
+
+
+def refuse(run: Run, differ: list[str]) -> None:
+    """Raises RunError where a resumed command was given what is not the run's own."""
+    if differ:
+        words = ", ".join(differ)
+        raise RunError(
+            f"{run.folder}: goes on by its own settings, not by {words}; leave these out, or begin another run"
+        )
+
+
+def _nearest(config: Any, among: list[tuple[str, Any]]) -> tuple[list[str], Any]:
+    """Names of the configs that differ in the fewest settings, those of its own kind first; and the first of these."""
+    mine = by_option(config)
+
+    def far(other: Any) -> tuple[bool, int]:
+        its = by_option(other)
+        return type(other) is not type(config), sum(mine.get(k) != its.get(k) for k in {*mine, *its})
+
+    least = min(far(x) for _, x in among)
+    return [n for n, x in among if far(x) == least], next(x for _, x in among if far(x) == least)
 
 
 def union(options: dict[str, tuple[Any, Any]]) -> Any:

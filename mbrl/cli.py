@@ -24,7 +24,7 @@ from rich.table import Table
 import mbrl
 from mbrl import device as devices
 from mbrl import mpc, offline, suite
-from mbrl.choices import KNOWN, LEARNERS, PLAIN, Algorithm, Learner, console
+from mbrl.choices import KNOWN, LEARNERS, PLAIN, Algorithm, Learner, console, only_its_own
 from mbrl.cli_continual import Continual, run_continual
 from mbrl.cli_control import Online, Plan, run_online, run_plan
 from mbrl.cli_meta import Meta, run_meta
@@ -46,7 +46,8 @@ class Offline:
     dataset: str | None = None
     """A D4RL HDF5 file or id, minari:<id>, a NeoRL .npz, or embedded:pendulum / embedded:hopper."""
     resume: Path | None = None
-    """Continue this run folder where it stopped, to the same numbers; other settings are its own."""
+    """Continue this run folder where it stopped, to the same numbers and by its own settings: what is given beside and
+    differs from them is refused, but for --threads, --quiet, --env, --scale, and where its data lie now."""
     out: Path | None = None
     """The run folder; runs/<dataset>/<algorithm>-<seed> by default."""
     seeds: tuple[int, ...] = ()
@@ -233,6 +234,8 @@ def run_offline(args: Offline) -> Run:
         args = replace(from_plain(config["arguments"], (*KNOWN, Offline)), threads=args.threads, quiet=args.quiet)
         args = replace(args, device=run.local["device"], models=run.local["models"] and Path(run.local["models"]))
         args = replace(args, env=given.env or args.env, scale=given.scale or args.scale)
+        own = replace(args, dataset=given.dataset, start=args.start and Path(args.start))
+        only_its_own(run, given, own, algorithm=offline.PRESETS, dynamics=LEARNERS)
         device = devices.pick(args.device)
         data = datasets.load(source, strict=args.strict, device=device)
         if data.sha256 != config["data"]["sha256"]:

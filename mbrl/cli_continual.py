@@ -19,14 +19,14 @@ from mbrl import continual, mpc
 from mbrl import device as devices
 from mbrl import planner as planners
 from mbrl.border import World, episode_seed
-from mbrl.choices import KNOWN, WORDS, Search, Student, by_option, console, unlike
+from mbrl.choices import KNOWN, WORDS, Search, Student, console, only_its_own
 from mbrl.continual import STUDENTS, Budget, Course, Hypernetwork
 from mbrl.core import demand
 from mbrl.data import Dataset, joined
 from mbrl.dynamics.hyper import HyperConfig, HyperFit
 from mbrl.mpc import Mpc
 from mbrl.planner import ICEM, Worth
-from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
+from mbrl.run import Run, from_plain, machine, save_figure, to_plain, versions, write_json
 
 TEST = 1000  # transitions of each task to judge by
 
@@ -221,38 +221,12 @@ def _resumed(run: Run, given: Continual) -> Continual:
 
     old, device = from_plain(run.config["arguments"], TYPES), run.local["device"]
     many = len(contexts.tasks(old.tasks))
-    own = replace(old, first=many if old.first is None else old.first, device=device, out=run.folder.resolve())
-    asked = replace(
-        given,
-        resume=None,
-        device=given.device if given.device == "auto" else str(devices.pick(given.device)),
-        out=given.out and given.out.resolve(),
-    )
-    if differ := _differing(asked, own):
-        raise RunError(
-            f"{run.folder}: goes on by its own settings, not by {', '.join(differ)}; leave these out, or begin another "
-            "run"
-        )
+    own = replace(old, first=many if old.first is None else old.first)
+    only_its_own(run, given, own, planner=planners.PRESETS, dynamics=STUDENTS)
     if not given.quiet:
         name = f"the first {own.first} of {many} tasks of {old.tasks}, {name_of(old.dynamics)}"
         console.print(f"{run.folder} goes on by its own settings: {name}, seed {old.seed}, {old.steps} steps each")
     return replace(old, quiet=given.quiet, device=device)
-
-
-def _differing(given: Continual, own: Continual) -> list[str]:
-    """Options that were given (that differ from the defaults) and are not the run's own, in words."""
-    usual = by_option(Continual(dynamics=STUDENTS[name_of(given.dynamics)]))
-    mine, its, out = by_option(given), by_option(own), []
-    preset = lambda x: next((n for n, p in planners.PRESETS.items() if p == x), "custom")
-    if preset(given.planner) != "custom":  # named, not changed by single options
-        mine = {k: v for k, v in mine.items() if not k.startswith("--planner.")}
-        if given.planner not in (ICEM, own.planner):
-            out.append(f"planner:{preset(given.planner)} (its own is planner:{preset(own.planner)})")
-    if type(given.dynamics) is not type(own.dynamics):
-        mine = {k: v for k, v in mine.items() if not k.startswith("--dynamics.")}
-        if given.dynamics != STUDENTS["hyper"]:
-            out.append(f"dynamics:{name_of(given.dynamics)} (its own is dynamics:{name_of(own.dynamics)})")
-    return unlike(mine, usual, its) + out
 
 
 # ---------------------------------------------------------------- learning

@@ -15,12 +15,12 @@ from rich.table import Table
 from mbrl import cli_meta, mpc, online
 from mbrl import device as devices
 from mbrl.border import World, episode_seed, spec_of
-from mbrl.choices import KNOWN, Learner, Search, console
+from mbrl.choices import KNOWN, LEARNERS, Learner, Search, console, only_its_own
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.mpc import Adapting, ByValue, Mpc, PetsConfig
-from mbrl.planner import ICEM, Worth
+from mbrl.planner import ICEM, PRESETS, Worth
 from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
 
 KINDS = (*KNOWN, online.OnlineConfig, online.Horizon)
@@ -33,7 +33,8 @@ class Driving:
     env: str | None = None
     """A gymnasium id."""
     resume: Path | None = None
-    """Continue this run folder after the last episode that it saved, to the same numbers."""
+    """Continue this run folder after the last episode that it saved, to the same numbers and by its own settings:
+    what is given beside and differs from them is refused, but for --threads and --quiet."""
     out: Path | None = None
     """The run folder; runs/<env>/<command>-<seed> by default."""
     seed: int | None = None
@@ -272,7 +273,7 @@ def run_online(args: Online) -> Run:
     """The command `mbrl online`; returns the finished run."""
     from mbrl_envs import evaluate as worlds
 
-    if args.steps is not None:
+    if args.steps is not None and args.resume is None:
         args = replace(args, setting=replace(args.setting, steps=args.steps))
     run, args = _begin(args, Online, "online", _check_online)
     assert args.env is not None
@@ -334,9 +335,11 @@ def _begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) 
     if args.resume is not None:
         run = Run.resumed(args.resume, name, args.threads, quiet=args.quiet)
         old = from_plain(run.config["arguments"], (*KINDS, kind))
-        run.rewind()
         if getattr(old, "video", None):
             old = replace(old, video=Path(old.video))
+        presets = {"planner": PRESETS, "dynamics": LEARNERS}
+        only_its_own(run, args, old, **{k: v for k, v in presets.items() if hasattr(args, k)})
+        run.rewind()
         return run, replace(old, quiet=args.quiet, device=run.local["device"], out=run.folder)
     seed = devices.fresh_seed() if args.seed is None else args.seed
     device = devices.pick(args.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mbrl import device as devices
 from mbrl.adapt import adapt, predicted, relative_errors, windows
-from mbrl.choices import KNOWN, MIXERS, PLAIN, Mixture, by_option, console, unlike
+from mbrl.choices import KNOWN, MIXERS, PLAIN, Mixture, by_option, console, refuse, unlike
 from mbrl.core import demand
 from mbrl.data import Dataset
 from mbrl.dynamics.mixer import FIT, Mixer, MixerFit, MixerReport, check, fit_mixer, purity
@@ -146,11 +146,7 @@ def _resumed(run: Run, given: Meta) -> Meta:
         if given.dynamics != MIXERS["mixer"]:
             mine["dynamics:"], its["dynamics:"] = name_of(given.dynamics), name_of(old.dynamics)
     usual = by_option(Meta(dynamics=MIXERS[name_of(given.dynamics)]))
-    if differ := unlike(mine, usual, its):
-        raise RunError(
-            f"{run.folder}: goes on by its own settings, not by {', '.join(differ)}; leave these out, or begin another "
-            "run"
-        )
+    refuse(run, unlike(mine, usual, its))
     return replace(old, quiet=given.quiet, device=run.local["device"])
 
 

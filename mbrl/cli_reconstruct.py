@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mbrl import compiled, metrics, nulls, piecewise
 from mbrl import device as devices
-from mbrl.choices import KNOWN, PLAIN, RECONSTRUCTORS, Reconstructor, console
+from mbrl.choices import KNOWN, PLAIN, RECONSTRUCTORS, Reconstructor, console, only_its_own
 from mbrl.core import Diverged, Dynamics, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics.plrnn import Plrnn, PlrnnConfig, PlrnnFit, Shallow, fit_plrnn, orbit
@@ -59,7 +59,8 @@ class Reconstruct:
     compare: tuple[str, ...] = ()
     """Fit these learners instead of one and put them side by side; "all" for each."""
     resume: Path | None = None
-    """Continue this run folder where it stopped, to the same numbers."""
+    """Continue this run folder where it stopped, to the same numbers and by its own settings: what is given beside and
+    differs from them is refused, but for --threads, --quiet, and where its data lie now."""
     out: Path | None = None
     """The run folder; runs/<data>/<learner>-<seed> by default."""
     seeds: tuple[int, ...] = ()
@@ -294,7 +295,8 @@ def run_reconstruct(args: Reconstruct) -> Run:
         args = replace(
             args, data=given.data or local["data"], test=given.test or (local["test"] and Path(local["test"]))
         )
-        args = replace(args, device=given.device, quiet=given.quiet)
+        only_its_own(run, given, args, dynamics=RECONSTRUCTORS)
+        args = replace(args, device=local.get("device", given.device), quiet=given.quiet)
         train_set, test_set, system = load(args)
         if train_set.sha256 != config["data"]["sha256"]:
             raise RunError(
@@ -311,6 +313,7 @@ def run_reconstruct(args: Reconstruct) -> Run:
     out = args.out or Path("runs") / stem / f"{label}-{'-'.join(map(str, args.seeds))}"
     file = lambda x: str(Path(x).resolve()) if x is not None and Path(x).exists() else x and str(x)
     local = {"data": file(args.data), "test": file(args.test), "threads": torch.get_num_threads()}
+    local["device"] = str(devices.pick(args.device))
     facts = {"name": train_set.name, "sha256": train_set.sha256, "steps": len(train_set), "dt": train_set.dt}
     plain = to_plain(replace(args, data=train_set.name, test=None, out=None))
     run = Run.create(out, {"algorithm": label, "data": facts, "arguments": plain}, local, quiet=args.quiet)
