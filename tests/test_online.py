@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from worlds import Box, Line, LineEnv, Memory, never
+from worlds import Box, Line, LineEnv, Memory, earned, never
 
 from mbrl import online
 from mbrl.border import episode_seed
@@ -51,15 +51,6 @@ class Shifted(Line):
 def run(config=SMALL, env=None, **options):
     options = {"dynamics": True_(), "fitting": SHORT, "terminal": never, **options}
     return online.train(config, env or LineEnv(), **options)
-
-
-def earned(policy):
-    """The return of 20 steps of the line from x = 2."""
-    x, total = torch.full((1, 1), 2.0), 0.0
-    for _ in range(20):
-        x = 0.9 * x + 0.5 * policy(x).clamp(-1, 1)
-        total -= (x**2).item()
-    return [total]
 
 
 def test_it_learns_to_hold_the_line_at_zero():

@@ -1,6 +1,6 @@
 """It plugs in: a PLRNN, a neural ODE, a hypernetwork, experts and a mixture, by the names and the functions of the
-command line, where the ensemble stands by default: as the model of the planner, and inside the MOREC filter of the
-offline loop."""
+command line, where the ensemble stands by default: as the model of the planner, inside the MOREC filter of the
+offline loop, and in the online loop."""
 
 from dataclasses import replace
 from functools import cache
@@ -9,9 +9,9 @@ import gymnasium as gym
 import pytest
 import torch
 from mbrl_envs import control, datasets, tasks
-from worlds import Memory
+from worlds import LineEnv, Memory, earned, never
 
-from mbrl import cli_control, offline
+from mbrl import cli_control, offline, online
 from mbrl import device as devices
 from mbrl.border import World, episode_seed
 from mbrl.choices import LEARNERS
@@ -21,7 +21,9 @@ from mbrl.dynamics.filtered import HIGHEST, Filtered
 from mbrl.fit import FitConfig, fit
 from mbrl.mpc import Mpc, episode, gathered
 from mbrl.offline import Imagination
+from mbrl.online import Horizon, OnlineConfig
 from mbrl.planner import ICEM, Worth
+from mbrl.sac import SacConfig
 
 NAMES = ["plrnn", "ode", "hyper", "experts", "mixer"]
 
@@ -144,3 +146,24 @@ def test_the_filter_of_the_offline_loop_takes_it(name):
     assert len(imagined(agent, model, IMAGINATION).obs) == 60 * 8
     limit = doubt(chosen).quantile(0.75).item()
     assert 60 < len(imagined(agent, model, IMAGINATION, limit).obs) < 60 * 7
+
+
+# ---------------------------------------------------------------- the online loop
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_online_loop_takes_it(name):
+    """A point on a line learns to stand at zero, in rollouts of what was fitted after 40 and after 120 steps."""
+    learner = LEARNERS[name] if name != "hyper" else replace(LEARNERS[name], hidden=(64, 64))
+    agent = SacConfig(hidden=(32, 32), actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3)
+    config = OnlineConfig(
+        agent, steps=200, random=40, refit_every=80, horizon=Horizon(1, 3, 40, 120), rollouts=50, retain=2, updates=8,
+        batch=64, evaluate_every=200,
+    )  # fmt: skip
+    epochs = 60 if name == "plrnn" else 20
+    result = online.train(
+        config, LineEnv(), dynamics=learner, fitting=FitConfig(max_epochs=epochs, patience=epochs, batch=16),
+        terminal=never, evaluate=earned, seed=1,
+    )  # fmt: skip
+    best, nothing = (earned(p)[0] for p in (lambda x: -0.9 * x / 0.5, lambda x: 0 * x))
+    assert result.last(1).item() > best + 0.2 * (nothing - best)
