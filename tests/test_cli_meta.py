@@ -155,8 +155,9 @@ def test_files_of_ones_own_are_systems(tmp_path, capsys):
 
 def test_files_are_cut_in_two_and_keep_their_intervals(tmp_path):
     files = series(tmp_path, (0.1, 0.2), "ab")
-    np.savez(tmp_path / "b.npz", obs=np.load(files[1]), dt=0.5)
-    args = cli_meta.Meta(data=(tmp_path / "a.npy", tmp_path / "b.npz"), seed=0, holdout=0.25)
+    for name, file, dt in zip("ab", files, (1.0, 0.5), strict=True):
+        np.savez(tmp_path / f"{name}.npz", obs=np.load(file), dt=dt)
+    args = cli_meta.Meta(data=(tmp_path / "a.npz", tmp_path / "b.npz"), seed=0, holdout=0.25)
     data = cli_meta.load(args)
     assert data.train.lengths.tolist() == [90, 90]
     assert data.test.lengths.tolist() == [30, 30]

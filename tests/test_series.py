@@ -387,6 +387,19 @@ def test_series_of_several_systems_share_one_range_and_keep_their_intervals():
     assert alike([first, first])[0].dts is None
 
 
+def test_an_interval_that_nobody_told_is_not_mixed_with_another(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(4.0))
+    np.savez(tmp_path / "b.npz", obs=np.arange(4.0), dt=0.1)
+    read = lambda dt=None: [read_series(tmp_path / f, dt=dt) for f in ("a.npy", "a.npy", "b.npz")]
+    assert [x.dt for x in alike(read(0.1))] == [0.1] * 3
+    assert [x.dt for x in alike(read()[:2])] == [1.0] * 2
+    np.savez(tmp_path / "b.npz", obs=np.arange(4.0), dt=1.0)
+    assert [x.dt for x in alike(read())] == [1.0] * 3
+    np.savez(tmp_path / "b.npz", obs=np.arange(4.0), dt=0.1)
+    with pytest.raises(ValueError, match=r"a: its file does not tell .* b has 0\.1; put dt into the file"):
+        alike(read())
+
+
 def test_the_digest_of_several_is_that_of_the_numbers():
     data = from_arrays(np.arange(4.0)[:, None], dt=0.1)
     sha = lambda x: mixed([data, x], "x", {}).sha256

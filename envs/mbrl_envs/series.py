@@ -68,14 +68,16 @@ def read_series(
         read = _csv(label, raw, columns, inputs, episode, dt)
     else:
         raise DataError(f"{label}: unknown suffix {file.suffix!r}; expected .npy, .npz, .csv, .tsv, .txt or .dat")
-    digested = hashlib.sha256(raw).hexdigest()
+    meta = {"kind": "series", "file": file.name, "file_sha256": hashlib.sha256(raw).hexdigest()}
+    if dt is None and "dt" not in read:
+        meta["dt"] = "assumed"
     return from_arrays(
         read["obs"],
         read.get("act"),
         lengths=read.get("lengths"),
         dt=read.get("dt", 1.0) if dt is None else dt,
         name=file.stem,
-        meta=read["meta"] | {"kind": "series", "file": file.name, "file_sha256": digested},
+        meta=read["meta"] | meta,
         label=label,
     )
 
@@ -191,10 +193,19 @@ def pair(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
 
 def alike(parts: Sequence[Dataset]) -> list[Dataset]:
     """Series of several systems, their actions scaled by one range, which spans all; where their dt differ, each says
-    its own step by step (`dts`). Raises ValueError where they observe other columns than the first."""
+    its own step by step (`dts`). Raises ValueError where they observe other columns than the first, or where the dt of
+    one differs that its file does not tell."""
     for x in parts[1:]:
         _same_columns(x, parts[0])
     if len({x.dt for x in parts}) > 1:
+        for x in parts:
+            if x.meta.get("dt") == "assumed":
+                other = next(y for y in parts if y.dt != x.dt)
+                raise ValueError(
+                    f"{x.name}: its file does not tell the time between samples, for which 1 would be taken, and "
+                    f"{other.name} has {other.dt:g}; put dt into the file (a .npz's dt, a CSV's column time), or pass "
+                    "dt (--dt) for all"
+                )
         parts = [_hashed(replace(x, dts=x.obs.new_full((len(x),), x.dt))) for x in parts]
     return _one_range(parts)
 
