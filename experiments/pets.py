@@ -49,8 +49,13 @@ SETTINGS = {
     "mbrl_envs/CartPoleSwingUp-v0": Setting(15, replace(ICEM, horizon=50)),
     "Reacher-v5": Setting(20, replace(ICEM, horizon=15), true=10),
     "HalfCheetah-v5": Setting(
-        30, replace(ICEM, horizon=20, color=0.25), 2, 5, fitting=FitConfig(holdout=0.1, patience=5, max_epochs=20)
-    ),
+        20,
+        replace(ICEM, horizon=20, color=0.25),
+        2,
+        3,
+        Worth(particles=3),
+        FitConfig(holdout=0.1, patience=5, max_epochs=20),
+    ),  # fmt: skip
 }
 SOLVED = -200  # Pendulum-v1, mean over 20 episodes, within 10
 SHARE = 0.8  # of the true model's return, cart-pole, within 15
