@@ -55,7 +55,7 @@ SETTINGS = {
         3,
         Worth(particles=3),
         FitConfig(holdout=0.1, patience=5, max_epochs=20),
-    ),  # fmt: skip
+    ),
 }
 SOLVED = -200  # Pendulum-v1, mean over 20 episodes, within 10
 SHARE = 0.8  # of the true model's return, cart-pole, within 15
