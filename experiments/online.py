@@ -168,7 +168,7 @@ def show(found: list[dict[str, Any]]) -> None:
     """What came of it, beside the ensemble."""
     parts = ("fit", "rollout", "update", "environment")
     mean = lambda values: sum(values) / max(len(values), 1)
-    console = Console()
+    console = Console(width=max(Console().width, 120))  # all columns, in a file too
     for env in ENVS:
         names = [v for v in VARIANTS if any((r["env"], r["variant"]) == (env, v) for r in found)]
         if not names:
