@@ -101,13 +101,8 @@ def one(args: Args, env: str, variant: str, seed: int) -> dict[str, Any]:
     config, dynamics, fitting = settings(args, env, variant)
     digest = offline.digest(config, dynamics, fitting, args.episodes)
     folder = args.out / env / variant / f"{seed}-{digest}"
-    if (folder / "config.json").exists():
-        run = Run.open(folder)
-        run.lock()
-        run.rewind()
-    else:
-        facts = {"online": to_plain(config), "dynamics": to_plain(dynamics), "fitting": to_plain(fitting)}
-        run = Run.create(folder, {"env": env, "seed": seed, **facts}, {})
+    facts = {"online": to_plain(config), "dynamics": to_plain(dynamics), "fitting": to_plain(fitting)}
+    run = Run.continued(folder, {"env": env, "seed": seed, **facts}, {})
     task = tasks.task(env)
     assert task is not None
     device = devices.pick(args.device)
@@ -131,7 +126,7 @@ def one(args: Args, env: str, variant: str, seed: int) -> dict[str, Any]:
         "variant": variant,
         "seed": seed,
         "settings": digest,
-        "config": {"online": to_plain(config), "dynamics": to_plain(dynamics), "fitting": to_plain(fitting)},
+        "config": facts,
         "returns": [(n, torch.tensor(x).mean().item()) for n, x in result.returns],
         "last5": result.last(5).item(),
         "probes": result.probes,

@@ -87,14 +87,8 @@ def row(task: str, seed: int, out: Path) -> dict[str, Any]:
     reward, terminal = cli_control.functions(task, env, "task")
     config = PetsConfig(s.planner, s.worth, random=1, episodes=s.episodes, fitting=s.fitting)
     folder = out / task.replace("/", "_") / f"{seed}-{settings_of(task)}"
-    if (folder / "config.json").exists():
-        run = Run.open(folder, quiet=True)
-        run.lock()
-        run.rewind()
-    else:
-        run = Run.create(folder, {"env": task, "seed": seed, "setting": to_plain(s)}, {}, quiet=True)
     began = time.perf_counter()
-    with run:
+    with Run.continued(folder, {"env": task, "seed": seed, "setting": to_plain(s)}, {}, quiet=True) as run:
         result = mpc.pets(config, env, s.learner, seed=seed, record=run, reward=reward, terminal=terminal)
     learning = time.perf_counter() - began
     evaluate = worlds.evaluator(task, episodes=s.learned, seed=50_000 + 1_000 * seed)

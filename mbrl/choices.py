@@ -200,7 +200,8 @@ def _nearest(config: Any, among: list[tuple[str, Any]]) -> tuple[list[str], Any]
         return type(other) is not type(config), sum(mine.get(k) != its.get(k) for k in {*mine, *its})
 
     least = min(far(x) for _, x in among)
-    return [n for n, x in among if far(x) == least], next(x for _, x in among if far(x) == least)
+    found = [(n, x) for n, x in among if far(x) == least]
+    return [n for n, _ in found], found[0][1]
 
 
 def union(options: dict[str, tuple[Any, Any]]) -> Any:

@@ -189,10 +189,20 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, **kw: Any) -> "Run":
-        """An existing one, to read or to continue: numbers logged after its last checkpoint are dropped."""
+        """An existing one, to read; to go on with it takes `lock` and `rewind`, as in `continued`."""
         folder = Path(folder)
         run = cls(folder, **kw)
         run.config  # noqa: B018  (raises where there is none)
+        return run
+
+    @classmethod
+    def continued(cls, folder: Path, config: Mapping[str, Any], local: Mapping[str, Any], **kw: Any) -> "Run":
+        """The run in the folder, to go on after its last checkpoint, or a new one where there is none."""
+        if not (Path(folder) / "config.json").exists():
+            return cls.create(folder, config, local, **kw)
+        run = cls.open(folder, **kw)
+        run.lock()
+        run.rewind()
         return run
 
     @classmethod

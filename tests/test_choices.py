@@ -1,7 +1,6 @@
 """What a resumed command is given beside the run folder: a run's own settings may be said again, others are refused."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +94,6 @@ SAME = [
 def test_its_own_settings_may_be_said_again(begun, capsys, command, words, then):
     """It then goes on, to what is missing here: the data, or the environment."""
     folder = begun(command)
-    text = refused([command, "--resume", str(folder), "--out", str(Path(folder)), *words], capsys)
+    text = refused([command, "--resume", str(folder), "--out", str(folder), *words], capsys)
     assert "own settings" not in text
     assert then in text

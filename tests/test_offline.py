@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from worlds import Constant, Line, Memory, line_data, never
+from worlds import Constant, Line, Memory, earned, line_data, never
 
 from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput
@@ -145,24 +145,15 @@ def test_a_relative_threshold_is_in_units_of_the_datas_worst():
     assert offline.uncertainty_limit(Line(), data, Truncation("doubt", 0.5), torch.Generator()) == 0.5
 
 
-def run_line(act):
-    """The return of 20 steps from x = 2 under a policy."""
-    x, total = torch.full((1, 1), 2.0), 0.0
-    for _ in range(20):
-        x = 0.9 * x + 0.5 * act(x).clamp(-1, 1)
-        total -= (x**2).item()
-    return [total]
-
-
 def small(updates=600, **kw):
     imagination = Imagination(horizon=4, rollouts=100, every=100, **kw)
     return OfflineConfig(SMALL, imagination, updates=updates, batch=64, evaluate_every=200, log_every=100)
 
 
 def test_the_loop_learns_in_a_model_that_is_the_environment():
-    result = offline.train(small(), line_data(), models=[Line()], terminal=never, evaluate=run_line, seeds=(1,))
-    best = run_line(lambda x: -0.9 * x / 0.5)[0]  # to zero at once, as far as the bounds allow
-    nothing = run_line(lambda x: 0 * x)[0]
+    result = offline.train(small(), line_data(), models=[Line()], terminal=never, evaluate=earned, seeds=(1,))
+    best = earned(lambda x: -0.9 * x / 0.5)[0]  # to zero at once, as far as the bounds allow
+    nothing = earned(lambda x: 0 * x)[0]
     assert best < 0
     assert result.last(1).item() > best + 0.15 * (nothing - best)
     assert [u for u, _ in result.returns] == [200, 400, 600]
@@ -172,7 +163,7 @@ def test_the_loop_learns_in_a_model_that_is_the_environment():
 def test_an_interrupted_loop_continues_to_the_same_numbers(seeds):
     config = replace(small(), log_every=150)  # its figures are gathered across a checkpoint
     go = lambda record: offline.train(
-        config, line_data(), models=[Line()], terminal=never, evaluate=run_line, seeds=seeds, record=record
+        config, line_data(), models=[Line()], terminal=never, evaluate=earned, seeds=seeds, record=record
     )
     first = Memory()
     whole = go(first)
@@ -232,13 +223,13 @@ def test_presets_are_settings_of_one_loop(name):
         "dynamics": offline.EnsembleConfig(hidden=(16, 16), weight_decay=(0.0,) * 3),
         "fitting": offline.FitConfig(max_epochs=2),
     }
-    result = offline.train(config, line_data(), terminal=never, record=memory, evaluate=run_line, **options)
+    result = offline.train(config, line_data(), terminal=never, record=memory, evaluate=earned, **options)
     assert all(v.isfinite().all() for v in result.agent.state_dict().values())
     (line,) = [v for stage, step, v in memory.lines if stage == "rollout" and step == 20]
     assert 0 < line["transitions"] <= 120
     if preset.imagination.penalty.coefficient:
         assert line[preset.imagination.penalty.name] > 0
-    again = offline.train(config, line_data(), terminal=never, record=memory, evaluate=run_line, **options)
+    again = offline.train(config, line_data(), terminal=never, record=memory, evaluate=earned, **options)
     assert again.returns == result.returns
 
 

@@ -140,6 +140,21 @@ def test_numbers_logged_after_the_last_checkpoint_are_dropped(tmp_path):
     assert again.metrics()[-1] == {"stage": "policy", "step": 2, "loss": 2.0}
 
 
+def test_a_run_is_begun_once_and_then_gone_on_with_by_one_process(tmp_path):
+    begin = lambda n: Run.continued(tmp_path / "run", {"n": n}, {}, quiet=True)
+    with begin(1) as run:
+        run.log("policy", 1, {"loss": 1.0})
+        run.save("policy.partial", {"a": torch.ones(1)}, {})
+        run.log("policy", 2, {"loss": 2.0})
+        with pytest.raises(RunError, match="another process is at work there"):
+            begin(2)
+    with begin(2) as again:
+        assert again.config["n"] == 1
+        assert [m["step"] for m in again.metrics()] == [1]
+        with pytest.raises(RunError, match="another process is at work there"):
+            begin(3)
+
+
 def test_numbers_of_a_stage_that_lies_elsewhere_are_kept(tmp_path):
     """A model in the folder that runs share is not fitted again, so its curve must survive."""
     run = Run.create(tmp_path / "a", {}, {}, shared=tmp_path / "models")
