@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 Activation = Literal["silu", "relu", "tanh"]
 Init = Callable[[Tensor, torch.Generator | None], object]  # fills one weight [in, out] in place
+ROWS = 512  # of one network at a time on a CPU, so that the activations stay in its caches
 
 
 def truncated(weight: Tensor, generator: torch.Generator | None = None) -> None:
@@ -71,6 +72,12 @@ class StackedMLP(nn.Module):
 def apply_layers(layers: Sequence[Tensor], x: Tensor, activation: Activation) -> Tensor:
     """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1, out], ...) -> [n, B, out]."""
     reuse = not torch.is_grad_enabled()  # then nobody needs what the activation was given
+    if reuse and x.is_cpu and x.shape[1] > ROWS and not torch.compiler.is_compiling():
+        own = x.expand(layers[0].shape[0], -1, -1)
+        size = -(-x.shape[1] // -(-x.shape[1] // ROWS))
+        cut = ((i, rows) for i in range(len(own)) for rows in own[i : i + 1].split(size, 1))
+        done = [apply_layers([p[i : i + 1] for p in layers], rows, activation) for i, rows in cut]
+        return torch.cat(done, 1).reshape(len(own), x.shape[1], -1)
     if activation == "tanh":
         act = torch.tanh_ if reuse else torch.tanh
     else:

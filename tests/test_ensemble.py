@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mbrl.core import Segment, Spec, StepInput
-from mbrl.dynamics.ensemble import CHUNK, TILES, EnsembleConfig, variance
+from mbrl.dynamics.ensemble import TILES, EnsembleConfig, variance
+from mbrl.nets import ROWS
 from mbrl.rollout import unroll
 
 close = torch.testing.assert_close
@@ -117,7 +118,7 @@ def test_branching_evaluates_once():
 
 def test_a_cpu_takes_many_rows_in_chunks_to_the_same_end():
     model = make()
-    obs, inp = inputs(model, 2 * CHUNK + 77, k=2)
+    obs, inp = inputs(model, 2 * ROWS + 77, k=2)
     want = model.branch(obs, inp, (), 2)  # with gradients: whole
     with torch.no_grad():
         got = model.branch(obs, inp, (), 2)
@@ -160,7 +161,7 @@ def test_only_the_drawn_member_of_a_row_is_evaluated(draws):
     with torch.no_grad():
         close(quick.branch(obs, inp, (), k)[0], want[0])
     assert sum(rows) < 1.2 * n * k
-    assert (len(rows) > 1) == (n * k > 2 * CHUNK)  # a few tiles at a time
+    assert (len(rows) > 1) == (n * k > 2 * ROWS)  # a few tiles at a time
 
 
 def test_what_is_not_drawn_is_not_evaluated():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from mbrl.nets import Normalizer, StackedMLP, apply_layers, orthogonal, truncated, uniform
+from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, orthogonal, truncated, uniform
 
 close = torch.testing.assert_close
 
@@ -55,6 +56,31 @@ def test_gradients_are_those_of_the_networks():
         for layer, weight, bias in zip(one[::2], net.weights, net.biases, strict=True):
             close(weight.grad[i], layer.weight.grad.T)
             close(bias.grad[i, 0], layer.bias.grad)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("n", [ROWS, ROWS + 1, 3 * ROWS + 5])
+def test_many_rows_are_taken_a_few_at_a_time(n, shared):
+    net, x = stack(), torch.randn(1 if shared else 4, n, 5, generator=gen(2), dtype=torch.float64)
+    before, want = x.clone(), net(x)
+    seen = []
+    with torch.no_grad(), Rows(seen):
+        close(net(x), want)
+    close(x, before, rtol=0, atol=0)
+    assert max(seen) <= ROWS
+
+
+class Rows(TorchFunctionMode):
+    """Notes the rows of the matrix products."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.baddbmm:
+            self.seen.append(args[1].shape[1])
+        return func(*args, **(kwargs or {}))
 
 
 def test_some_of_the_networks():

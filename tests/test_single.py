@@ -9,8 +9,9 @@ from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput, repeat
 from mbrl.data import one_step
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.dynamics.single import CHUNK, SingleConfig
+from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig, fit
+from mbrl.nets import ROWS
 from mbrl.offline import Imagination, OfflineConfig, Penalty
 from mbrl.sac import SacConfig
 
@@ -43,7 +44,7 @@ def make(**options):
     return model
 
 
-@pytest.mark.parametrize("n", [6, 2 * CHUNK + 7])
+@pytest.mark.parametrize("n", [6, 2 * ROWS + 7])
 @pytest.mark.parametrize("gaussian", [False, True])
 @pytest.mark.parametrize("scale", [False, True])
 def test_a_step_is_the_formula(scale, gaussian, n):

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
-from mbrl.nets import Normalizer, StackedMLP, apply_layers, truncated, variance
+from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, truncated, variance
 from mbrl.rollout import transitions
 
 UNCERTAINTY = ("aleatoric", "disagreement")
-CHUNK = 512  # rows a CPU evaluates at a time: the activations of a layer stay in its cache
 TILES = 8  # a step that evaluates only the drawn member of a row cuts the rows of each member into about so many
 
 
@@ -102,9 +101,9 @@ class Ensemble(Markov):
         if not cond and not self.uncertainty and k < n and rows * k >= n * TILES * 16:
             obs, reward = self._drawn(repeat(state, k), repeat(inp.act, k), noise.flatten(0, 1)[:, None])
             doubt = {}
-        elif not cond and rows > CHUNK and _cached(state):
+        elif not cond and rows > ROWS and _cached(state):
             members = self._members(self.elites)
-            cut = zip(state.split(CHUNK), inp.act.split(CHUNK), noise.split(CHUNK), strict=True)
+            cut = zip(state.split(ROWS), inp.act.split(ROWS), noise.split(ROWS), strict=True)
             parts = [self._every(*x, members, False) for x in cut]
             obs, reward, doubts = zip(*parts, strict=True)
             obs, reward = torch.cat(obs), torch.cat(reward)
@@ -176,7 +175,7 @@ class Ensemble(Markov):
         of_slot = torch.zeros(tiles * size, dtype=slot.dtype, device=x.device)
         of_slot = of_slot.scatter(0, slot, torch.arange(rows, device=x.device))  # padding repeats the first row
         owner = (torch.arange(tiles, device=x.device)[:, None] >= ends).sum(1).clamp(max=n - 1)
-        cut = max(1, 2 * CHUNK // size) if _cached(x) else tiles
+        cut = max(1, 2 * ROWS // size) if _cached(x) else tiles
         each = zip(group(x[of_slot], tiles).split(cut), self.elites[owner].split(cut), strict=True)
         mean, var = zip(*(self._gaussians(x, self._members(index)) for x, index in each), strict=True)
         mean, var = (torch.cat(y).flatten(0, 1)[slot] for y in (mean, var))

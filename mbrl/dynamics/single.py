@@ -12,8 +12,6 @@ from mbrl.core import Segment, Spec, Tree
 from mbrl.nets import StackedMLP, apply_layers, truncated
 from mbrl.onestep import OneStep
 
-CHUNK = 512  # rows a CPU evaluates at a time: the activations of a layer stay in its cache
-
 
 @dataclass(frozen=True)
 class SingleConfig:
@@ -57,11 +55,6 @@ class Single(OneStep):
         self._normalise(like.device, once=False)
 
     def evaluate(self, x: Tensor, cond: Tree) -> Tensor:
-        if x.is_cpu and not torch.is_grad_enabled() and len(x) > CHUNK:
-            return torch.cat([self._net(y) for y in x.split(CHUNK)], 1)
-        return self._net(x)
-
-    def _net(self, x: Tensor) -> Tensor:
         return apply_layers(self.net.layers(), x[None], "silu")
 
     def limits(self, cond: Tree) -> tuple[Tensor, Tensor]:
