@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from worlds import Constant, Line, Memory, earned, line_data, never
@@ -143,6 +144,19 @@ def test_a_relative_threshold_is_in_units_of_the_datas_worst():
     limit = offline.uncertainty_limit(Line(), data, Truncation("doubt", 0.5, relative=True), torch.Generator())
     assert limit == pytest.approx(0.5 * data.next_obs.abs().max().item())
     assert offline.uncertainty_limit(Line(), data, Truncation("doubt", 0.5), torch.Generator()) == 0.5
+
+
+def test_a_relative_threshold_may_leave_out_the_datas_worst():
+    data = line_data()
+    own = offline.doubts_on(Line(), data, "doubt", torch.Generator())
+    limit = offline.uncertainty_limit(
+        Line(), data, Truncation("doubt", 2.0, relative=True, quantile=0.9), torch.Generator()
+    )
+    assert limit == pytest.approx(2 * np.quantile(own.numpy().astype(float), 0.9))
+    with pytest.raises(ValueError, match="quantile is 0, expected a share"):
+        Truncation("doubt", relative=True, quantile=0)
+    with pytest.raises(ValueError, match="set relative"):
+        Truncation("doubt", quantile=0.9)
 
 
 def small(updates=600, **kw):
