@@ -751,7 +751,7 @@ def demo_settings(folder: Path, seed: int) -> Offline:
     morec = offline.Morec(reward, FilterConfig())
     imagination = replace(preset.imagination, morec=morec, horizon=20, rollouts=400, budget=None, every=500)
     agent = SacConfig(hidden=(128, 128), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3)
-    algorithm = replace(preset, agent=agent, imagination=imagination, updates=8_000, evaluate_every=500, log_every=100)
+    algorithm = replace(preset, agent=agent, imagination=imagination, updates=12_000, evaluate_every=500, log_every=100)
     fitting = FitConfig(max_epochs=15)
     return Offline(dataset="embedded:pendulum", out=folder, seeds=(seed,), algorithm=algorithm, fitting=fitting)
 
