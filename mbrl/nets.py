@@ -70,14 +70,16 @@ class StackedMLP(nn.Module):
 
 
 def apply_layers(layers: Sequence[Tensor], x: Tensor, activation: Activation) -> Tensor:
-    """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1, out], ...) -> [n, B, out]."""
+    """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1 or B, out], ...) -> [n, B, out]."""
     reuse = not torch.is_grad_enabled()  # then nobody needs what the activation was given
-    if reuse and x.is_cpu and x.shape[1] > ROWS and not torch.compiler.is_compiling():
-        own = x.expand(layers[0].shape[0], -1, -1)
-        size = -(-x.shape[1] // -(-x.shape[1] // ROWS))
-        cut = ((i, rows) for i in range(len(own)) for rows in own[i : i + 1].split(size, 1))
-        done = [apply_layers([p[i : i + 1] for p in layers], rows, activation) for i, rows in cut]
-        return torch.cat(done, 1).reshape(len(own), x.shape[1], -1)
+    n, size = layers[0].shape[0], x.shape[1]
+    if reuse and x.is_cpu and size > ROWS and not torch.compiler.is_compiling() and all(len(p) == n for p in layers):
+        x, done, step = x.expand(n, -1, -1), [], -(-size // -(-size // ROWS))
+        for i in range(n):
+            for rows in (slice(at, at + step) for at in range(0, size, step)):
+                own = [p[i : i + 1, rows] if j % 2 and p.shape[1] > 1 else p[i : i + 1] for j, p in enumerate(layers)]
+                done.append(apply_layers(own, x[i : i + 1, rows], activation))
+        return torch.cat(done, 1).reshape(n, size, -1)
     if activation == "tanh":
         act = torch.tanh_ if reuse else torch.tanh
     else:

@@ -70,6 +70,16 @@ def test_many_rows_are_taken_a_few_at_a_time(n, shared):
     assert max(seen) <= ROWS
 
 
+def test_biases_of_the_rows_own_go_with_their_rows():
+    net, n = stack(), 2 * ROWS + 3
+    x = torch.randn(4, n, 5, generator=gen(2), dtype=torch.float64)
+    layers = list(net.layers())
+    layers[1] = torch.randn(4, n, layers[1].shape[2], generator=gen(3), dtype=torch.float64)
+    want = apply_layers(layers, x, "silu")
+    with torch.no_grad():
+        close(apply_layers(layers, x, "silu"), want)
+
+
 class Rows(TorchFunctionMode):
     """Notes the rows of the matrix products."""
 
