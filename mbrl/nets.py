@@ -73,10 +73,11 @@ def apply_layers(layers: Sequence[Tensor], x: Tensor, activation: Activation) ->
     """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1 or B, out], ...) -> [n, B, out]."""
     reuse = not torch.is_grad_enabled()  # then nobody needs what the activation was given
     n, size = layers[0].shape[0], x.shape[1]
-    if reuse and x.is_cpu and size > ROWS and not torch.compiler.is_compiling() and all(len(p) == n for p in layers):
+    if reuse and x.is_cpu and size > ROWS and not torch.compiler.is_compiling():
         x, done, step = x.expand(n, -1, -1), [], -(-size // -(-size // ROWS))
         for i in range(n):
-            for rows in (slice(at, at + step) for at in range(0, size, step)):
+            for at in range(0, size, step):
+                rows = slice(at, at + step)
                 own = [p[i : i + 1, rows] if j % 2 and p.shape[1] > 1 else p[i : i + 1] for j, p in enumerate(layers)]
                 done.append(apply_layers(own, x[i : i + 1, rows], activation))
         return torch.cat(done, 1).reshape(n, size, -1)

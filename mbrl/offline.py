@@ -145,9 +145,9 @@ MOBILE = OfflineConfig(
     agent=replace(_AGENT, deterministic_backup=True),
     imagination=Imagination(penalty=Penalty(1.0, "bellman"), floor=True, rollouts=10_000),
 )
-# Published: r_D < 0.6 cuts. Where that lies depends on what the discriminator was told to tell apart: beside this
-# reward it cut next to nothing, and half-cheetahs learned to earn what they did not get. One in a hundred transitions
-# like the data's is a bound that means the same for every dataset and reward.
+# Published: r_D < 0.6 cuts. Where that lies depends on what the discriminator was told to tell apart: with this reward
+# it let half-cheetahs learn to earn what they did not get. One in a hundred transitions like the data's is a bound that
+# means the same for every dataset and reward.
 _CUT = Truncation("implausibility", 1.0, relative=True, quantile=0.99)
 # Published: 2000 starts of up to 100 steps. Most are cut long before: the budget makes up for that, at a known cost.
 _LONG: dict[str, Any] = {"horizon": 100, "rollouts": 5_000, "budget": 20_000, "chunk": 500}

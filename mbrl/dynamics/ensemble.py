@@ -101,13 +101,6 @@ class Ensemble(Markov):
         if not cond and not self.uncertainty and k < n and rows * k >= n * TILES * 16:
             obs, reward = self._drawn(repeat(state, k), repeat(inp.act, k), noise.flatten(0, 1)[:, None])
             doubt = {}
-        elif not cond and rows > ROWS and _cached(state):
-            members = self._members(self.elites)
-            cut = zip(state.split(ROWS), inp.act.split(ROWS), noise.split(ROWS), strict=True)
-            parts = [self._every(*x, members, False) for x in cut]
-            obs, reward, doubts = zip(*parts, strict=True)
-            obs, reward = torch.cat(obs), torch.cat(reward)
-            doubt = {name: torch.cat([d[name] for d in doubts]) for name in doubts[0]}
         else:
             obs, reward, doubt = self._every(state, inp.act, noise, cond or self._members(self.elites), bool(cond))
         obs = obs.flatten(0, 1)
@@ -175,7 +168,7 @@ class Ensemble(Markov):
         of_slot = torch.zeros(tiles * size, dtype=slot.dtype, device=x.device)
         of_slot = of_slot.scatter(0, slot, torch.arange(rows, device=x.device))  # padding repeats the first row
         owner = (torch.arange(tiles, device=x.device)[:, None] >= ends).sum(1).clamp(max=n - 1)
-        cut = max(1, 2 * ROWS // size) if _cached(x) else tiles
+        cut = max(1, 2 * ROWS // size) if x.is_cpu and not torch.is_grad_enabled() else tiles
         each = zip(group(x[of_slot], tiles).split(cut), self.elites[owner].split(cut), strict=True)
         mean, var = zip(*(self._gaussians(x, self._members(index)) for x, index in each), strict=True)
         mean, var = (torch.cat(y).flatten(0, 1)[slot] for y in (mean, var))
@@ -255,11 +248,6 @@ class Ensemble(Markov):
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
     """x [n, R, D], mask [n or 1, R] -> [n], the mean over D and where the mask holds."""
     return torch.where(mask[..., None], x, 0.0).sum((1, 2)) / (mask.sum(1).clamp(min=1) * x.shape[-1])
-
-
-def _cached(x: Tensor) -> bool:
-    """Whether rows are better evaluated a few at a time: on a CPU, where nothing is kept for a gradient."""
-    return x.is_cpu and not torch.is_grad_enabled()
 
 
 def _finite(x: Tensor) -> Tensor:
