@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mbrl.core import Spec
 from mbrl.data import Transitions
-from mbrl.sac import ActorCritic, Adam, Agent, FlatMLP
+from mbrl.sac import ActorCritic, Adam, Agent, FlatMLP, cloning_grad
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,3 @@ class Td3Bc(ActorCritic):
             "q": q.mean((1, 2)),
             "skipped": 1 - fine + when.to(ok) - ok,
         }
-
-
-def cloning_grad(error: Tensor) -> Tensor:
-    """The gradient of the mean square of errors [S, B, A], one mean a seed."""
-    return error * (2 / (error.shape[1] * error.shape[2]))

@@ -327,6 +327,8 @@ def check(config: OnlineConfig) -> None:
     """Raises ValueError for settings that do not go together."""
     if not 0 <= config.real_ratio <= 1:
         raise ValueError(f"real_ratio: got {config.real_ratio}, expected a share in [0, 1]")
+    if config.agent.cloning:
+        raise ValueError(f"cloning: got {config.agent.cloning}, expected 0: online there are no actions to imitate")
     small = ("refit_every", "rollouts", "retain", "batch", "evaluate_every", "log_every", "save_every")
     if wrong := [f"{k}={getattr(config, k)}" for k in small if getattr(config, k) < 1]:
         raise ValueError(f"online: got {', '.join(wrong)}; expected at least 1")

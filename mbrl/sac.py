@@ -463,6 +463,9 @@ class SacConfig:
     target_min: float | None = None  # targets are at least this (MOBILE and MOREC: 0)
     layer_norm: bool = False  # in the critics, before each ReLU
     normalize: bool = False  # observations by `set_normalizer`
+    cloning: float = field(default=0.0, metadata=ADDED)
+    """The actor's loss is raised by this times mean |Q| over the batch times the mean square of tanh(mean) - a over
+    those rows of the batch that are the data's own (Fujimoto & Gu, NeurIPS 2021, whose alpha is one over it)."""
     robust: float = field(default=0.0, metadata=ADDED)
     """The critics' loss is raised by this times the mean over the batch, summed over the critics, of the largest
     (Q(s', pi(s')) - Q(s, a))^2 over states s' that differ from s by at most `robust_eps` in any component. The maximum
@@ -491,6 +494,8 @@ class Sac(ActorCritic):
     def __init__(
         self, config: SacConfig, spec: Spec, generator: torch.Generator, seeds: int, dtype: torch.dtype | None = None
     ) -> None:
+        if config.cloning < 0:
+            raise ValueError(f"agent: got cloning={config.cloning}, expected >= 0")
         if config.robust < 0 or config.robust_eps < 0:
             raise ValueError(f"agent: got robust={config.robust}, robust_eps={config.robust_eps}; expected >= 0")
         if config.spectral is not None and (config.spectral <= 0 or config.spectral_iterations < 1):
@@ -533,21 +538,30 @@ class Sac(ActorCritic):
         u = mean + log_std.exp() * noise
         return u.tanh(), log_density(u, log_std, noise)
 
-    def actor_loss(self, actor: Tensor, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """[S]: alpha log pi - min Q, mean over the batch; and the mean of log pi [S]. obs as the data hold it."""
+    def actor_loss(
+        self, actor: Tensor, obs: Tensor, noise: Tensor, cloned: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[S]: alpha log pi - min Q, mean over the batch, and the distance to the actions cloned [S, n, A] of the first
+        n rows; and the mean of log pi [S]. obs as the data hold it."""
         obs = self.scale(obs)
         act, log_prob = self.sample(actor, obs, noise)
         q = self.values(self.critics, obs, act).min(1).values
         alpha = self.log_alpha.exp()[:, None]
-        return (alpha * log_prob - q).mean(1), log_prob.mean(1)
+        loss = (alpha * log_prob - q).mean(1)
+        if self.config.cloning and cloned is not None:
+            y = self.actor_net.forward(self.layers(self.actor_net, actor), obs[:, : cloned.shape[1]])[-1]
+            weight = self.config.cloning * q.detach().abs().mean(1)
+            loss = loss + weight * (self.head(y)[0].tanh() - cloned).square().mean((1, 2))
+        return loss, log_prob.mean(1)
 
     # -------- learning
 
     @torch.no_grad()
-    def update(self, batch: Transitions, noise: Tensor) -> dict[str, Tensor]:
+    def update(self, batch: Transitions, noise: Tensor, real: int = 0) -> dict[str, Tensor]:
         """One update of critics, actor, temperature and targets, in place. batch: [S, B, ...]; noise [2, S, B, A]:
-        for the actions at obs, and at next_obs. Returns what to log, [S] each, without waiting for the device;
-        "skipped" counts the optimiser's steps of this update (of 3) left out for a gradient that was not finite."""
+        for the actions at obs, and at next_obs; real: how many of its first rows are the data's own, for `cloning`.
+        Returns what to log, [S] each, without waiting for the device; "skipped" counts the optimiser's steps of this
+        update (of 3) left out for a gradient that was not finite."""
         config, b = self.config, batch.reward.shape[-1]
         obs, after = self.scale(batch.obs), self.scale(batch.next_obs)
         alpha = self.log_alpha.exp()[:, None]  # [S, 1]
@@ -586,6 +600,12 @@ class Sac(ActorCritic):
         a = alpha[..., None]
         du = (2 * a * act - dact * (1 - act * act)) / b
         dlog_std = (du * std * eps - a / b) * ((raw[:, :b] >= LOG_STD_MIN) & (raw[:, :b] <= LOG_STD_MAX))
+        if config.cloning and real:
+            mode = mean[:, :real].tanh()
+            error, weight = mode - batch.act[:, :real], config.cloning * best.abs().mean(1)  # [S, real, A], [S]
+            du[:, :real] += weight[:, None, None] * cloning_grad(error) * (1 - mode.square())
+            logs["cloning"] = error.square().mean((1, 2))
+            best = best - (weight * logs["cloning"])[:, None]  # for the loss that is logged
         dy = torch.cat([du, dlog_std], -1)
         grads = self.layers(self.actor_net, self.actor_adam.grad)
         self.actor_net.backward(layers, [x[:, :b] for x in tape], dy, work, grads)
@@ -754,3 +774,8 @@ def value_aware_error(
     ours, real = agent.q(both, agent.act(both)).amin(1).chunk(2, 1)  # [S, B]
     weight = 1 - batch.terminal
     return (torch.where(weight > 0, (ours - real).abs(), 0.0)).sum(1) / weight.sum()
+
+
+def cloning_grad(error: Tensor) -> Tensor:
+    """The gradient of the mean square of errors [S, B, A], one mean a seed."""
+    return error * (2 / (error.shape[1] * error.shape[2]))
