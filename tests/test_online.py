@@ -337,6 +337,7 @@ def test_an_environment_that_does_not_fit_is_one_error(env, message):
     ("change", "message"),
     [
         ({"real_ratio": 1.5}, r"share in \[0, 1\]"),
+        ({"agent": replace(SMALL.agent, cloning=1.0)}, "no actions to imitate"),
         ({"random": 1}, "2 <= random"),
         ({"random": 121}, "2 <= random"),
         ({"retain": 0, "batch": 0}, "retain=0, batch=0"),
