@@ -137,7 +137,7 @@ class OfflineConfig:
 # model has the same quicker agent, which keeps near what the data did where it does not know better; none is ahead by
 # it. `PUBLISHED` is without.
 PUBLISHED = SacConfig(actor_lr=3e-4)
-_AGENT = SacConfig(actor_lr=3e-4, alpha_lr=3e-4, init_alpha=0.2, normalize=True, cloning=1.0)
+_AGENT = SacConfig(actor_lr=3e-4, alpha_lr=3e-4, init_alpha=0.2, normalize=True, cloning=1.5)
 _POLICY: dict[str, Any] = {"agent": _AGENT, "real_ratio": 0.25}
 MOPO = OfflineConfig(imagination=Imagination(penalty=Penalty(2.5)), **_POLICY)
 MOREL = OfflineConfig(

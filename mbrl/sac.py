@@ -25,6 +25,7 @@ from mbrl.core import Dynamics, Spec, StepInput
 from mbrl.data import Transitions
 from mbrl.nets import power_iteration
 
+BEHAVIOUR_STD_MIN, BEHAVIOUR_LR = 0.1, 1e-3
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # stable-baselines3's, so that policies can be exchanged
 Layers = list[tuple[Tensor, Tensor]]  # (weight [out, in], bias [out]) each
 Views = list[list[Tensor]]
@@ -464,8 +465,13 @@ class SacConfig:
     layer_norm: bool = False  # in the critics, before each ReLU
     normalize: bool = False  # observations by `set_normalizer`
     cloning: float = field(default=0.0, metadata=ADDED)
-    """The actor's loss is raised by this times mean |Q| over the batch times the mean square of tanh(mean) - a over
-    those rows of the batch that are the data's own (Fujimoto & Gu, NeurIPS 2021, whose alpha is one over it)."""
+    """The actor's loss is raised by this times mean |Q| over the batch times the mean of (tanh(mean) - mu)^2 /
+    (1 + (sigma / narrow)^4) over the data's own rows of the batch and the action's dimensions. mu and sigma (from 0.1
+    to 1) are the behaviour's: those of a Gaussian that a network of its own reads from obs, fitted to these rows as the
+    agent learns. So data that show one narrow way to act are cloned beside Q, with the weights of TD3+BC (Fujimoto &
+    Gu, NeurIPS 2021, whose alpha is one over this), and data that try everything leave the policy free."""
+    narrow: float = field(default=0.2, metadata=ADDED)
+    """The behaviour's standard deviation, in an action of [-1, 1], at which `cloning` has half of its weight."""
     robust: float = field(default=0.0, metadata=ADDED)
     """The critics' loss is raised by this times the mean over the batch, summed over the critics, of the largest
     (Q(s', pi(s')) - Q(s, a))^2 over states s' that differ from s by at most `robust_eps` in any component. The maximum
@@ -494,8 +500,9 @@ class Sac(ActorCritic):
     def __init__(
         self, config: SacConfig, spec: Spec, generator: torch.Generator, seeds: int, dtype: torch.dtype | None = None
     ) -> None:
-        if config.cloning < 0:
-            raise ValueError(f"agent: got cloning={config.cloning}, expected >= 0")
+        if config.cloning < 0 or config.narrow <= 0:
+            got = f"cloning={config.cloning}, narrow={config.narrow}"
+            raise ValueError(f"agent: got {got}; expected cloning >= 0 and narrow > 0")
         if config.robust < 0 or config.robust_eps < 0:
             raise ValueError(f"agent: got robust={config.robust}, robust_eps={config.robust_eps}; expected >= 0")
         if config.spectral is not None and (config.spectral <= 0 or config.spectral_iterations < 1):
@@ -515,6 +522,9 @@ class Sac(ActorCritic):
         log_alpha = torch.full_like(self.actor[:, 0], config.init_alpha).log()
         self.log_alpha = nn.Parameter(log_alpha, requires_grad=False)  # [S]
         self.alpha_adam = Adam(self.log_alpha)
+        if config.cloning:
+            self.behaviour = nn.Parameter(self.actor.clone(), requires_grad=False)  # [S, P]
+            self.behaviour_adam = Adam(self.behaviour)
         self.target_entropy = -float(spec.act) if config.target_entropy is None else config.target_entropy
 
     # -------- what is asked of a policy
@@ -538,21 +548,36 @@ class Sac(ActorCritic):
         u = mean + log_std.exp() * noise
         return u.tanh(), log_density(u, log_std, noise)
 
-    def actor_loss(
-        self, actor: Tensor, obs: Tensor, noise: Tensor, cloned: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """[S]: alpha log pi - min Q, mean over the batch, and the distance to the actions cloned [S, n, A] of the first
-        n rows; and the mean of log pi [S]. obs as the data hold it."""
+    def behaviour_of(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The behaviour's output [S, n, 2 A] -> mean and standard deviation of the data's actions [S, n, A]."""
+        mean, raw = y.chunk(2, -1)
+        return mean.tanh(), BEHAVIOUR_STD_MIN + (1 - BEHAVIOUR_STD_MIN) * raw.sigmoid()
+
+    def behaviour_loss(self, behaviour: Tensor, obs: Tensor, act: Tensor) -> Tensor:
+        """[S]: behaviour rows [S, P], obs as the data hold it, act [S, n, A] -> the mean over rows and dimensions of
+        -log N(act; mean, std), but for the constant."""
+        net = self.actor_net
+        mean, std = self.behaviour_of(net.forward(self.layers(net, behaviour), self.scale(obs))[-1])
+        return (((act - mean) / std).square() / 2 + std.log()).mean((1, 2))
+
+    def actor_loss(self, actor: Tensor, obs: Tensor, noise: Tensor, real: int = 0) -> tuple[Tensor, Tensor]:
+        """[S]: alpha log pi - min Q, mean over the batch, and what the first `real` rows are away from the behaviour;
+        and the mean of log pi [S]. obs as the data hold it."""
         obs = self.scale(obs)
         act, log_prob = self.sample(actor, obs, noise)
         q = self.values(self.critics, obs, act).min(1).values
         alpha = self.log_alpha.exp()[:, None]
         loss = (alpha * log_prob - q).mean(1)
-        if self.config.cloning and cloned is not None:
-            y = self.actor_net.forward(self.layers(self.actor_net, actor), obs[:, : cloned.shape[1]])[-1]
-            weight = self.config.cloning * q.detach().abs().mean(1)
-            loss = loss + weight * (self.head(y)[0].tanh() - cloned).square().mean((1, 2))
+        if self.config.cloning and real:
+            read = lambda rows: self.actor_net.forward(self.layers(self.actor_net, rows), obs[:, :real])[-1]
+            center, std = self.behaviour_of(read(self.behaviour))
+            away = (self.head(read(actor))[0].tanh() - center).square() * self.pull(std)
+            loss = loss + self.config.cloning * q.detach().abs().mean(1) * away.mean((1, 2))
         return loss, log_prob.mean(1)
+
+    def pull(self, std: Tensor) -> Tensor:
+        """How much of `cloning` remains where the behaviour has these standard deviations."""
+        return 1 / (1 + (std / self.config.narrow) ** 4)
 
     # -------- learning
 
@@ -561,7 +586,7 @@ class Sac(ActorCritic):
         """One update of critics, actor, temperature and targets, in place. batch: [S, B, ...]; noise [2, S, B, A]:
         for the actions at obs, and at next_obs; real: how many of its first rows are the data's own, for `cloning`.
         Returns what to log, [S] each, without waiting for the device; "skipped" counts the optimiser's steps of this
-        update (of 3) left out for a gradient that was not finite."""
+        update (of 3, or of 4 with `cloning`) left out for a gradient that was not finite."""
         config, b = self.config, batch.reward.shape[-1]
         obs, after = self.scale(batch.obs), self.scale(batch.next_obs)
         alpha = self.log_alpha.exp()[:, None]  # [S, 1]
@@ -601,11 +626,12 @@ class Sac(ActorCritic):
         du = (2 * a * act - dact * (1 - act * act)) / b
         dlog_std = (du * std * eps - a / b) * ((raw[:, :b] >= LOG_STD_MIN) & (raw[:, :b] <= LOG_STD_MAX))
         if config.cloning and real:
-            mode = mean[:, :real].tanh()
-            error, weight = mode - batch.act[:, :real], config.cloning * best.abs().mean(1)  # [S, real, A], [S]
-            du[:, :real] += weight[:, None, None] * cloning_grad(error) * (1 - mode.square())
-            logs["cloning"] = error.square().mean((1, 2))
-            best = best - (weight * logs["cloning"])[:, None]  # for the loss that is logged
+            mode, weight = mean[:, :real].tanh(), config.cloning * best.abs().mean(1)  # [S, real, A], [S]
+            center, width, logs["behaviour_loss"], ok = self.imitate(obs[:, :real], batch.act[:, :real])
+            error, pull, skipped = mode - center, self.pull(width), skipped + 1 - ok
+            du[:, :real] += weight[:, None, None] * cloning_grad(error) * pull * (1 - mode.square())
+            logs["cloning"] = weight * (error.square() * pull).mean((1, 2))
+            best = best - logs["cloning"][:, None]  # for the loss that is logged
         dy = torch.cat([du, dlog_std], -1)
         grads = self.layers(self.actor_net, self.actor_adam.grad)
         self.actor_net.backward(layers, [x[:, :b] for x in tape], dy, work, grads)
@@ -623,6 +649,20 @@ class Sac(ActorCritic):
             "q": q.mean((1, 2)),
             "skipped": skipped,
         } | logs
+
+    def imitate(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step of the behaviour's network towards act [S, n, A] at scaled obs. Returns its mean, its standard
+        deviation and its loss before, and whether the step was taken [S]."""
+        net, work = self.actor_net, self.work(self.actor_net, self.seeds, obs.shape[1], "behaviour")
+        layers = self.layers(net, self.behaviour)
+        tape = net.forward(layers, obs, work)
+        mean, std = self.behaviour_of(tape[-1])
+        z = (act - mean) / std
+        dstd = (std - BEHAVIOUR_STD_MIN) * (1 - std) / (1 - BEHAVIOUR_STD_MIN)  # of the sigmoid
+        dy = torch.cat([z * (mean.square() - 1), (1 - z.square()) * dstd], -1) / (std.repeat(1, 1, 2) * act[0].numel())
+        net.backward(layers, tape, dy, work, self.layers(net, self.behaviour_adam.grad))
+        ok = self.behaviour_adam.step(self.behaviour, BEHAVIOUR_LR)
+        return mean, std, (z.square() / 2 + std.log()).mean((1, 2)), ok
 
     # -------- regularisers of the critics
 

@@ -374,9 +374,9 @@ def test_the_value_after_a_cut_is_that_of_the_mean_reward():
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("morec-mopo", "f1fefbf80ba5"),
+        ("morec-mopo", "7c3d8dc24dc5"),
         ("morec-published", "4f1e7030051b"),
-        ("mopo", "5d1778616b99"),
+        ("mopo", "6cf31a790261"),
         ("bc", "a446081fbc0d"),
     ],
 )

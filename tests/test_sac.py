@@ -292,7 +292,7 @@ def test_gradients_by_hand_are_those_of_the_losses():
     torch.testing.assert_close((got, dact), (best.detach(), want))
 
 
-@pytest.mark.parametrize("settings", [{}, {"robust": 0.5}, {"cloning": 0.7}])
+@pytest.mark.parametrize("settings", [{}, {"robust": 0.5}, {"cloning": 0.7, "narrow": 0.6}])
 @pytest.mark.parametrize("real", [0, 5])
 def test_first_actor_step_goes_down_the_actor_loss(settings, real):
     """Adam's first moment shows the gradient of `actor_loss`."""
@@ -300,35 +300,52 @@ def test_first_actor_step_goes_down_the_actor_loss(settings, real):
     agent = SacConfig(hidden=(8,), critic_lr=0.0, **settings).build(spec, g, 2, DOUBLE)
     batch, noise = random_batch(spec, 2, 16, g), random_noise(spec, 2, 16, g)
     actor = agent.actor.detach().clone().requires_grad_()
-    loss, log_prob = agent.actor_loss(actor, batch.obs, noise[0], batch.act[:, :real] if real else None)
+    cloned = bool(real and settings.get("cloning"))
+    if cloned:
+        agent.behaviour += torch.randn(agent.behaviour.shape, generator=g, dtype=DOUBLE) / 3
+        behaviour = agent.behaviour.detach().clone().requires_grad_()
+        want = agent.behaviour_loss(behaviour, batch.obs[:, :real], batch.act[:, :real])
+        (dwant,) = torch.autograd.grad(want.sum(), behaviour)
+    loss, log_prob = agent.actor_loss(actor, batch.obs, noise[0], real)
     (grad,) = torch.autograd.grad(loss.sum(), actor)
     log = agent.update(batch, noise, real)
-    assert ("cloning" in log) == bool(real and settings.get("cloning"))
+    if cloned:
+        torch.testing.assert_close(log["behaviour_loss"], want.detach())
+        torch.testing.assert_close(agent.behaviour_adam.m, 0.1 * dwant)
+        assert (log["cloning"] > 0).all()
+    assert ("cloning" in log) == cloned
     torch.testing.assert_close(log["actor_loss"], loss.detach())
     torch.testing.assert_close(log["entropy"], -log_prob.detach())
     torch.testing.assert_close(agent.actor_adam.m, 0.1 * grad)
 
 
-def test_cloning_pulls_to_the_actions_of_the_datas_own_rows_as_much_as_the_value_weighs():
-    """The data act with 0.8, the value is 1 - a^2: the best action minimises cloning q (a - 0.8)^2 + a^2 at mean |Q| =
-    q, whatever was done in the rows that are not the data's."""
+@pytest.mark.parametrize("spread", [0.2, 0.6])
+def test_cloning_pulls_to_data_that_show_one_way_to_act_and_leaves_free_what_is_near_to_many(spread):
+    """The data act with 0.5 on the average, the value is 1 - a^2: the best action minimises pull (a - 0.5)^2 + a^2 at
+    pull = cloning |Q| / (1 + (spread / narrow)^4), whatever was done in the rows that are not the data's."""
 
     def batch(g, n):
         zero, act = torch.zeros(1, n, 1), uniform(g, n)
-        act[:, : n // 2] = 0.8
+        act[:, : n // 2] = 0.5 + spread * torch.tensor([-1.0, 1.0]).repeat(n // 4)[None, :, None]
         return Transitions(zero, act, 1 - act[..., 0] ** 2, zero, torch.ones(1, n))
 
     g, spec = gen(1), Spec(1, 1)
-    agent = SacConfig(**FAST, cloning=1.0, init_alpha=1e-4, alpha_lr=0.0).build(spec, g)
+    agent = SacConfig(**FAST, cloning=2.0, narrow=0.2, init_alpha=1e-4, alpha_lr=0.0).build(spec, g)
     for _ in range(600):
-        agent.update(batch(g, 32), random_noise(spec, 1, 32, g, torch.float32), 16)
+        agent.update(batch(g, 64), random_noise(spec, 1, 64, g, torch.float32), 32)
+    net = agent.actor_net
+    mean, std = agent.behaviour_of(net.forward(agent.layers(net, agent.behaviour), torch.zeros(1, 1, 1))[-1])
+    torch.testing.assert_close((mean.item(), std.item()), (0.5, spread), atol=0.03, rtol=0)
     a = agent.act(torch.zeros(1, 1, 1)).item()
-    assert a == pytest.approx(0.8 * (1 - a**2) / (2 - a**2), abs=0.06)
+    pull = 2.0 * (1 - a**2) / (1 + (spread / 0.2) ** 4)
+    assert a == pytest.approx(0.5 * pull / (1 + pull), abs=0.05)
+    assert (a > 0.15) == (spread < 0.3)
 
 
 def test_a_policy_cannot_be_pushed_away_from_the_data():
-    with pytest.raises(ValueError, match=r"cloning=-1"):
-        SacConfig(cloning=-1).build(Spec(1, 1), gen())
+    for bad in ({"cloning": -1.0}, {"narrow": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}=-1"):
+            SacConfig(**bad).build(Spec(1, 1), gen())
 
 
 # ---------------------------------------------------------------- regularisers of the critics
