@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ CONFIGS = [
     SacConfig(normalize=True, deterministic_backup=True, target_min=0.0),
     SacConfig(robust=0.1, robust_eps=0.05, spectral=2.0),
     SacConfig(robust=0.1, layer_norm=True),
+    SacConfig(cloning=1.0, normalize=True),
     BcConfig(),
     Td3BcConfig(),
 ]
@@ -38,6 +40,11 @@ def move(batch, noise, device):
     return Transitions(*(x.to(device) for x in batch)), noise.to(device)
 
 
+def updates_of(agent):
+    """Its update, with a quarter of a batch for the data's own rows where it clones these."""
+    return partial(agent.update, real=64) if getattr(agent.config, "cloning", 0) else agent.update
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("seeds", [1, 4])
 def test_captured_updates_are_the_eager_ones(config, seeds):
@@ -46,10 +53,10 @@ def test_captured_updates_are_the_eager_ones(config, seeds):
     eager = copy.deepcopy(agent)
     data = [move(*x, device) for x in batches(seeds, 8)]
     before = copy.deepcopy(agent.state_dict())
-    update = devices.graphed(agent.update, *data[0])
+    update = devices.graphed(updates_of(agent), *data[0])
     agent.load_state_dict(before)
     for batch, noise in data:
-        got, want = update(batch, noise), eager.update(batch, noise)
+        got, want = update(batch, noise), updates_of(eager)(batch, noise)
         for name in want:
             torch.testing.assert_close(got[name], want[name], atol=1e-5, rtol=1e-4)
     for name, value in eager.state_dict().items():
@@ -65,8 +72,8 @@ def test_updates_are_those_of_the_cpu(config, seeds):
     there = copy.deepcopy(here).to(device)
     for batch, noise in batches(seeds, 5):
         batch, noise = Transitions(*(x.double() for x in batch)), noise.double()
-        want = here.update(batch, noise)
-        got = there.update(*move(batch, noise, device))
+        want = updates_of(here)(batch, noise)
+        got = updates_of(there)(*move(batch, noise, device))
         for name in want:
             torch.testing.assert_close(got[name].cpu(), want[name], atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(there.actor.cpu(), here.actor, atol=1e-7, rtol=1e-6)
