@@ -132,10 +132,9 @@ class OfflineConfig:
 
 
 # Published: plain SAC on raw observations, actor and temperature at 1e-4 from a temperature of 1, a twentieth of real
-# rows, over three million updates. At the 100 000 of these settings that is a third of the way to any policy, in the
-# true simulator as well, and what it meets on that way are the model's errors. So every algorithm that learns in a
-# model has the same quicker agent, which keeps near what the data did where it does not know better; none is ahead by
-# it. `PUBLISHED` is without.
+# rows, over three million updates. In the 100 000 of these settings hoppers do not learn to stay up that way. So every
+# algorithm that learns in a model has the same agent, quicker, and kept near to what the data did where they show one
+# way to act; none is ahead by it. `PUBLISHED` is without.
 PUBLISHED = SacConfig(actor_lr=3e-4)
 _AGENT = SacConfig(actor_lr=3e-4, alpha_lr=3e-4, init_alpha=0.2, normalize=True, cloning=1.5)
 _POLICY: dict[str, Any] = {"agent": _AGENT, "real_ratio": 0.25}
