@@ -88,7 +88,7 @@ def run(args: Args, agent: str, seed: int, data: Any, evaluator: Any) -> dict[st
     plain = replace(preset.imagination, morec=None, penalty=offline.Penalty(), truncation=None)
     config = replace(preset, imagination=plain, updates=args.updates, evaluate_every=args.evaluate_every)
     if agent == "published":
-        config = replace(config, agent=offline.PUBLISHED, real_ratio=0.05)
+        config = replace(config, agent=offline.PUBLISHED, real_ratio=offline.MOREC_PUBLISHED.real_ratio)
     result = offline.train(
         config,
         data,

@@ -407,7 +407,7 @@ def _start(path: Path, args: Offline, data: Any) -> dict[str, torch.Tensor]:
             raise RunError(
                 f"--start {path}: its policy is of another algorithm, width, data or number of seeds; expected one of "
                 f"{type(settings).__name__}, hidden {settings.hidden}, {data.spec.obs} observations, {data.spec.act} "
-                f"actions, {len(args.seeds)} seeds"
+                f"actions, {len(args.seeds)} seeds, with{'' if getattr(settings, 'cloning', 0) else 'out'} cloning"
             )
         return kept[0]
     from mbrl_envs import adapters

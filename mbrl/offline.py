@@ -146,8 +146,7 @@ MOREL = OfflineConfig(
     ),
 )
 MOBILE = OfflineConfig(
-    agent=replace(_AGENT, deterministic_backup=True),
-    real_ratio=0.25,
+    **_POLICY | {"agent": replace(_AGENT, deterministic_backup=True)},
     imagination=Imagination(penalty=Penalty(1.0, "bellman"), floor=True, rollouts=10_000),
 )
 # Published: r_D < 0.6 cuts. Where that lies depends on what the discriminator was told to tell apart: with this reward

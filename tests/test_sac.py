@@ -320,7 +320,7 @@ def test_first_actor_step_goes_down_the_actor_loss(settings, real):
 
 
 @pytest.mark.parametrize("spread", [0.2, 0.6])
-def test_cloning_pulls_to_data_that_show_one_way_to_act_and_leaves_free_what_is_near_to_many(spread):
+def test_cloning_pulls_to_data_that_show_one_way_to_act_and_leaves_free_where_they_show_many(spread):
     """The data act with 0.5 on the average, the value is 1 - a^2: the best action minimises pull (a - 0.5)^2 + a^2 at
     pull = cloning |Q| / (1 + (spread / narrow)^4), whatever was done in the rows that are not the data's."""
 
