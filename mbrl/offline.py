@@ -146,7 +146,8 @@ MOREL = OfflineConfig(
     ),
 )
 MOBILE = OfflineConfig(
-    **_POLICY | {"agent": replace(_AGENT, deterministic_backup=True)},
+    agent=replace(_AGENT, deterministic_backup=True),
+    real_ratio=_POLICY["real_ratio"],
     imagination=Imagination(penalty=Penalty(1.0, "bellman"), floor=True, rollouts=10_000),
 )
 # Published: r_D < 0.6 cuts. Where that lies depends on what the discriminator was told to tell apart: with this reward
