@@ -1,4 +1,4 @@
-"""Planning over offline policies (LOOP) in the model that each was learned in: the gain of each run.
+"""Planning over offline policies (LOOP) in the model that each was learned in, without a filter: the gain of each run.
 
     python experiments/loop.py RUN [RUN ...] [--episodes 10]
 

@@ -5,7 +5,8 @@
 DIR holds {hopper,halfcheetah}-{medium,mixed}-v5.hdf5. BC and TD3+BC, MOPO with each of four coefficients (the best one
 for all sets is reported), MOREC-MOPO with one setting. Scores are on D4RL's constants. Every finished run is a row of
 experiments/results/offline_suite.json, and one that is there already, with the settings and the data of today, is not
-run again: the suite may be filled over several sittings and machines, a few --sets, --algorithms or --seeds at a time.
+run again; one of other settings stays in the file and out of the figures. The suite may be filled over several sittings
+and machines, a few --sets, --algorithms or --seeds at a time.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mbrl import offline, suite
-from mbrl.cli import Suite, algorithm_named, run_suite, sized
-from mbrl.run import machine, versions, write_json
+from mbrl.cli import KNOWN, Offline, Suite, algorithm_named, run_suite, sized
+from mbrl.run import from_plain, machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "offline_suite.json"
 
@@ -57,23 +58,38 @@ def settings_of(args: Args, algorithm: str) -> str:
     return offline.digest(config, default.fitting, default.dynamics)
 
 
-def restore(args: Args, path: Path) -> None:
-    """Finished rows of the file become finished runs under --out, where the suite looks for them."""
+def settings_kept(folder: Path) -> str | None:
+    """The same of a run that lies in a folder, by what it was run with; None where no run does."""
+    if not (folder / "config.json").exists():
+        return None
+    kept = from_plain(json.loads((folder / "config.json").read_text())["arguments"], (*KNOWN, Offline))
+    return offline.digest(kept.algorithm, kept.fitting, kept.dynamics)
+
+
+def restore(args: Args, path: Path) -> list[dict[str, Any]]:
+    """Finished rows of the file become finished runs under --out, where the suite looks for them. Returns those that do
+    not, since they are of data that are not at hand or of other settings."""
+    left: list[dict[str, Any]] = []
     for row in json.loads(path.read_text())["runs"] if path.exists() else ():
         name = f"{row['dataset']}/{row['algorithm']}/{'-'.join(map(str, row['seeds']))}"
         file = args.data / f"{row['dataset']}.hdf5"
         same = file.exists() and row["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
         if not same or row["settings"] != settings_of(args, row["algorithm"]):
-            print(f"{name}: its row is of other {'settings' if same else 'data'} and is left out")
+            print(f"{name}: its row is of other {'settings' if same else 'data'} and stays as it is")
+            left.append(row)
             continue
         folder = args.out / name
         if not (folder / "config.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "result.json", row)
+    return left
 
 
 def main(args: Args) -> None:
-    restore(args, RESULTS)
+    left = restore(args, RESULTS)
+    runs = [p.parent for p in args.out.glob("*/*/*/config.json")]
+    if stale := [p for p in runs if settings_kept(p) != settings_of(args, p.parent.name)]:
+        raise SystemExit(f"offline_suite.py: {', '.join(map(str, stale))}: run with other settings; move these away")
     summary = run_suite(
         Suite(
             datasets=tuple(str(args.data / f"{name}.hdf5") for name in args.sets),
@@ -94,7 +110,11 @@ def main(args: Args) -> None:
     rows: list[dict[str, Any]] = []
     for r in summary["results"]:
         row = {k: r[k] for k in keep if k in r}
-        rows.append(row | {"settings": r.get("settings") or settings_of(args, r["algorithm"])})
+        folder = args.out / r["dataset"] / r["algorithm"] / "-".join(map(str, r["seeds"]))
+        rows.append(row | {"settings": settings_kept(folder) or r["settings"]})
+    names = lambda row: [row[k] for k in ("dataset", "sha256", "algorithm", "seeds", "settings")]
+    found = [names(row) for row in rows]
+    rows += [row for row in left if names(row) not in found]
     config = {"sets": SETS, "updates": args.updates, "evaluate_every": args.evaluate_every}
     write_json(RESULTS, {"config": config, "figures": result, "runs": rows, "versions": versions(), **machine()})
     print(json.dumps(result))

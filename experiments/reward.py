@@ -178,7 +178,7 @@ def one_seed(args: Args, medium: Dataset, mixed: Dataset, seed: int) -> tuple[di
     if args.ablate and seed == 0:
         change = lambda **kw: dataclasses.replace(args.reward, **kw)
         for name, config in {
-            "no anchors": change(anchors=0, updates=6_000),
+            "no anchors": change(anchors=0, spread=0.0, updates=6_000),
             "no spread": change(spread=0.0),
             "penalty 0.1": change(penalty=0.1),
             "spread 3": change(spread=3.0),

@@ -67,6 +67,11 @@ class World:
     def step(self, act: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """act [A] in [-1, 1] -> observation [O], reward, terminated, truncated."""
         self.steps += 1
+        if act.shape != self.low.shape:
+            raise ValueError(
+                f"step {self.steps}: got an action of shape {act.shape}, expected {self.low.shape}; what acts is of "
+                "another environment"
+            )
         if not np.isfinite(act).all():
             raise ValueError(f"step {self.steps}: the action is {act}, expected finite numbers; what acts has diverged")
         raw = self.low + (act.astype(np.float64) + 1) / 2 * (self.high - self.low)

@@ -35,6 +35,7 @@ from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.fit import FitConfig
 from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
+from mbrl.terminal import TerminalConfig, TerminalHead
 
 # ---------------------------------------------------------------- commands
 
@@ -281,7 +282,7 @@ def run_offline(args: Offline) -> Run:
         "algorithm": label,
         "data": {
             **{"name": data.name, "sha256": data.sha256, "steps": len(data), "episodes": data.episodes},
-            **{"act_low": data.act_low.tolist(), "act_high": data.act_high.tolist()},
+            **{"act_low": data.act_low.tolist(), "act_high": data.act_high.tolist(), "dt": data.dt},
         },
         "arguments": to_plain(replace(args, start=start)),
     }
@@ -356,7 +357,8 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
         planned = None
         if args.plan:
             models = [_fitted(run, args, s, data.spec) for s in args.seeds]
-            planned = _planned(result.agent, models, args.seeds, world.evaluate, world.terminal, world.reward)
+            terminal = world.terminal or offline.learn_terminal(data, TerminalConfig(), args.seeds[0], run)
+            planned = _planned(result.agent, models, args.seeds, world.evaluate, terminal, world.reward, data.dt)
         finish(run, args, data, result, world, time.perf_counter() - began, planned)
     return run
 
@@ -371,8 +373,20 @@ def _check_plan(args: Offline, world: "World") -> None:
         raise ValueError("--plan: there is no environment to plan in; leave --plan or --env none out")
 
 
+def _learned_end(run: Run, args: Offline, spec: Spec) -> Any:
+    """The termination head that a run has learned, or None."""
+    facts, config = run.config["data"], TerminalConfig()
+    kept = run.load(f"terminal-{offline.digest(facts['sha256'], facts['steps'], config, args.seeds[0])}")
+    if kept is None:
+        return None
+    head = TerminalHead(spec.obs, spec.act, config)
+    head.load_state_dict(kept[0])
+    return head.to(devices.pick(args.device))
+
+
 def _fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
-    """The model that a run was learned in. Raises RunError where it is gone."""
+    """The model that a run was learned in, without the filter around it, whose cost at every step of every candidate
+    a plan cannot bear. Raises RunError where it is gone."""
     facts = run.config["data"]
     name = f"model-{offline.digest(facts['sha256'], facts['steps'], args.dynamics, args.fitting, seed)}"
     kept = run.load(name)
@@ -383,13 +397,15 @@ def _fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
     return model.eval().to(devices.pick(args.device))
 
 
-def _planned(agent: Any, models: Any, seeds: Any, evaluate: Any, terminal: Any, reward: Any) -> list[list[float]]:
+def _planned(
+    agent: Any, models: Any, seeds: Any, evaluate: Any, terminal: Any, reward: Any, dt: float
+) -> list[list[float]]:
     """Returns [seeds][episodes] of planning over each seed's policy."""
     found = []
     for i, (seed, model) in enumerate(zip(seeds, models, strict=True)):
         device = next(model.parameters()).device
         stream = devices.generator(seed, device)
-        control = mpc.over(agent, i, model, generator=stream, terminal=terminal, reward=reward)
+        control = mpc.over(agent, i, model, generator=stream, terminal=terminal, reward=reward, dt=dt)
         act = lambda obs, control=control: control(obs).to(obs.device)
         found.append([float(x) for x in evaluate(act, rows=lambda kept, begun, c=control: c.rows(kept, begun))])
     return found
@@ -412,7 +428,9 @@ def _start(path: Path, args: Offline, data: Any) -> dict[str, torch.Tensor]:
         return kept[0]
     from mbrl_envs import adapters
 
-    return adapters.from_sb3(path, data.spec, args.algorithm.agent, seeds=len(args.seeds)).state_dict()
+    agent = args.algorithm.agent
+    normalizer = offline.normalizer_of(data.obs) if getattr(agent, "normalize", False) else None
+    return adapters.from_sb3(path, data.spec, agent, seeds=len(args.seeds), normalizer=normalizer).state_dict()
 
 
 def scale_of(id: str, data: Any = None) -> tuple[float, float] | None:
@@ -512,8 +530,10 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     except ValueError:  # as in `World.of`
         task = None
     reward = task.reward if task and settings.reward == "task" else None
+    terminal = task.terminal if task else _learned_end(run, settings, agent.spec)
     agent = copy.deepcopy(agent).to(devices.pick())
-    return found | {"planned": _planned(agent, models, seeds, evaluate, task.terminal if task else None, reward)}
+    dt = facts.get("dt", 1.0)
+    return found | {"planned": _planned(agent, models, seeds, evaluate, terminal, reward, dt)}
 
 
 def run_evaluate(args: Evaluate) -> list[list[float]]:

@@ -2,6 +2,7 @@
 (MBPO). With `mbrl.cli` the only modules of `mbrl` that reach for the environments."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,11 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int) -> Any:
         _, terminal = functions(env_id, env, "task")
         one = replace(worth, particles=1)
         return Mpc(planner, one, control.TRUTHS[env_id](), generator=stream, terminal=terminal)
+    if worth.limit < math.inf or worth.pessimism:
+        raise ValueError(
+            f"--worth: got limit {worth.limit} and pessimism {worth.pessimism}, and the true simulator is not "
+            "uncertain; leave both out"
+        )
     simulator = Simulator(env)
     width = env.action_space.shape[0]
 
@@ -180,7 +186,9 @@ def _check_plan(args: Plan, env: Any) -> None:
             "over one"
         )
     if args.model is None:
-        args.dynamics.build(spec_of(env), devices.generator(0))
+        reward, terminal = functions(str(args.env), env, args.reward)
+        learner = args.dynamics.build(spec_of(env), devices.generator(0))
+        Mpc(args.planner, args.worth, learner, generator=devices.generator(0), reward=reward, terminal=terminal)
         return
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1 where nothing is learned")
@@ -220,6 +228,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         return Adapting(plans, scale=torch.tensor(facts["scale"], device=device))
     tensors, _ = other.load("pets") or ({}, {})
     model = _built(args, settings.dynamics, spec_of(env), mpc.weights(tensors), settings.env).to(device)
+    terminal = terminal or mpc.learned_end(tensors, model.spec, device)
     return make(args.worth, model, reward=reward, terminal=terminal)
 
 

@@ -4,6 +4,7 @@ which fits the learner to what the control has seen, episode after episode.
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from mbrl import device as devices
 from mbrl.adapt import adapt, known
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Dynamics, Segment, StepInput, Tree, choose, demand, rows
+from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, repeat, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.offline import Forget, Record
@@ -36,7 +37,7 @@ from mbrl.planner import (
     value,
 )
 from mbrl.rollout import Reward, Terminal
-from mbrl.terminal import TerminalConfig, fit_terminal
+from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal
 
 Act = Callable[[Tensor], Tensor]  # obs [E, O] -> act [E, A]
 
@@ -77,6 +78,8 @@ class Mpc:
         self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
         self.ctx = self.like.new_zeros(1, model.spec.ctx) if ctx is None else ctx.to(self.like)
         self.pins = worth.pinned and model.parts > 1
+        if worth.limit < math.inf:
+            self._check_limit()
         self.counts = {"bad": 0, "seen": 0, "lost": 0}
         self.found: Found | None = None
         self._graphs: dict[int, Callable] = {}
@@ -142,6 +145,24 @@ class Mpc:
         self.new = torch.zeros_like(self.new)
         _count(self.counts, self.found)
         return self.found.acts[:, 0]
+
+    @torch.no_grad()
+    def _check_limit(self) -> None:
+        """Raises ValueError where the learner does not tell what the limit is on."""
+        p, spec, like = self.worth.particles, self.model.spec, self.like
+        cond = self.model.condition(self.ctx)
+        cond = self.model.pinned(torch.arange(p, device=like.device)) if self.pins else cond
+        state = repeat(self.model.init(like.new_zeros(1, spec.obs), self.model.condition(self.ctx)), p)
+        noise = torch.zeros(p, self.model.noise_dim).to(like)
+        told = self.model.step(
+            state, StepInput(like.new_zeros(p, spec.act), noise, like.new_full((p, 1), self.dt)), cond
+        )
+        if self.worth.uncertainty not in (has := told[1].uncertainty):
+            advice = "; pass pinned=False" if self.pins else ""
+            raise ValueError(
+                f"Mpc: the limit is on {self.worth.uncertainty!r}, the learner{' pinned to a part' * self.pins} "
+                f"reports {', '.join(has) or 'none'}{advice}"
+            )
 
     def _parts(self, envs: int) -> Tensor:
         """Which part each particle keeps: all in turn, from one that is drawn. Parts are counted round, and how many
@@ -279,17 +300,20 @@ def over(
     worth: Worth | None = None,
     reward: Reward | None = None,
     terminal: Terminal | None = None,
+    dt: float = 1.0,
 ) -> Mpc:
     """Planning over a policy that was learned, at test time (LOOP: Sikchi et al., CoRL 2021): the agent, a
     `mbrl.sac.Sac`, proposes, and the least of its critics values what comes after the horizon. seed: which of the
-    agent's seeds. worth: by default the agent's discount, 5 particles and mean - std over them."""
+    agent's seeds. worth: by default the agent's discount, 5 particles and mean - std over them. dt: as stored with the
+    model's data."""
     one = agent.one(seed)
     worth = worth or Worth(discount=agent.config.gamma, particles=5 if model.parts > 1 else 1, pessimism=1.0)
     policy = lambda obs, noise: one.act(obs[None], noise[None])[0]
     critic = lambda obs: one.q(obs[None], one.act(obs[None])).amin(1)[0]
     return Mpc(
-        planner, worth, model, generator=generator, reward=reward, terminal=terminal, critic=critic, policy=policy
-    )
+        planner, worth, model, generator=generator, reward=reward, terminal=terminal, critic=critic, policy=policy,
+        dt=dt,
+    )  # fmt: skip
 
 
 @final
@@ -435,12 +459,14 @@ def pets(
     world, record = World(env), record or Forget()
     done: list[Episode] = []
     model = dynamics.build(world.spec, devices.generator(seed)).to(device)
+    end = terminal
     if (kept := record.load("pets")) is not None:
         done = _unpacked(*kept)
         if found := weights(kept[0]):
             model.load_state_dict(found)
+        end = terminal or learned_end(kept[0], world.spec, device)
     steps, total = sum(len(e.act) for e in done), config.random + config.episodes
-    control = Mpc(config.planner, config.worth, model.eval(), reward=reward, terminal=terminal)
+    control = Mpc(config.planner, config.worth, model.eval(), reward=reward, terminal=end)
     for i in range(len(done), total):
         learned = i >= config.random
         if learned:
@@ -467,6 +493,8 @@ def pets(
             counts = control.counts
             figures |= {"not_finite": counts["bad"] / counts["seen"], "lost": float(counts["lost"])}
             tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
+            if isinstance(end, TerminalHead):
+                tensors |= {f"terminal.{k}": v for k, v in end.state_dict().items()}
         record.log("episode", steps, figures)
         record.progress("episode", i + 1, total, {"return": new.total})
         record.save("pets", tensors, facts)
@@ -478,6 +506,16 @@ def pets(
 def weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of what `pets` saves, the model's state; {} where none was fitted yet."""
     return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+
+
+def learned_end(tensors: Mapping[str, Tensor], spec: Spec, device: torch.device | str) -> TerminalHead | None:
+    """Of what `pets` saves, the termination that was learned last; None where none was."""
+    found = {k.removeprefix("terminal."): v for k, v in tensors.items() if k.startswith("terminal.")}
+    if not found:
+        return None
+    head = TerminalHead(spec.obs, spec.act, TerminalConfig())
+    head.load_state_dict(found)
+    return head.to(device)
 
 
 def _packed(episodes: Sequence[Episode]) -> tuple[dict[str, Tensor], dict[str, Any]]:

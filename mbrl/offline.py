@@ -65,8 +65,8 @@ class Truncation:
     name: str = "implausibility"
     threshold: float = math.inf
     relative: bool = False
-    """The threshold is in units of the uncertainty over the data's own transitions: of the largest (MOReL), or of
-    `quantile`."""
+    """The threshold is in units of the uncertainty over the data's own transitions (20 000 of them, where there are
+    more; the finite ones): of the largest (MOReL), or of `quantile`."""
     then: Literal["terminal", "bootstrap", "drop"] = "terminal"
     """The cut transition is stored as an end without a value after it, as one with a value, or not at all. Where the
     data's mean reward is negative, "terminal" would pay for being cut: there the value after it is that of the mean
@@ -78,6 +78,8 @@ class Truncation:
     and a threshold of 1, one in a hundred transitions like the data's is cut, whatever the uncertainty's units."""
 
     def __post_init__(self) -> None:
+        if self.then not in ("terminal", "bootstrap", "drop"):
+            raise ValueError(f"Truncation: then is {self.then!r}, expected 'terminal', 'bootstrap' or 'drop'")
         if not 0 < self.quantile <= 1:
             raise ValueError(f"Truncation: quantile is {self.quantile}, expected a share in (0, 1]")
         if self.quantile < 1 and not self.relative:
@@ -113,8 +115,23 @@ class Imagination:
     truncation: Truncation | None = None
     morec: Morec | None = None
     floor: bool = False
-    """Values and their targets are kept >= 0, as MOBILE does; not where the data's mean reward is negative, since there
+    """Targets of values are kept >= 0, as MOBILE does; not where the data's mean reward is negative, since there
     the bound would be false."""
+
+    def share(self, n: int, systems: int, system: int) -> int:
+        """Of n, what falls to one of the data's systems."""
+        return (n + systems - 1 - system) // systems
+
+    def most(self, systems: int = 1) -> int:
+        """How many transitions a batch of rollouts may hold: each system's last chunk may begin just below its share
+        of the budget."""
+        starts = 0
+        for system in range(systems):
+            own = self.share(self.rollouts, systems, system)
+            if self.budget is not None:
+                own = min(own, -(-self.share(self.budget, systems, system) // self.horizon) + self.chunk)
+            starts += own
+        return starts * self.horizon
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ class OfflineConfig:
 # rows, over three million updates. In the 100 000 of these settings hoppers do not learn to stay up that way. So every
 # algorithm that learns in a model has the same agent, quicker, and kept near to what the data did where they show one
 # way to act; none is ahead by it. `PUBLISHED` is without.
-PUBLISHED = SacConfig(actor_lr=3e-4)
+PUBLISHED = SacConfig()
 _AGENT = SacConfig(actor_lr=3e-4, alpha_lr=3e-4, init_alpha=0.2, normalize=True, cloning=1.5)
 _POLICY: dict[str, Any] = {"agent": _AGENT, "real_ratio": 0.25}
 MOPO = OfflineConfig(imagination=Imagination(penalty=Penalty(2.5)), **_POLICY)
@@ -161,7 +178,8 @@ MOREC_MOPO = OfflineConfig(
     imagination=Imagination(morec=Morec(), penalty=Penalty(0.5, scaled=True), truncation=_CUT, **_LONG),
 )
 # As near to the paper as it can be known, for ablations: the adversarial game with a generator that is trained, the
-# plain discriminator, r_D itself as the softmax's weights, targets that are not below 0.
+# plain discriminator, r_D itself as the softmax's weights, targets that are not below 0. Ten snapshots stand for the
+# paper's forty, for their cost; its entropy term on the discriminator is left out.
 _PLAIN = RewardConfig(generator="trained", anchors=0, spread=0.0, penalty=0.0, updates=6_000)
 MOREC_PUBLISHED = OfflineConfig(
     agent=PUBLISHED,
@@ -170,7 +188,8 @@ MOREC_PUBLISHED = OfflineConfig(
         penalty=Penalty(0.5, scaled=True),
         truncation=Truncation("implausibility", math.log(1 + math.e) - 0.6),
         floor=True,
-        **_LONG | {"chunk": 500},
+        horizon=100,
+        rollouts=2_000,
     ),
 )
 MOREC_MOBILE = replace(
@@ -418,7 +437,7 @@ def _rollouts_of(
     core = model
     while isinstance(core, Filtered):
         core = core.inner
-    share = lambda n: (n + data.systems - 1 - system) // data.systems
+    share = lambda n: config.share(n, data.systems, system)
     drawn = starts[torch.randint(len(starts), (share(config.rollouts),), generator=generator, device=device)]
     made, which = 0, torch.tensor([system], device=device)
     for index in drawn.split(config.chunk):
@@ -452,7 +471,7 @@ def _rollouts_of(
             if penalty.coefficient:
                 doubt = _named(doubts, penalty.name)
                 segment = segment._replace(reward=segment.reward - penalty.coefficient * unit * doubt)
-            cut, ended = torch.zeros_like(alive), float((segment.terminal & segment.mask).sum())
+            cut, ends = torch.zeros_like(alive), segment.terminal
             if config.truncation is not None:
                 doubt = _named(doubts, config.truncation.name)
                 segment, cut, _ = truncate(segment, doubt, limit, config.truncation, after)
@@ -460,7 +479,7 @@ def _rollouts_of(
             wrong = segment.mask & ~segment.reward.isfinite()  # an infinite doubt, penalised: as a prediction that is
             segment = segment._replace(mask=segment.mask & (wrong.cumsum(1) == 0))  # not finite, the row ends before it
             alive = alive & ~wrong.any(1)
-            keep = segment.mask.flatten()
+            ended, keep = float((ends & segment.mask).sum()), segment.mask.flatten()
             flat = Transitions(
                 segment.obs[:, :-1].flatten(0, 1),
                 segment.act.flatten(0, 1),
@@ -567,8 +586,7 @@ def train(
         imagination = replace(imagination, floor=False)
     made: list[Dynamics] = []
     if imagination is not None:
-        if not models:
-            check_doubts(imagination, data, dynamics)
+        check_doubts(imagination, data, dynamics, models)
         for seed in seeds:
             model = models[len(made) % len(models)] if models else learn_model(data, dynamics, fitting, seed, record)
             lap("model")
@@ -595,16 +613,13 @@ def train(
         settings = replace(settings, total=config.updates, target_min=floor)
     agent = settings.build(spec, generator, seeds=len(seeds)).to(device)
     if settings.normalize:
-        agent.set_normalizer(data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3)
+        agent.set_normalizer(*normalizer_of(data.obs))
     if start is not None:
         agent.load_state_dict(dict(start))
         agent.updates.zero_()  # else the actor's learning rate begins where that of the other training ended, at 0
     buffer = None
     if imagination is not None:
-        most = imagination.rollouts
-        if imagination.budget is not None:  # the last chunk may begin just below it
-            most = min(most, imagination.budget // imagination.horizon + imagination.chunk)
-        capacity = imagination.retain * most * imagination.horizon
+        capacity = imagination.retain * imagination.most(data.systems)
         buffer = Buffer(len(seeds), capacity, spec, device=device, dtype=data.obs.dtype)
     real = data.transitions().pack()
     n_real = config.batch if buffer is None else int(config.batch * config.real_ratio)
@@ -620,8 +635,14 @@ def train(
     first, history, counted = 0, [], 0
     sums: dict[str, Tensor] = {}  # of the figures since they were last logged, over so many updates
     counts: list[list[int]] = [[] for _ in seeds]  # transitions of the last batches of rollouts, of each seed
+    whose = digest(config, dynamics, fitting, list(seeds), data.sha256, len(data))
     if kept := record.load("policy.partial"):
         tensors, facts = kept
+        if facts.get("of", whose) != whose:
+            raise ValueError(
+                "record: it holds a policy that was learned with other settings, seeds or data; continue that one with "
+                "its own, or take a new record"
+            )
         agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
         if buffer is not None:
             buffer.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("buffer.")})
@@ -638,6 +659,7 @@ def train(
         tensors |= {f"sums.{k}": v for k, v in sums.items()}
         policy_time = {k: v for k, v in lap.seconds.items() if k in ("rollout", "update", "evaluate")}
         facts = {"updates": done, "returns": history, "counts": counts, "counted": counted, "seconds": policy_time}
+        facts["of"] = whose
         record.save("policy.partial", tensors, facts)
 
     go = None
@@ -696,6 +718,11 @@ def train(
     return Result(agent, made, history, lap.seconds)
 
 
+def normalizer_of(obs: Tensor) -> tuple[Tensor, Tensor]:
+    """obs [N, O] -> mean and standard deviation [O], as agents with `normalize` read observations."""
+    return obs.mean(0), obs.std(0, correction=0) + 1e-3
+
+
 def policy_of(agent: Any, seed: int = 0) -> Policy:
     """The deterministic policy of one seed: obs [n, O] -> act [n, A] in [-1, 1]."""
 
@@ -732,19 +759,39 @@ def _mix(seeds: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def check_doubts(config: Imagination, data: Dataset, dynamics: Any) -> None:
-    """Raises ValueError where the learner cannot tell what it is to be penalised and cut by; before it is fitted."""
+def check_doubts(config: Imagination, data: Dataset, dynamics: Any, models: Sequence[Dynamics] | None = None) -> None:
+    """Raises ValueError where the learner, or a fitted one that stands for it, cannot tell what it is to be penalised
+    and cut by; before anything is fitted."""
     generator = devices.generator(0, data.obs.device)
-    model = dynamics.build(data.spec, generator).to(data.obs.device)
+    for model in models or (dynamics.build(data.spec, generator).to(data.obs.device),):
+        _check_doubts(config, data, model, generator, filtered=not models and config.morec is not None)
+
+
+def _check_doubts(
+    config: Imagination, data: Dataset, model: Dynamics, generator: torch.Generator, filtered: bool
+) -> None:
     cond = model.condition(data.obs.new_zeros(1, model.spec.ctx))
     inp = StepInput(data.act[:1], model.draw(1, 1, generator).to(data.obs), data.obs.new_full((1, 1), data.dt))
     known = model.step(model.init(data.obs[:1], cond), inp, cond)[1].uncertainty
-    if config.morec is not None:
+    if filtered:
         known = {**known, "implausibility": data.obs}
+    elif config.morec is not None and not isinstance(model, Filtered):
+        raise ValueError(
+            f"models: got a {type(model).__name__} for rollouts that a dynamics reward filters (morec); wrap it by "
+            "FilterConfig().build(model, reward), or leave morec out"
+        )
     if config.penalty.coefficient and config.penalty.name != "bellman":
         _named(known, config.penalty.name)
-    elif config.penalty.coefficient and model.parts < 2:
-        raise ValueError("penalty 'bellman': it is the spread over a learner's several parts, this one has 1")
+    elif config.penalty.coefficient:
+        core = model
+        while isinstance(core, Filtered):
+            core = core.inner
+        few = inp._replace(noise=core.draw(1, 1, generator).to(data.obs))
+        if (parts := len(core.each(core.init(data.obs[:1], cond), few, cond, 1).obs)) < 2:
+            raise ValueError(
+                f"penalty 'bellman': it is the spread over the parts of a learner that take part in rollouts (an "
+                f"ensemble's elites), this one has {parts}"
+            )
     if config.truncation is not None:
         _named(known, config.truncation.name)
 

@@ -32,7 +32,7 @@ class Planner:
     """Candidates of the first iteration, proposals included; kept elites come on top."""
     iterations: int = 5
     elites: int = 32
-    """Candidates that the next mean and standard deviation are made of."""
+    """Candidates that the next mean and standard deviation are made of; 0: all of them."""
     temperature: float = math.inf
     """Elites weigh softmax(return / temperature); infinite: all alike."""
     color: float = 0.0
@@ -66,7 +66,7 @@ class Planner:
             for name, what, holds in (
                 ("horizon", ">= 1", self.horizon >= 1),
                 ("iterations", ">= 1", self.iterations >= 1),
-                ("elites", ">= 1", self.elites >= 1),
+                ("elites", ">= 0", self.elites >= 0),
                 ("samples", f">= elites, {self.elites}", self.samples >= self.elites),
                 ("temperature", "> 0", self.temperature > 0),
                 ("color", ">= 0", self.color >= 0),
@@ -95,11 +95,16 @@ class Planner:
     @property
     def kept(self) -> int:
         """How many elites are kept."""
-        return int(self.keep * self.elites + 1e-9)
+        return int(self.keep * self.best + 1e-9)
+
+    @property
+    def best(self) -> int:
+        """How many of the first iteration's candidates are elites."""
+        return self.elites or self.samples
 
     def sizes(self) -> list[int]:
         """Candidates that each iteration draws: without proposals, kept elites and the mean."""
-        least = min(2 * self.elites, self.samples)
+        least = min(2 * self.best, self.samples)
         return [max(least, int(self.samples / self.decay**i)) - self.proposals for i in range(self.iterations)]
 
     def noise(self, envs: int, act: int, generator: torch.Generator, like: Tensor) -> list[Tensor]:
@@ -113,7 +118,7 @@ ICEM = Planner(
     horizon=30, samples=40, iterations=3, elites=10, color=2.5, keep=0.3, decay=1.25, momentum=0.1, execute="best",
     join=True,
 )  # fmt: skip
-MPPI = Planner(iterations=1, elites=256, temperature=1.0)
+MPPI = Planner(iterations=1, elites=0, temperature=1.0)
 # TD-MPC2 multiplies returns by 0.5 where `temperature` divides. Its policy's trajectories come as proposals.
 TDMPC = Planner(horizon=3, samples=512, iterations=6, elites=64, temperature=2.0, std=2.0)
 # Around a learned policy, with its critic behind the horizon (LOOP: Sikchi et al., CoRL 2021).
@@ -192,7 +197,9 @@ def search(
         got = "none" if proposals is None else proposals.shape[1]
         raise ValueError(f"search: got {got} proposals, expected {p.proposals}, as the planner has it")
     if p.around and proposals is not None:
-        mean = proposals.clamp(-1, 1).mean(1)
+        fine = proposals.isfinite().flatten(2).all(-1)[..., None, None]  # [E, n, 1, 1]
+        total = torch.where(fine, proposals.clamp(-1, 1), 0.0).sum(1)
+        mean = torch.where(fine.any(1), total / fine.sum(1).clamp(min=1), mean)
     noises = list(white)
     for i, noise in enumerate(noises):
         parts = [(mean[:, None] + std[:, None] * colored(noise, p.color)).clamp(-1, 1), kept]
@@ -203,7 +210,7 @@ def search(
         acts = torch.cat(parts, 1)
         v = _finite(value(acts), acts)
         bad, seen = bad + (v == -torch.inf).sum(1), seen + v.shape[1]
-        top, index = v.topk(min(p.elites, v.shape[1]), 1)
+        top, index = v.topk(min(p.elites or v.shape[1], v.shape[1]), 1)
         ok = top > -torch.inf  # [E, elites]  with too few finite candidates, the last elites are none
         elite = acts.gather(1, index[..., None, None].expand(-1, -1, *acts.shape[2:]))
         elite = torch.where(ok[..., None, None], elite, mean[:, None])  # 0 * nan is nan: a weight of 0 is not enough
@@ -253,6 +260,9 @@ def _ascend(value: Value, elite: Tensor, v: Tensor, rate: float) -> tuple[Tensor
 # ---------------------------------------------------------------- what a plan is worth
 
 
+BEYOND = -1e9  # the worth of a candidate just beyond the limit: the same in every call, whatever else is in it
+
+
 @dataclass(frozen=True)
 class Worth:
     """How a plan is valued: sum over t of discount^t reward_t while the episode lasts, and then discount^H critic."""
@@ -267,14 +277,14 @@ class Worth:
     """beta in mean - beta * std over the particles."""
     uncertainty: str = "disagreement"
     limit: float = math.inf
-    """A candidate that exceeds this uncertainty while its episode lasts, in any particle, ranks below all that do not,
-    the further the more it exceeds. "disagreement" needs every part evaluated: not with `pinned`."""
+    """A candidate that exceeds this uncertainty while its episode lasts, in any particle, is worth -1e9 and less, the
+    less the more it exceeds, whatever it earns. "disagreement" needs every part evaluated: not with `pinned`."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.discount <= 1 or self.particles < 1 or self.limit < 0:
+        if not (0 < self.discount <= 1 and self.particles >= 1 and self.limit >= 0 and math.isfinite(self.pessimism)):
             raise ValueError(
-                f"Worth: got discount {self.discount}, particles {self.particles}, limit {self.limit}; expected "
-                "0 < discount <= 1, particles >= 1, limit >= 0"
+                f"Worth: got discount {self.discount}, particles {self.particles}, limit {self.limit}, pessimism "
+                f"{self.pessimism}; expected 0 < discount <= 1, particles >= 1, limit >= 0, a finite pessimism"
             )
 
 
@@ -330,10 +340,7 @@ def value(
     if excess is None:
         return worths
     over = excess.reshape(envs, p, n).amax(1)
-    known = worths.isfinite()
-    low = torch.where(known, worths, torch.inf).amin(1, keepdim=True)
-    span = torch.where(known, worths, -torch.inf).amax(1, keepdim=True) - low + 1
-    return torch.where(known & ~(over > 0), worths, torch.where(known, low - 1e3 * span * (1 + over), worths))
+    return torch.where(worths.isfinite() & (over > 0), BEYOND * (1 + over), worths)
 
 
 def propose(

@@ -459,7 +459,8 @@ class SacConfig:
     target_entropy: float | None = None  # None: minus the number of actions
     gamma: float = 0.99
     tau: float = 0.005  # how far the targets move at each update
-    total: int = 0  # updates over which the actor's learning rate falls to 0 along a half cosine; 0: it stays
+    total: int = 0  # updates over which the actor's learning rate falls to 0 along a half cosine; 0: it stays. The
+    # offline loop puts its own number of updates here
     deterministic_backup: bool = False  # targets without the entropy's term (MOBILE)
     target_min: float | None = None  # targets are at least this (MOBILE and MOREC: 0)
     layer_norm: bool = False  # in the critics, before each ReLU
@@ -500,6 +501,13 @@ class Sac(ActorCritic):
     def __init__(
         self, config: SacConfig, spec: Spec, generator: torch.Generator, seeds: int, dtype: torch.dtype | None = None
     ) -> None:
+        rates = (config.actor_lr, config.critic_lr, config.alpha_lr)
+        if not (0 <= config.gamma <= 1 and 0 <= config.tau <= 1 and min(rates) >= 0):
+            got = f"gamma={config.gamma}, tau={config.tau}, actor_lr, critic_lr, alpha_lr={rates}"
+            raise ValueError(f"agent: got {got}; expected gamma and tau in [0, 1] and rates >= 0")
+        if not 0 <= config.init_alpha < math.inf or (config.init_alpha == 0 and config.alpha_lr > 0):
+            got = f"init_alpha={config.init_alpha}, alpha_lr={config.alpha_lr}"
+            raise ValueError(f"agent: got {got}; expected a finite init_alpha above 0, or 0 with alpha_lr 0")
         if config.cloning < 0 or config.narrow <= 0:
             got = f"cloning={config.cloning}, narrow={config.narrow}"
             raise ValueError(f"agent: got {got}; expected cloning >= 0 and narrow > 0")

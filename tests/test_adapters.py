@@ -105,8 +105,16 @@ def test_there_and_back(tmp_path):
     assert back.log_alpha.tolist() == [agent.log_alpha[1].item()] * 3
     folded = SacConfig(hidden=(16, 24), normalize=True)
     normal = trained(folded)
-    back = from_sb3(to_sb3(normal, "Pendulum-v1", tmp_path / "normal.zip"), PENDULUM, folded)
+    path = to_sb3(normal, "Pendulum-v1", tmp_path / "normal.zip")
+    back = from_sb3(path, PENDULUM, folded)
     torch.testing.assert_close(act(back, obs), act(normal, obs), atol=1e-6, rtol=1e-5)
+    assert back.obs_std.tolist() == [1.0] * 3
+    mean, std = torch.tensor([3.0, -1.0, 0.5]), torch.tensor([0.2, 2.0, 5.0])
+    back = from_sb3(path, PENDULUM, folded, normalizer=(mean, std))
+    assert torch.equal(back.obs_mean, mean)
+    torch.testing.assert_close(act(back, obs), act(normal, obs), atol=1e-5, rtol=1e-4)
+    for target in (False, True):
+        torch.testing.assert_close(q(back, obs, some, target), q(normal, obs, some, target), atol=1e-5, rtol=1e-4)
 
 
 def test_returns_agree(tmp_path):

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from mbrl_envs import datasets as worlds
 
 from mbrl import choices, cli, offline
 from mbrl.run import Run
@@ -178,19 +179,22 @@ def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
     np.testing.assert_allclose(2 * ours.numpy(), theirs, atol=1e-5)
 
 
-def test_eval_plans_over_the_policy(finished, monkeypatch, capsys):
+def test_eval_plans_over_the_policy(finished, pendulum, monkeypatch, capsys):
     """With the agent's own seed and model, from the same initial states; what comes out is shown beside the policy."""
     seen = []
     real = cli.mpc.over
     monkeypatch.setattr(
-        cli.mpc, "over", lambda agent, i, model, **kw: (seen.append(model), real(agent, i, model, **kw))[1]
+        cli.mpc, "over", lambda agent, i, model, **kw: (seen.append((model, kw)), real(agent, i, model, **kw))[1]
     )
     monkeypatch.setattr(cli.mpc.Mpc, "__call__", lambda self, obs: torch.full((len(obs), 1), 0.3))
     constant = cli.run_evaluate(cli.Evaluate(finished, episodes=2, plan=True))
     assert "5, planned" in capsys.readouterr().out
     kept = Run.open(finished).load(next(p.stem for p in (finished / "checkpoints").glob("model-*.safetensors")))
     assert kept is not None
-    assert all(torch.equal(kept[0][k], v) for k, v in seen[0].state_dict().items())
+    ((model, given),) = seen
+    assert all(torch.equal(kept[0][k], v) for k, v in model.state_dict().items())
+    dt = Run.open(finished).config["data"]["dt"]
+    assert given["dt"] == dt == worlds.load(str(pendulum)).dt
     assert len(constant) == 1
 
 

@@ -153,6 +153,19 @@ def test_an_action_that_is_not_finite_is_not_sent():
     assert len(env.sent) == 2 + 1 + 4
 
 
+@pytest.mark.parametrize("what", ["reset", "reward", "observation"])
+def test_an_environment_that_is_not_finite_is_named(what, monkeypatch):
+    env = Counter(box=spaces.Box(0, 10, (1, 1)))
+    see, step = env.see, env.step
+    late = lambda: what == "reset" or (what == "observation" and env.time == 2)
+    monkeypatch.setattr(env, "see", lambda: see() | ({"time": np.array([np.nan])} if late() else {}))
+    if what == "reward":
+        monkeypatch.setattr(env, "step", lambda a: (step(a)[0], np.inf, False, False, {}))
+    where = {"reset": "reset returned the observation", "reward": "step 1 of an episode returned the reward inf"}
+    with pytest.raises(EnvError, match=where.get(what, "step 2 of an episode returned the observation")):
+        evaluator(env, episodes=1, seed=4)(constant(0.0))
+
+
 def test_limits_of_time(monkeypatch):
     assert evaluator(Counter, episodes=5, max_steps=2)(constant(1.0)).tolist() == [10, 20, 20, 20, 20]
     monkeypatch.setattr(worlds, "ENDLESS", 50)

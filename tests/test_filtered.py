@@ -277,10 +277,27 @@ def test_scores_a_chunk_at_a_time():
     assert seen == [60, 60, 60, 20], "all candidates of a row in one piece"
 
 
+def test_a_snapshot_that_tells_nothing_does_not_rank_alone():
+    """Its vote is within -1 and 1 in the ranking, as it is in r_D."""
+    reward = dataclasses.replace(SMALL, members=3, hidden=(8,)).build(S, gen(1))
+    obs, act, after = torch.randn(1, 2), torch.randn(1, 1), torch.randn(50, 2)
+    reward.expert[:] = torch.tensor([1.0, 1.0, 0.0])
+    reward.learner[:] = torch.tensor([-1.0, -1.0, 0.001])
+    z = reward.logits(obs, act, after)
+    vote = (2e6 * (z[2] - 0.001) - 1).clamp(-1, 1)
+    torch.testing.assert_close(reward.rank(obs, act, after)[1], (z[0] + z[1] + vote) / 3, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"anchors": 0}, {"spread": -1.0}])
+def test_a_spread_in_units_that_there_are_not_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"got spread .* and anchors"):
+        RewardConfig(**wrong)
+
+
 @pytest.mark.parametrize("anchors", [0, 2])
 def test_candidates_of_a_row_are_judged_as_rows_of_their_own(anchors):
     """What a row's candidates share is evaluated once a row: no number may tell."""
-    reward = dataclasses.replace(SMALL, anchors=anchors).build(S, gen())
+    reward = dataclasses.replace(SMALL, anchors=anchors, spread=0.0).build(S, gen())
     obs, act, after = torch.randn(6, 2), torch.randn(6, 1), torch.randn(24, 2)
     got = reward.rank(obs, act, after)
     want = reward.rank(obs.repeat_interleave(4, 0), act.repeat_interleave(4, 0), after)
@@ -387,7 +404,7 @@ def test_a_snapshot_whose_means_are_the_wrong_way_round_stays_finite():
 
 @pytest.mark.parametrize("anchors", [0, 2])
 def test_a_reward_saves_and_loads(anchors):
-    config = dataclasses.replace(SMALL, anchors=anchors)
+    config = dataclasses.replace(SMALL, anchors=anchors, spread=0.0)
     a, b = config.build(S, gen(1)), config.build(S, gen(2))
     for buffer in (a.expert, a.learner, a.scale, a.reach):
         buffer.uniform_(0.5, 2.0, generator=gen(3))
@@ -474,7 +491,7 @@ def test_a_trained_generator_is_improved_against_the_discriminator_and_the_model
 def test_likelihood_keeps_the_generator_at_its_own_loss():
     model, data = Biased(0.6), linear_data(2_000)
     config = dataclasses.replace(
-        LEARN, generator="trained", every=1, generator_lr=1e-2, likelihood=1e4, anchors=0, updates=150
+        LEARN, generator="trained", every=1, generator_lr=1e-2, likelihood=1e4, anchors=0, spread=0.0, updates=150
     )
     g = gen(2)
     game = Game(model, data, config, g, model.bias)
@@ -498,7 +515,7 @@ def test_generated_trajectories_follow_the_data_s_actions_from_a_real_state(leng
 
 
 def test_clamps_are_the_mean_logits_of_each_snapshot_s_stretch():
-    config = dataclasses.replace(LEARN, updates=80, late=0.5, members=4, anchors=0)
+    config = dataclasses.replace(LEARN, updates=80, late=0.5, members=4, anchors=0, spread=0.0)
     seen = []
     reward = fit_reward(Biased(0.3), linear_data(400), config, gen(), lambda *a: seen.append(a), interval=1)
     assert [s[:2] for s in seen] == [(i + 1, 80) for i in range(80)]
@@ -508,7 +525,7 @@ def test_clamps_are_the_mean_logits_of_each_snapshot_s_stretch():
 
 
 def test_the_last_snapshot_is_the_discriminator_and_the_others_came_before():
-    config = dataclasses.replace(LEARN, updates=40, members=4, anchors=0)
+    config = dataclasses.replace(LEARN, updates=40, members=4, anchors=0, spread=0.0)
     g = gen()
     game = Game(Biased(0.3), linear_data(400), config, g, torch.zeros(1))
     history = []
@@ -533,7 +550,7 @@ def same_rewards(a, b):
         {},
         {"generator": "trained", "every": 3},
         {"length": 2, "spread": 1.0, "penalty": 0.5, "anchors": 2},
-        {"anchors": 0},
+        {"anchors": 0, "spread": 0.0},
     ],
     ids=["fixed", "trained", "multi-step", "plain"],
 )

@@ -266,6 +266,13 @@ def test_rows_can_be_begun_anew():
     assert truncated.tolist() == [False, True]
     with pytest.raises(AdapterError, match="reset_mask"):
         env.reset(options={"reset_mask": [0, 1]})
+    assert env.reset(options={"reset_mask": [False, True]})[0][:, 0].tolist() == [1, 0]
+
+
+def test_a_step_before_the_first_reset_is_refused():
+    for env in (ModelVectorEnv(Counter(0), ONE, 3, 1), ModelVecEnv(Counter(0), ONE, 3, 1)):
+        with pytest.raises(AdapterError, match="call reset first"):
+            env.step(np.ones((1, 1)))
 
 
 @pytest.mark.parametrize("mask", [None, np.array([True, True])])

@@ -212,6 +212,32 @@ def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
     assert mpc(torch.zeros(2, 1)).shape == (2, 1)
 
 
+def test_planning_over_an_agent_steps_the_model_by_the_datas_interval():
+    seen = set()
+
+    class Timed(Line):
+        def step(self, state, inp, cond):
+            seen.update(inp.dt.flatten().tolist())
+            return super().step(state, inp, cond)
+
+    agent = SacConfig(hidden=(8,)).build(Spec(1, 1), devices.generator(0))
+    mpc = over(agent, 0, Timed(), generator=devices.generator(0), dt=0.25)
+    mpc.begin(1)
+    mpc(torch.zeros(1, 1))
+    assert seen == {0.25}
+
+
+def test_a_limit_on_what_the_learner_does_not_tell_is_found_before_the_first_plan():
+    learner = EnsembleConfig(members=3, elites=2, hidden=(8,), weight_decay=(0.0, 0.0)).build(Spec(1, 1))
+    with pytest.raises(ValueError, match="'disagreement', the learner pinned to a part reports aleatoric; pass pinned"):
+        Mpc(SMALL, Worth(particles=3, limit=1.0), learner)
+    mpc = Mpc(SMALL, Worth(particles=3, limit=1.0, pinned=False), learner, generator=devices.generator(0))
+    mpc.begin(2)
+    assert mpc(torch.zeros(2, 1)).isfinite().all()
+    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt$"):
+        Mpc(SMALL, Worth(limit=1.0), Line())
+
+
 def test_a_plan_valued_from_outside_goes_on_a_step_later():
     control = ByValue(SMALL, lambda acts: -((acts - torch.tensor([0.1, 0.5, -0.5, 0.9])[:, None]) ** 2).sum((-1, -2)),
                       1, devices.generator(0))  # fmt: skip
@@ -255,6 +281,13 @@ def test_an_environment_that_is_not_finite_is_named(what):
     env.spoil = {3: what}
     with pytest.raises(ValueError, match="environment: step 3 returned"):
         episode(env, lambda obs: torch.zeros(1, 1), seed=0)
+
+
+def test_actions_of_another_width_are_not_broadcast():
+    world = World(LineEnv())
+    world.reset(0)
+    with pytest.raises(ValueError, match=r"step 1: got an action of shape \(2,\), expected \(1,\)"):
+        world.step(np.zeros(2, np.float32))
 
 
 # ---------------------------------------------------------------- PETS
@@ -322,9 +355,18 @@ def test_pets_learns_the_end_where_no_function_tells_it(ends):
             obs, reward, _, truncated, info = super().step(action)
             return obs, reward, abs(self.x) > 0.4, truncated, info
 
-    result = pets(replace(PETS, random=6, episodes=1), Short(), LEARNER, seed=0, record=Memory(), ends=ends)
+    memory = Memory()
+    result = pets(replace(PETS, random=6, episodes=1), Short(), LEARNER, seed=0, record=memory, ends=ends)
     assert result.data.terminal.any()
     assert (result.mpc.terminal is not None) == ends
+    again = pets(replace(PETS, random=6, episodes=1), Short(), LEARNER, seed=0, record=memory, ends=ends)
+    assert again.returns == result.returns, "which runs no episode"
+    head, kept = result.mpc.terminal, again.mpc.terminal
+    if ends:
+        assert head.state_dict().keys() == kept.state_dict().keys()
+        assert all(torch.equal(x, kept.state_dict()[k]) for k, x in head.state_dict().items() if k != "accuracy")
+    else:
+        assert kept is None
 
 
 def test_inputs_of_the_step_are_whole(monkeypatch):

@@ -10,7 +10,7 @@ from worlds import Constant, Line, Memory, earned, line_data, never
 
 from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput
-from mbrl.data import Transitions
+from mbrl.data import Transitions, joined
 from mbrl.fit import FitConfig
 from mbrl.offline import Imagination, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig
@@ -231,6 +231,14 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
         ({"config": replace(offline.MOPO, real_ratio=0.003)}, "no row of a batch of 256 is the data's own"),
         ({"config": replace(offline.MOPO, updates=0)}, "at least 1"),
         ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
+        ({"config": offline.MOBILE, "models": [Line()]}, "spread over the parts .* this one has 1"),
+        (
+            {
+                "config": offline.MOBILE,
+                "dynamics": offline.EnsembleConfig(members=3, elites=1, hidden=(8,), weight_decay=(0.0,) * 2),
+            },
+            "spread over the parts .* this one has 1",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_one_error(change, message):
@@ -292,6 +300,8 @@ def test_a_scaled_penalty_is_in_the_datas_own_units():
 def test_a_penalty_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match="Penalty"):
         Penalty(**bad)
+    with pytest.raises(ValueError, match="Truncation: then is 'stop', expected 'terminal'"):
+        Truncation(then="stop")
 
 
 def test_a_budget_ends_the_rollouts_with_the_chunk_that_meets_it():
@@ -300,6 +310,42 @@ def test_a_budget_ends_the_rollouts_with_the_chunk_that_meets_it():
     assert logs["starts"] == 30
     t, logs = imagined(Imagination(horizon=4, rollouts=100, chunk=10, budget=80))
     assert len(t.obs) == 80
+
+
+def test_the_buffer_has_room_for_the_batches_of_several_systems():
+    """Each of which may exceed its share of the budget by a chunk."""
+    data = joined([line_data(seed=s) for s in range(3)], mixed=True)
+    model = Line()
+    model.spec = data.spec
+    config = Imagination(horizon=4, rollouts=90, chunk=10, budget=30, retain=2, every=10)
+    t, _ = imagined(config, model=model, data=data)
+    assert len(t.obs) == 3 * 10 * 4 <= config.most(3)
+    assert config.most() == 72, "one system: the budget and one chunk"
+    memory = Memory()
+    offline.train(
+        replace(small(20), imagination=config), data, models=[model], terminal=never, record=memory
+    )  # fmt: skip
+    tensors, facts = memory.kept["policy.partial"]
+    assert tensors["buffer.size"].tolist() == [240]
+    assert facts["counts"] == [[120, 120]]
+
+
+def test_a_record_of_another_policy_is_not_taken_for_this_one():
+    memory, given = Memory(), {"models": [Line()], "terminal": never}
+    offline.train(small(20), line_data(), record=memory, **given)
+    offline.train(small(20), line_data(), record=memory, **given)
+    other = replace(small(20), imagination=Imagination(horizon=3, rollouts=30, penalty=Penalty(100.0, "doubt")))
+    for config, data, seeds in (
+        (other, line_data(), (0,)), (small(20), line_data(seed=1), (0,)), (small(20), line_data(), (1,)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="record: it holds a policy that was learned with other settings"):
+            offline.train(config, data, record=memory, seeds=seeds, **given)
+
+
+def test_rollouts_that_are_filtered_ask_for_a_filter():
+    config = replace(offline.MOREC_MOPO, updates=5)
+    with pytest.raises(ValueError, match="models: got a Line for rollouts that a dynamics reward filters"):
+        offline.train(config, line_data(), models=[Line()], terminal=never)
 
 
 def test_the_buffer_holds_the_last_batches_of_rollouts_and_no_older():
@@ -375,14 +421,14 @@ def test_the_value_after_a_cut_is_that_of_the_mean_reward():
     ("name", "want"),
     [
         ("morec-mopo", "7c3d8dc24dc5"),
-        ("morec-published", "4f1e7030051b"),
+        ("morec-published", "17a09edb5e8a"),
         ("mopo", "6cf31a790261"),
         ("bc", "a446081fbc0d"),
     ],
 )
 def test_a_setting_that_came_later_leaves_the_names_of_what_was_fitted(name, want):
     """Kept results name the settings of an earlier day: these are names from before the critics had regularisers, but
-    those of mopo and morec-mopo, whose agent and cut are others since."""
+    those of mopo, morec-mopo and morec-published, which have other settings since."""
     parts = FitConfig(), offline.EnsembleConfig()
     preset = offline.PRESETS[name]
     assert offline.digest(preset, *parts) == want

@@ -60,7 +60,7 @@ class Linear(Markov):
         {"horizon": 0},
         {"samples": 8, "elites": 9},
         {"temperature": 0.0},
-        {"elites": 0},
+        {"elites": -1},
         {"decay": 0.9},
         {"decay": 4.0, "samples": 64, "elites": 8, "proposals": 16},
         {"iterations": 0},
@@ -301,6 +301,35 @@ def test_nan_does_not_outrank_a_negative_return():
     assert found.acts[0, 0, 0] <= 0
 
 
+def test_a_proposal_that_is_not_finite_is_as_if_it_were_not_there():
+    p = Planner(horizon=2, samples=20, elites=4, iterations=2, momentum=0.1, proposals=3, around=True)
+    start = fresh(p, 2, 1, torch.zeros(()))
+    proposals = torch.rand(2, 3, 2, 1, generator=torch.Generator().manual_seed(1))
+    spoilt = proposals.clone()
+    spoilt[1, 0, 1] = torch.nan
+    noise = white(p, 2, 1)
+    found, plan = search(p, bowl(0.3), start, noise, spoilt)
+    assert all(x.isfinite().all() for x in (found.acts, *plan))
+    assert found.bad.tolist() == [0, 2], "once an iteration"
+    assert torch.equal(found.acts[0], search(p, bowl(0.3), start, noise, proposals)[0].acts[0])
+    seen = []
+    search(replace(p, iterations=1), lambda a: (seen.append(a), bowl(0.3)(a))[1], start, [0 * noise[0]], spoilt)
+    torch.testing.assert_close(seen[0][1, 0], proposals[1, 1:].mean(0))
+    none, _ = search(p, bowl(0.3), start, noise, torch.full_like(proposals, torch.nan))
+    assert none.acts.isfinite().all()
+
+
+@pytest.mark.parametrize("samples", [64, 256, 300])
+def test_every_candidate_of_mppi_weighs(samples):
+    p = replace(PRESETS["mppi"], samples=samples, horizon=2)
+    seen = []
+    found, _ = search(p, lambda a: (seen.append(a), bowl(0.3)(a))[1], fresh(p, 1, 1, torch.zeros(())), white(p, 1, 1))
+    (acts,) = seen
+    assert acts.shape[1] == samples
+    w = bowl(0.3)(acts).softmax(1)[..., None, None]
+    torch.testing.assert_close(found.acts, (w * acts).sum(1))
+
+
 def test_actions_that_are_not_finite_never_enter():
     p = small(ICEM)
     start = fresh(p, 2, 1, torch.zeros(()))
@@ -457,6 +486,32 @@ def test_beyond_the_limit_ranks_below_all_that_are_within():
     assert got.isfinite().all()
     with pytest.raises(ValueError, match="limit is on 'doubt', the learner reports size"):
         value(Worth(uncertainty="doubt", limit=1.0), model, start, (), acts, noise, dt)
+
+
+def test_what_is_beyond_the_limit_is_worth_the_same_in_any_company():
+    """Values of several iterations are compared with each other."""
+    model = Linear(*(torch.ones(1, 1) for _ in range(4)))
+    prize = lambda o, a, x: -5000 * (x[:, 0] - 1).abs()
+    worth, noise = Worth(uncertainty="size", limit=0.5), [torch.zeros(1, 0)]
+    of = lambda *acts: value(
+        worth, model, torch.zeros(1, 1), (), torch.tensor(acts)[None, :, None, None], noise, torch.ones(1, 1),
+        reward=prize,
+    )[0]  # fmt: skip
+    together = of(0.9, 0.3, 0.0, 0.6)
+    for x, want in zip((0.9, 0.3, 0.0, 0.6), together, strict=True):
+        assert of(x)[0] == want
+    assert together.argsort(descending=True).tolist() == [1, 2, 3, 0]
+    p = Planner(horizon=1, samples=2, elites=1, gradient_steps=1, gradient_rate=0.05)
+    f = lambda a: value(worth, model, torch.zeros(1, 1), (), a, noise, torch.ones(1, 1), reward=prize)
+    new, gained = planner._ascend(f, torch.full((1, 1, 1, 1), 0.55), f(torch.full((1, 1, 1, 1), 0.55)), p.gradient_rate)
+    assert new.item() == pytest.approx(0.5), "back towards the limit"
+    assert gained.item() > -5000
+
+
+@pytest.mark.parametrize("wrong", [{"limit": math.nan}, {"pessimism": math.nan}, {"limit": -1.0}, {"particles": 0}])
+def test_a_worth_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"Worth: got.*expected"):
+        Worth(**wrong)
 
 
 def test_an_end_may_be_told_by_where_the_step_began():

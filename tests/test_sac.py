@@ -797,3 +797,24 @@ def test_bad_input_is_one_clear_error(call, words):
 
 def small(**settings):
     return SacConfig(**{"hidden": (4,), **settings}).build(Spec(3, 1), gen())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"init_alpha": -1.0},
+        {"init_alpha": 0.0},
+        {"init_alpha": math.inf},
+        {"gamma": 1.5},
+        {"tau": 2.0},
+        {"critic_lr": -1e-3},
+    ],
+)
+def test_a_setting_that_cannot_be_learned_with_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"agent: got .*{next(iter(wrong))}.*expected"):
+        SacConfig(hidden=(4,), **wrong).build(Spec(2, 1), torch.Generator())
+
+
+def test_without_a_temperature_there_is_no_entropy_term():
+    agent = SacConfig(hidden=(4,), init_alpha=0.0, alpha_lr=0.0).build(Spec(2, 1), torch.Generator())
+    assert agent.log_alpha.exp().tolist() == [0.0]

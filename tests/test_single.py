@@ -165,7 +165,7 @@ def test_the_offline_loop_learns_in_one():
 
 @pytest.mark.parametrize(
     ("penalty", "message"),
-    [(Penalty(1.0), r"'aleatoric'.*got none"), (Penalty(1.0, "bellman"), "several parts")],
+    [(Penalty(1.0), r"'aleatoric'.*got none"), (Penalty(1.0, "bellman"), "spread over the parts")],
 )
 def test_a_penalty_that_it_cannot_tell_is_an_error_before_anything_is_fitted(penalty, message):
     class Refuse(offline.Forget):

@@ -96,6 +96,7 @@ class _Rows:
         with torch.no_grad():
             self.cond = model.condition(ctx)
         self.noise = torch.Generator(like.device)
+        self.obs: Any = None  # [n, O], once an episode has begun
         self.lost = 0
         self.seed(seed, seeding.np_random(seed)[0])
         self.observation_space = spaces.Box(-np.inf, np.inf, (spec.obs,), np.float32)
@@ -134,6 +135,8 @@ class _Rows:
         act = torch.as_tensor(np.asarray(actions), dtype=self.dt.dtype, device=self.dt.device)
         if act.shape != (want := (self.n, self.model.spec.act)):
             raise AdapterError(f"got actions {list(act.shape)}, expected {list(want)}")
+        if self.obs is None:
+            raise AdapterError("step: no episode has begun; call reset first")
         act, obs = act.clamp(-1, 1), self.obs
         noise = self.model.draw(self.n, 1, self.noise)
         state, pred = self.model.step(self.state, StepInput(act, noise, self.dt), self.cond)
@@ -258,8 +261,9 @@ class ModelVectorEnv(VectorEnv):
         if seed is not None:
             self.rows.seed(seed, self.np_random)
         mask = (options or {}).get("reset_mask")
-        if mask is not None and (np.shape(mask) != (self.num_envs,) or np.asarray(mask).dtype != np.bool_):
-            got = f"{np.asarray(mask).dtype} of shape {np.shape(mask)}"
+        mask = None if mask is None else np.asarray(mask)
+        if mask is not None and (mask.shape != (self.num_envs,) or mask.dtype != np.bool_):
+            got = f"{mask.dtype} of shape {mask.shape}"
             raise AdapterError(f"reset: got a reset_mask of {got}, expected bool of shape ({self.num_envs},)")
         self.ended = np.zeros_like(self.ended) if mask is None else self.ended & ~mask
         obs = self.rows.begin(mask)
@@ -427,10 +431,18 @@ def to_sb3(agent: Sac, env_id: str | gym.Env, path: str | Path, seed: int = 0) -
 
 
 def from_sb3(
-    path: str | Path, spec: Spec, config: SacConfig, generator: torch.Generator | None = None, seeds: int = 1
+    path: str | Path,
+    spec: Spec,
+    config: SacConfig,
+    generator: torch.Generator | None = None,
+    seeds: int = 1,
+    normalizer: tuple[Tensor, Tensor] | None = None,
 ) -> Sac:
     """A stable-baselines3 SAC checkpoint as an agent: policy, critics, their targets and temperature, the same in each
     of `seeds`. Nothing is unpickled: of the file only tensors and plain JSON are read.
+
+    normalizer: (mean, std) [O] by which an agent with `normalize` reads observations; the checkpoint's first layers,
+    which read them raw, are rescaled so that policy and values are the same. Without one it reads them raw.
 
     Statistics of a VecNormalize wrapper lie outside the checkpoint: a policy trained with one sees other observations
     than the environment's and is not what its file alone says. Raises AdapterError for a file that is no such
@@ -457,6 +469,8 @@ def from_sb3(
             f"{path}: its networks need SacConfig(hidden={hidden}, critics={len(critics)}, layer_norm=False), got {got}"
         )
     agent = config.build(spec, generator or torch.Generator().manual_seed(0), seeds)
+    if normalizer is not None:
+        agent.set_normalizer(*normalizer)
     for seed in range(seeds):
         try:
             agent.load_linears(seed, actor, critics, target)

@@ -94,11 +94,20 @@ class Evaluator:
         seen: list[np.ndarray] = []
         steps: list[int] = []
 
+        def finite(x: np.ndarray, where: str, what: str) -> np.ndarray:
+            if not np.isfinite(x).all():
+                raise EnvError(
+                    f"{self.name}: {where} returned the {what} {x}, expected finite numbers; it has diverged"
+                )
+            return x
+
         def begin(env: gym.Env) -> None:
             i = next(waiting, None)
             if i is not None:
                 live.append((env, i))
-                seen.append(view(env.reset(seed=self.seed + round * self.episodes + i)[0]))
+                seen.append(
+                    finite(view(env.reset(seed=self.seed + round * self.episodes + i)[0]), "reset", "observation")
+                )
                 steps.append(0)
 
         with quiet():
@@ -114,9 +123,10 @@ class Evaluator:
                         returns[i], ended = np.nan, True
                     else:
                         obs, reward, terminated, truncated, _ = env.step(sent[j])
-                        returns[i] += float(reward)
-                        seen[j] = view(obs)
                         steps[j] += 1
+                        where = f"step {steps[j]} of an episode"
+                        returns[i] += float(finite(np.asarray(reward), where, "reward"))
+                        seen[j] = finite(view(obs), where, "observation")
                         ended = terminated or truncated or steps[j] == self.max_steps
                     if ended:
                         freed.append(j)

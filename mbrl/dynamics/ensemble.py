@@ -44,7 +44,8 @@ class Ensemble(Markov):
     that takes the step: elite number floor(E * Phi(noise)) of E.
 
     A step reports, by name:
-    - "aleatoric": the largest over the elites of ||std||, over the observation and the reward in raw units (MOPO's);
+    - "aleatoric": the largest over the elites of ||std||, over the observation and the reward in raw units (MOPO's; the
+      authors take the largest over all members);
     - "disagreement": the largest over the elites of ||mean_i - mean of the elites||, over the observation, each
       dimension in units of the standard deviation of its one-step change in the data.
     Both need every elite evaluated. Under a condition made by `pinned` only the pinned one is, and "aleatoric" is its

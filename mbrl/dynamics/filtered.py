@@ -259,6 +259,11 @@ class RewardConfig:
             )
         if self.anchors and self.anchor_updates < 1:
             raise ValueError(f"RewardConfig: anchor_updates is {self.anchor_updates}, expected at least 1")
+        if self.spread < 0 or (self.spread and not self.anchors):
+            raise ValueError(
+                f"RewardConfig: got spread {self.spread} and anchors {self.anchors}; the spread, 0 or more, is in "
+                "units of the anchors' error: without anchors set it to 0"
+            )
 
     def build(self, spec: Spec, generator: torch.Generator | None = None) -> "DynamicsReward":
         return DynamicsReward(spec, self, generator)
@@ -321,9 +326,11 @@ class DynamicsReward(nn.Module):
 
     def rank(self, obs: Tensor, act: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
         """r_D [B * n], and the mean of the rescaled logits without the clamps [B * n]: what is equal in the first need
-        not be in the second. obs [B, O], act [B, A]; next_obs [B * n, O], n candidates a row, contiguous by row."""
+        not be in the second. A snapshot whose mean logits are equal or the wrong way round has a clamped vote in
+        both. obs [B, O], act [B, A]; next_obs [B * n, O], n candidates a row, contiguous by row."""
         z = rescaled(self.logits(obs, act, next_obs), self.expert, self.learner)
-        return dynamics_reward(z), z.mean(0)
+        blind = self.expert - self.learner <= BLIND
+        return dynamics_reward(z), torch.where(blind[:, None], z.clamp(-1, 1), z).mean(0)
 
     def bounds(self, clip: float) -> tuple[Tensor, Tensor]:
         """[O] each: `clip` standard deviations from the data's mean, or as far as the data go."""
@@ -332,10 +339,13 @@ class DynamicsReward(nn.Module):
         return self.inputs.mean[:n] - far, self.inputs.mean[:n] + far
 
 
+BLIND = 1e-6  # mean logits that are no further apart do not tell what is real
+
+
 def rescaled(logits: Tensor, expert: Tensor, learner: Tensor) -> Tensor:
     """logits [K, B] on the scale of each snapshot's mean logits [K]: 1 on real transitions, -1 on generated ones. Where
     these are the wrong way round or equal, the scale is 1e-6: the snapshot votes by the side of its mean."""
-    return 2 * (logits - learner[:, None]) / (expert - learner).clamp(min=1e-6)[:, None] - 1
+    return 2 * (logits - learner[:, None]) / (expert - learner).clamp(min=BLIND)[:, None] - 1
 
 
 def dynamics_reward(z: Tensor) -> Tensor:
@@ -372,14 +382,14 @@ def fit_reward(
         game.load(resume)
         generator.set_state(resume["generator"].cpu())
     sums: dict[str, Tensor] = {}
+    told = game.done  # a checkpoint is written whenever they are
     while game.done < total:
         for name, value in game.update(generator).items():
             sums[name] = sums.get(name, 0.0) + value
         if game.done % interval == 0 or game.done in (total, total - config.updates):
             if progress is not None:
-                n = (game.done - 1) % interval + 1
-                progress(game.done, total, {name: float(x) / n for name, x in sums.items()})
-            sums = {}
+                progress(game.done, total, {name: float(x) / (game.done - told) for name, x in sums.items()})
+            sums, told = {}, game.done
             if checkpoint is not None:
                 checkpoint(game.state() | {"generator.first": first, "generator": generator.get_state()})
     return game.reward

@@ -14,7 +14,24 @@ from mbrl.testing import Subject
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", ["noisy", "hyper", "latent", "single", "ensemble", "filtered-ensemble"])
+@pytest.mark.filterwarnings("error:not captured as a graph")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "noisy",
+            "hyper",
+            "latent",
+            "single",
+            "ensemble",
+            "filtered-ensemble",
+            "plrnn-shallow",
+            "ode",
+            "hypernetwork",
+        ),
+        *("experts", "heads", "mixer"),
+    ],
+)
 @pytest.mark.parametrize("preset", ["cem", "icem"])
 def test_a_replayed_plan_is_the_plan(name, preset, monkeypatch):
     device, subject = devices.pick(), SUBJECTS[name]
