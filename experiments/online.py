@@ -1,7 +1,7 @@
 """Online with one model or seven: the return against an ensemble's, with and without a regulariser of the critic, and
 where the time goes (Zheng et al., ICLR 2023, arXiv 2302.01244, in MBPO).
 
-    python experiments/online.py [--envs InvertedPendulum-v5 Hopper-v5] [--variants ...] [--seeds 0 1]
+    python experiments/online.py [--envs InvertedPendulum-v5 Hopper-v5] [--variants ...] [--seeds 0 1] [--together]
 
 All variants standardise observations and targets, and differ in nothing but the model and the critic. A finished run is
 a row of experiments/results/online.json, and one that is there already with today's settings is not run again; one that
@@ -12,7 +12,7 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -72,6 +72,8 @@ class Args:
     robust: float = ROBUST["robust"]
     robust_eps: float = ROBUST["robust_eps"]
     spectral: float = SPECTRAL["spectral"]
+    together: bool = False
+    """All seeds at once, on an accelerator: their times are those of all of them, and their numbers others."""
     report: bool = False
     """Show what is there and run nothing."""
 
@@ -96,67 +98,77 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["runs"] if path.exists() else []
 
 
-def one(args: Args, env: str, variant: str, seed: int) -> dict[str, Any]:
-    """A row: started anew, or gone on with."""
+def group(args: Args, env: str, variant: str, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """A row for each of the seeds, which learn at once: started anew, or gone on with."""
     config, dynamics, fitting = settings(args, env, variant)
-    digest = offline.digest(config, dynamics, fitting, args.episodes)
-    folder = args.out / env / variant / f"{seed}-{digest}"
+    digest = name_of(args, env, variant, seeds)
+    folder = args.out / env / variant / f"{'-'.join(map(str, seeds))}-{digest}"
     facts = {"online": to_plain(config), "dynamics": to_plain(dynamics), "fitting": to_plain(fitting)}
-    run = Run.continued(folder, {"env": env, "seed": seed, **facts}, {})
+    run = Run.continued(folder, {"env": env, "seeds": list(seeds), **facts}, {})
     task = tasks.task(env)
     assert task is not None
     device = devices.pick(args.device)
     started, processor = time.perf_counter(), time.process_time()
-    with run, gym.make(env) as world:
-        result = online.train(
+    with run, ExitStack() as stack:
+        results = online.train_together(
             config,
-            world,
+            [stack.enter_context(gym.make(env)) for _ in seeds],
+            seeds=seeds,
             dynamics=dynamics,
             fitting=fitting,
             terminal=task.terminal,
-            evaluate=worlds.evaluator(env, episodes=args.episodes, seed=10_000 + seed),
-            seed=seed,
+            evaluate=[worlds.evaluator(env, episodes=args.episodes, seed=10_000 + seed) for seed in seeds],
             device=device,
             record=run,
         )
-    wall = time.perf_counter() - started
-    seconds = {k: round(v, 2) for k, v in result.seconds.items()}
-    return {
-        "env": env,
-        "variant": variant,
-        "seed": seed,
-        "settings": digest,
-        "config": facts,
-        "returns": [(n, torch.tensor(x).mean().item()) for n, x in result.returns],
-        "last5": result.last(5).item(),
-        "probes": result.probes,
-        "seconds": seconds,
-        "seconds_total": round(sum(seconds.values()), 2),  # of all sittings
-        "wall_s": round(wall, 2),  # of this one
-        "cpu_s": round(
-            time.process_time() - processor, 2
-        ),  # of this one: more than its wall time says, on a busy machine
-        "device": devices.describe(device),
-        "git": git_hash(),
-        "versions": versions(),
-        **machine(),
-    }
+    wall, cpu = time.perf_counter() - started, time.process_time() - processor
+    seconds = {k: round(v, 2) for k, v in results[0].seconds.items()}
+    return [
+        {
+            "env": env,
+            "variant": variant,
+            "seed": seed,
+            "together": len(seeds),  # seeds that the times are of
+            "settings": digest,
+            "config": facts,
+            "returns": [(n, torch.tensor(x).mean().item()) for n, x in result.returns],
+            "last5": result.last(5).item(),
+            "probes": result.probes,
+            "seconds": seconds,
+            "seconds_total": round(sum(seconds.values()), 2),  # of all sittings
+            "wall_s": round(wall, 2),  # of this one
+            "cpu_s": round(cpu, 2),  # of this one: more than its wall time says, on a busy machine
+            "device": devices.describe(device),
+            "git": git_hash(),
+            "versions": versions(),
+            **machine(),
+        }
+        for seed, result in zip(seeds, results, strict=True)
+    ]
+
+
+def name_of(args: Args, env: str, variant: str, seeds: tuple[int, ...]) -> str:
+    """Twelve digits for what the numbers of a row depend on, but the code and the seed itself."""
+    return offline.digest(*settings(args, env, variant), args.episodes, *([list(seeds)] if len(seeds) > 1 else []))
 
 
 def main(args: Args) -> None:
     for env in args.envs:
-        for seed in args.seeds:
+        for seeds in [args.seeds] if args.together else [(seed,) for seed in args.seeds]:
             for variant in args.variants:
-                digest = offline.digest(*settings(args, env, variant), args.episodes)
-                name = {"env": env, "variant": variant, "seed": seed}
-                same = lambda row, name=name: all(row[k] == v for k, v in name.items())
-                if args.report or any(same(r) and r["settings"] == digest for r in rows(args.results)):
+                digest = name_of(args, env, variant, seeds)
+                found = rows(args.results)
+                mine = lambda r, env=env, variant=variant, seeds=seeds: (
+                    (r["env"], r["variant"]) == (env, variant) and r["seed"] in seeds
+                )
+                done = {r["seed"] for r in found if mine(r) and r["settings"] == digest}
+                if args.report or done == set(seeds):
                     continue
-                row = one(args, env, variant, seed)
+                new = group(args, env, variant, seeds)
                 with locked(args.results):
-                    kept = [r for r in rows(args.results) if not same(r)]
+                    kept = [r for r in rows(args.results) if not mine(r)]
                     order = lambda r: (list(ENVS).index(r["env"]), list(VARIANTS).index(r["variant"]), r["seed"])
-                    write_json(args.results, {"runs": sorted([*kept, row], key=order)})
+                    write_json(args.results, {"runs": sorted([*kept, *new], key=order)})
     show(rows(args.results))
 
 

@@ -606,7 +606,7 @@ def train(
 
     gamma = getattr(config.agent, "gamma", 0.0)
     after = min(0.0, gamma * data.reward.double().mean().item() / (1 - gamma)) if gamma < 1 else 0.0
-    generator = devices.generator(_mix(seeds), device)
+    generator = devices.generator(mixed(seeds), device)
     settings = config.agent
     if isinstance(settings, SacConfig):
         floor = 0.0 if imagination is not None and imagination.floor else settings.target_min
@@ -753,7 +753,7 @@ def means_of(logs: Mapping[str, float]) -> dict[str, float]:
     return out | cut | {"ended": logs.get("ended", 0.0) / starts, "length": logs.get("transitions", 0.0) / starts}
 
 
-def _mix(seeds: Sequence[int]) -> int:
+def mixed(seeds: Sequence[int]) -> int:
     """One seed for a group of them: that of a single seed is the seed."""
     return seeds[0] if len(seeds) == 1 else int(digest(list(seeds)), 16) % 2**31
 

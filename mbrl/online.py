@@ -7,6 +7,7 @@ and evaluation as functions, as in `mbrl.offline`, whose rollouts these are.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from mbrl.offline import (
     Terminal,
     captured,
     means_of,
+    mixed,
     policy_of,
     rollouts,
 )
@@ -114,11 +116,10 @@ class OnlineResult(Result):
 
 
 class Met:
-    """What was met in the environment so far, as packed rows on the device, and where its episodes begin."""
+    """What was met in the environment so far, as packed rows [capacity, 2 O + A + 2], and where its episodes begin."""
 
-    def __init__(self, spec: Spec, capacity: int, env: Env, device: torch.device) -> None:
-        self.spec, self.n, self.starts = spec, 0, [0]
-        self.rows = torch.zeros(capacity, 2 * spec.obs + spec.act + 2, device=device)
+    def __init__(self, spec: Spec, rows: Tensor, env: Env) -> None:
+        self.spec, self.rows, self.n, self.starts = spec, rows, 0, [0]
         self.bounds = [torch.as_tensor(np.float32(x)) for x in (env.action_space.low, env.action_space.high)]
 
     def add(self, obs: np.ndarray, act: np.ndarray, reward: float, after: np.ndarray, terminal: bool) -> None:
@@ -141,186 +142,248 @@ class Met:
 # ---------------------------------------------------------------- the loop
 
 
-def train(
+def train(config: OnlineConfig, env: Env, *, seed: int = 0, **given: Any) -> OnlineResult:
+    """Learn a policy in an environment through a model of it.
+
+    env: one environment; its episodes must end, by themselves or by a time limit; episode e is reset with
+    `episode_seed(seed, e)`. A truncated episode ends without a terminal transition. What else is given, and what is
+    raised, is as for `train_together`, of which this is the case of one seed.
+
+    The state of an environment cannot be saved in general, so the loop's is saved at the end of an episode: a record
+    that holds an interrupted run's makes this call go on from there, to the numbers of an uninterrupted run, as far as
+    the environment is one that its seed determines."""
+    return train_together(config, [env], seeds=[seed], **given)[0]
+
+
+def train_together(
     config: OnlineConfig,
-    env: Env,
+    envs: Sequence[Env],
     *,
+    seeds: Sequence[int],
     dynamics: Any = None,
     fitting: FitConfig | None = None,
     terminal: Terminal | None = None,
     reward: Reward | None = None,
-    evaluate: Evaluate | None = None,
-    seed: int = 0,
+    evaluate: Evaluate | Sequence[Evaluate] | None = None,
     device: torch.device | str = "cpu",
     record: Record | None = None,
-) -> OnlineResult:
-    """Learn a policy in an environment through a model of it.
+) -> list[OnlineResult]:
+    """Several seeds at once, each in an environment and with a model of its own, a step of each at a time, their agents
+    updated together: what an accelerator takes little longer for than for one. `seconds` are those of all.
 
-    env: one environment; its episodes must end, by themselves or by a time limit; episode e is reset with
-    `episode_seed(seed, e)`. A truncated episode ends without a terminal transition. dynamics: a learner's config, the
-    probabilistic ensemble by default; fitting: of each refit. terminal: the task's termination, learned anew at each
-    refit where None. reward: the task's reward, the learner's own head where None. evaluate: called with a policy,
-    returns [episodes], in an environment of its own.
+    envs: one for each seed, of one kind. dynamics: a learner's config, the probabilistic ensemble by default; fitting:
+    of each refit. terminal: the task's termination, learned anew at each refit where None. reward: the task's reward,
+    the learner's own head where None. evaluate: called with a policy, returns [episodes], in an environment of its own;
+    one for all seeds, or one each.
 
-    record: where numbers and state go. The state of an environment cannot be saved in general, so the loop's is saved
-    at the end of an episode: a record that holds an interrupted run's makes this call go on from there, to the numbers
-    of an uninterrupted run, as far as the environment is one that its seed determines.
+    record: where numbers and state go. A record that holds an interrupted run's state makes this call go on from
+    there, to the same numbers. That of several seeds is saved in the midst of episodes: on going on, an episode is run
+    again from its start, under the actions that it was given.
 
-    Raises ValueError where the settings do not go together, the environment is of the wrong kind, or returns what is
-    not finite."""
+    Raises ValueError where the settings do not go together, an environment is of the wrong kind, returns what is not
+    finite, or, run again, returns something else."""
     record, fitting = record or Forget(), fitting or FitConfig()
     check(config)
-    world, device = World(env), torch.device(device)
-    spec, lap = world.spec, Laps(device)
-    generator = devices.generator(seed, device)
-    model = (dynamics or EnsembleConfig()).build(spec, generator).to(device).eval()
-    agent = config.agent.build(spec, generator)
-    met = Met(spec, config.steps, env, device)
+    if len(envs) != len(seeds) or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"online: got {len(envs)} environments and seeds {list(seeds)}; expected one each, none twice")
+    worlds, device, many = [World(env) for env in envs], torch.device(device), len(seeds)
+    if len({(w.spec, *w.low.flatten(), *w.high.flatten()) for w in worlds}) > 1:
+        raise ValueError("online: the environments are not alike; expected one kind, for one seed each")
+    judges = [evaluate] * many if evaluate is None or callable(evaluate) else list(evaluate)
+    if len(judges) != many:
+        raise ValueError(f"online: got {len(judges)} functions to evaluate by, expected one, or one for each seed")
+    spec, lap, whose = worlds[0].spec, Laps(device), range(many)
+    generator = devices.generator(mixed(seeds), device)
+    models = [(dynamics or EnsembleConfig()).build(spec, generator).to(device).eval() for _ in whose]
+    agent = config.agent.build(spec, generator, seeds=many)
+    rows = torch.zeros(many, config.steps, 2 * spec.obs + spec.act + 2, device=device)
+    mets = [Met(spec, rows[s], env) for s, env in enumerate(envs)]
     capacity = config.retain * config.rollouts * config.horizon.most
-    buffer = Buffer(1, capacity, spec, device=device)
+    buffer = Buffer(many, capacity, spec, device=device)
     n_real = int(config.batch * config.real_ratio)
-    head: Terminal | None = terminal
+    heads: list[Terminal | None] = [terminal] * many
+    which = torch.arange(many, device=device)[:, None]
 
     def update(pick: Tensor, uniform: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """From row numbers [1, n], uniforms [1, m] and normals [2, 1, B, A]."""
-        batch = torch.cat([met.rows[pick], buffer.sample(uniform)], 1)
+        """From row numbers [S, n], uniforms [S, m] and normals [2, S, B, A]."""
+        batch = torch.cat([rows[which, pick], buffer.sample(uniform)], 1)
         return agent.update(Transitions.unpack(batch, spec), noise)
 
-    first, episode, counted = 0, 0, 0
+    first, counted = 0, 0
+    episode = [0] * many  # of each seed, the one that runs or comes next
     returns: list[tuple[int, list[list[float]]]] = []
-    episodes: list[tuple[int, float]] = []
-    probes: list[tuple[int, dict[str, float]]] = []
+    episodes: list[list[tuple[int, float]]] = [[] for _ in whose]
+    probes: list[list[tuple[int, dict[str, float]]]] = [[] for _ in whose]
     sums: dict[str, Tensor] = {}  # of the figures since they were last logged, over so many updates
-    counts: list[int] = []  # transitions of the last batches of rollouts
+    counts: list[list[int]] = [[] for _ in whose]  # transitions of the last batches of rollouts, of each seed
+    obs, earned, running = np.zeros((many, spec.obs)), [0.0] * many, [False] * many
     if kept := record.load("online.partial"):
         tensors, facts = kept
         part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
         agent.load_state_dict(part("agent."))
-        model.load_state_dict(part("model."))
+        for s, model in enumerate(models):
+            model.load_state_dict(part(_named("model", s, many) + "."))
         buffer.load_state_dict(part("buffer."))
         sums = {k: v.to(device) for k, v in part("sums.").items()}
         generator.set_state(tensors["generator"].cpu())
         first, episode, counted, counts = (facts[k] for k in ("steps", "episode", "counted", "counts"))
-        returns, episodes, probes = ([(n, x) for n, x in facts[k]] for k in ("returns", "episodes", "probes"))
-        met.rows[:first] = tensors["rows"].to(device)
-        met.n, met.starts = first, facts["starts"]
+        returns = [(n, x) for n, x in facts["returns"]]
+        episodes, probes = ([[(n, x) for n, x in own] for own in facts[k]] for k in ("episodes", "probes"))
+        rows[:, :first] = tensors["rows"].to(device)
+        for s, met in enumerate(mets):
+            met.n, met.starts = first, facts["starts"][s]
+            running[s] = met.starts[-1] < first
+            if running[s]:
+                obs[s], earned[s] = _again(worlds[s], met, episode_seed(seeds[s], episode[s]))
         lap.seconds = dict(facts["seconds"])
 
     def checkpoint(done: int) -> None:
-        tensors = {"generator": generator.get_state(), "rows": met.rows[:done]}
-        for name, state in (("agent", agent), ("model", model), ("buffer", buffer)):
+        tensors = {"generator": generator.get_state(), "rows": rows[:, :done]}
+        for name, state in (("agent", agent), ("buffer", buffer)):
             tensors |= {f"{name}.{k}": v for k, v in state.state_dict().items()}
+        for s, model in enumerate(models):
+            tensors |= {f"{_named('model', s, many)}.{k}": v for k, v in model.state_dict().items()}
         tensors |= {f"sums.{k}": v for k, v in sums.items()}
-        facts = {
-            "steps": done,
-            "episode": episode,
-            "counted": counted,
-            "counts": list(counts),
-            "seconds": dict(lap.seconds),
-        }
-        facts |= {
-            "returns": list(returns),
-            "episodes": list(episodes),
-            "probes": list(probes),
-            "starts": list(met.starts),
-        }
+        facts = {"steps": done, "episode": list(episode), "counted": counted, "counts": [list(x) for x in counts]}
+        facts |= {"seconds": dict(lap.seconds), "returns": list(returns), "starts": [list(m.starts) for m in mets]}
+        facts |= {"episodes": [list(x) for x in episodes], "probes": [list(x) for x in probes]}
         record.save("online.partial", tensors, facts)
 
+    def probe(step: int) -> None:
+        """How steep the values are, and how wrong the models, where they have not been fitted yet."""
+        since = [met.transitions(max(step - config.refit_every, step - PROBE), step) for met in mets]
+        steep = local_lipschitz(agent, torch.stack([x.obs for x in since]))
+        for s, model in enumerate(models):
+            found = {k: v[s].item() for k, v in steep.items()}
+            apart = devices.generator(episode_seed(seeds[s], -step), device)
+            found["value_error"] = value_aware_error(agent.one(s), model, since[s], apart).item()
+            probes[s].append((step, found))
+            record.log("probe", step, found | named(s))
+        lap("probe")
+
     def refit(step: int) -> None:
-        """The model to all that was met, then rollouts from it."""
-        nonlocal counts, head
-        data = met.dataset()
+        """Each model to all that was met, then rollouts from it."""
         if step > config.random:
-            since = met.transitions(max(step - config.refit_every, step - PROBE), step)
-            found = {k: v.item() for k, v in local_lipschitz(agent, since.obs[None]).items()}
-            apart = devices.generator(episode_seed(seed, -step), device)
-            found["value_error"] = value_aware_error(agent, model, since, apart).item()
-            probes.append((step, found))
-            record.log("probe", step, found)
-            lap("probe")
+            probe(step)
         elif config.agent.normalize:
-            agent.set_normalizer(data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3)
-        told = lambda epoch, total, figures: record.progress("model", epoch, total, figures)
-        report = fit(model, data, fitting, generator, told)
-        model.eval()
-        record.log("model", step, {"epochs": report.epochs, "holdout": sum(report.best) / len(report.best)})
-        if terminal is None:
-            head = fit_terminal(data, TerminalConfig(), generator)
-        lap("fit")
-        assert head is not None
+            seen = rows[:, :step, : spec.obs].flatten(0, 1)
+            agent.set_normalizer(seen.mean(0), seen.std(0, correction=0) + 1e-3)
         horizon = config.horizon.at(step)
         imagination = Imagination(horizon=horizon, rollouts=config.rollouts)
-        counts = [*counts[1 - config.retain :], 0] if config.retain > 1 else [0]
-        logs: dict[str, float] = {}
-        for batch, log in rollouts(agent, model, data, head, reward, imagination, math.inf, generator):
-            buffer.add(0, batch)
-            counts[-1] += len(batch.obs)
-            logs = {k: logs.get(k, 0.0) + v for k, v in log.items()}
-        buffer.keep(0, sum(counts))
+        for s, model in enumerate(models):
+            data = mets[s].dataset()
+            told = lambda epoch, total, figures: record.progress("model", epoch, total, figures)
+            report = fit(model, data, fitting, generator, told)
+            model.eval()
+            figures = {"epochs": float(report.epochs), "holdout": sum(report.best) / len(report.best)}
+            record.log("model", step, figures | named(s))
+            if terminal is None:
+                heads[s] = fit_terminal(data, TerminalConfig(), generator)
+            lap("fit")
+            head = heads[s]
+            assert head is not None
+            counts[s] = [*counts[s][1 - config.retain :], 0] if config.retain > 1 else [0]
+            logs: dict[str, float] = {}
+            for batch, log in rollouts(agent.one(s), model, data, head, reward, imagination, math.inf, generator):
+                buffer.add(s, batch)
+                counts[s][-1] += len(batch.obs)
+                logs = {k: logs.get(k, 0.0) + v for k, v in log.items()}
+            buffer.keep(s, sum(counts[s]))
+            record.log("rollout", step, means_of(logs) | {"horizon": float(horizon)} | named(s))
+            lap("rollout")
         if min(buffer.size) == 0:
             raise ValueError("no imagined transition was kept: no rollout was finite at its start")
-        record.log("rollout", step, means_of(logs) | {"horizon": float(horizon)})
-        lap("rollout")
 
+    named = lambda s: {"seed": float(seeds[s])} if many > 1 else {}
     go = None
     saved, total = first, config.steps
-    obs, earned, running = np.zeros(spec.obs), 0.0, False
     lap("setup")
     for step in range(first, total):
-        if not running:
-            obs, earned, running = world.reset(episode_seed(seed, episode)), 0.0, True
+        if not all(running):
+            for s in whose:
+                if not running[s]:
+                    obs[s], earned[s], running[s] = worlds[s].reset(episode_seed(seeds[s], episode[s])), 0.0, True
             lap("environment")
         if step >= config.random and (step - config.random) % config.refit_every == 0:
             refit(step)
         if step < config.random:
-            drawn = torch.rand(spec.act, generator=generator, device=device) * 2 - 1
+            drawn = torch.rand(many, spec.act, generator=generator, device=device) * 2 - 1
         else:
-            drawn = _act(agent, obs, torch.randn(1, 1, spec.act, generator=generator, device=device))
-        act = drawn.cpu().numpy()
-        after, r, terminated, truncated = world.step(act)
-        met.add(obs, act, r, after, terminated)
-        obs, earned, done = after, earned + r, step + 1
+            drawn = _act(agent, obs, torch.randn(many, 1, spec.act, generator=generator, device=device))
+        acts, done, ended = drawn.cpu().numpy(), step + 1, []
+        for s in whose:
+            after, r, terminated, truncated = worlds[s].step(acts[s])
+            mets[s].add(obs[s], acts[s], r, after, terminated)
+            obs[s], earned[s] = after, earned[s] + r
+            if terminated or truncated:
+                ended.append(s)
         lap("environment")
         for _ in range(config.updates if step >= config.random else 0):
-            pick = torch.randint(met.n, (1, n_real), generator=generator, device=device)
-            uniform = torch.rand(1, config.batch - n_real, generator=generator, device=device)
-            noise = torch.randn(2, 1, config.batch, spec.act, generator=generator, device=device)
+            pick = torch.randint(done, (many, n_real), generator=generator, device=device)
+            uniform = torch.rand(many, config.batch - n_real, generator=generator, device=device)
+            noise = torch.randn(2, many, config.batch, spec.act, generator=generator, device=device)
             if go is None:
                 go = captured(update, agent, pick, uniform, noise)
             for name, value in go(pick, uniform, noise).items():
                 sums[name] = sums[name] + value if name in sums else value.clone()
             counted += 1
         lap("update")
-        if terminated or truncated:
-            running, episode = False, episode + 1
-            met.starts.append(done)
-            episodes.append((done, earned))
-            record.log("episode", done, {"return": earned, "length": float(done - met.starts[-2])})
-            record.progress("online", done, total, {"return": earned})
+        for s in ended:
+            running[s], episode[s] = False, episode[s] + 1
+            mets[s].starts.append(done)
+            episodes[s].append((done, earned[s]))
+            length = float(done - mets[s].starts[-2])
+            record.log("episode", done, {"return": earned[s], "length": length} | named(s))
+            record.progress("online", done, total, {"return": earned[s]})
         if counted and (done % config.log_every == 0 or done == total):
             means = {k: (v / counted).mean().item() for k, v in sums.items()}
             sums, counted = {}, 0
             record.log("policy", done, means)
             record.progress("online", done, total, means)
         if evaluate is not None and (done % config.evaluate_every == 0 or done == total):
-            found = [float(x) for x in evaluate(policy_of(agent))]
-            returns.append((done, [found]))
-            record.log("evaluate", done, {"return": sum(found) / len(found)})
+            found = [[float(x) for x in judge(policy_of(agent, s))] for s, judge in enumerate(judges) if judge]
+            returns.append((done, found))
+            record.log("evaluate", done, {"return": sum(map(sum, found)) / sum(map(len, found))})
             lap("evaluate")
-        if not running and done - saved >= config.save_every:
+        if done - saved >= config.save_every and (many > 1 or not running[0]):
             checkpoint(done)
             saved = done
             lap("checkpoint")
     facts = {"spec": [spec.obs, spec.act], "updates": int(agent.updates), "returns": returns, "seconds": lap.seconds}
-    record.save("model", model.state_dict(), {})
+    for s, model in enumerate(models):
+        record.save(_named("model", s, many), model.state_dict(), {})
     record.save("agent", agent.state_dict(), facts)
-    return OnlineResult(agent, [model], returns, lap.seconds, episodes, probes)
+    return [
+        OnlineResult(
+            agent if many == 1 else agent.one(s), [models[s]], [(n, [x[s]]) for n, x in returns], lap.seconds,
+            episodes[s], probes[s],
+        )
+        for s in whose
+    ]  # fmt: skip
+
+
+def _named(name: str, s: int, many: int) -> str:
+    """What belongs to a seed, of several."""
+    return f"{name}{s}" if many > 1 else name
+
+
+def _again(world: World, met: Met, seed: int) -> tuple[np.ndarray, float]:
+    """The episode that is under way, run again from its start under the actions that it was given: its observation and
+    its return so far. Raises ValueError where the environment returns something else than it did."""
+    obs, earned = world.reset(seed), 0.0
+    seen = met.transitions(met.starts[-1], met.n)
+    for act, after in zip(seen.act.cpu().numpy(), seen.next_obs.cpu().numpy(), strict=True):
+        obs, reward, _, _ = world.step(act)
+        earned += reward
+        if not np.array_equal(obs, after):
+            raise ValueError("environment: an episode that was run again went another way; it cannot be gone on with")
+    return obs, earned
 
 
 @torch.no_grad()
 def _act(agent: Sac, obs: np.ndarray, noise: Tensor) -> Tensor:
-    """[A]"""
-    return agent.act(torch.from_numpy(obs.astype(np.float32)).to(noise)[None, None], noise)[0, 0]
+    """obs [S, O], noise [S, 1, A] -> [S, A]"""
+    return agent.act(torch.from_numpy(obs.astype(np.float32)).to(noise)[:, None], noise)[:, 0]
 
 
 def check(config: OnlineConfig) -> None:

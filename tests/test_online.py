@@ -66,7 +66,7 @@ def test_it_learns_to_hold_the_line_at_zero():
 def test_actions_are_rescaled_at_the_border_and_kept_as_they_were():
     env, memory = LineEnv(), Memory()
     run(env=env, record=memory)
-    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec)
+    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"][0], Line().spec)
     assert len(t.obs) == 120 == len(env.acts)
     assert (t.act.abs() <= 1).all()
     assert t.act[:40].std() > 0.4, "the first are uniform"
@@ -81,20 +81,20 @@ def test_actions_are_rescaled_at_the_border_and_kept_as_they_were():
 def test_what_is_cut_is_not_an_end():
     memory = Memory()
     result = run(env=LineEnv(length=7, edge=1.2), record=memory, seed=2)
-    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec)
+    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"][0], Line().spec)
     over = t.next_obs[:, 0].abs() > 1.2
     assert 0 < over.sum() < len(result.episodes)
     assert torch.equal(t.terminal > 0, over)
     lengths = np.diff([0, *(n for n, _ in result.episodes)])
     assert lengths.max() == 7
-    ends = memory.kept["online.partial"][1]["starts"]
+    (ends,) = memory.kept["online.partial"][1]["starts"]
     assert ends == [0, *(n for n, _ in result.episodes if n <= ends[-1])]
     total = sum(r for n, r in result.episodes)
     assert t.reward.sum().item() == pytest.approx(total, rel=1e-4)
 
 
 def test_a_fit_pairs_nothing_across_the_end_of_an_episode():
-    met = Met(Line().spec, 10, LineEnv(), torch.device("cpu"))
+    met = Met(Line().spec, torch.zeros(10, 5), LineEnv())
     for i in range(7):
         met.add(np.array([i]), np.array([0.0]), 0.0, np.array([i + 1]), False)
         if i == 2:
@@ -149,7 +149,7 @@ def test_every_step_so_far_is_learned_from(monkeypatch):
     spy = lambda agent, batch, noise: (seen.append(batch.obs.clone()), inner(agent, batch, noise))[1]
     monkeypatch.setattr(online.Sac, "update", spy)
     run(replace(SMALL, real_ratio=1.0), record=memory)
-    rows = memory.kept["online.partial"][0]["rows"][:, 0]
+    rows = memory.kept["online.partial"][0]["rows"][0, :, 0]
     assert torch.isin(rows, torch.cat(seen, 1).flatten()).float().mean() > 0.97
     assert torch.isin(torch.cat(seen[:2], 1), rows[:41]).all()
 
@@ -198,6 +198,88 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(dynamics, agent, saves):
     tail = after(memory.lines)[-len(after(first.lines)) :]
     assert tail == after(first.lines)
     assert all(torch.equal(v, memory.kept["online.partial"][0][k]) for k, v in first.kept["online.partial"][0].items())
+
+
+def together(seeds, config=SMALL, make=LineEnv, **options):
+    options = {"dynamics": True_(), "fitting": SHORT, "terminal": never, **options}
+    return online.train_together(config, [make() for _ in seeds], seeds=seeds, **options)
+
+
+def test_one_seed_among_several_is_that_of_one():
+    (found,) = together([4], dynamics=SINGLE, evaluate=earned)
+    alone = run(dynamics=SINGLE, evaluate=earned, seed=4)
+    assert (found.returns, found.episodes, found.probes) == (alone.returns, alone.episodes, alone.probes)
+
+
+def test_several_seeds_learn_each_in_a_world_and_with_a_model_of_its_own():
+    """Worlds whose episodes end at different times; each learns from its own transitions alone."""
+    memory, envs = Memory(), [LineEnv(13, 2.0), LineEnv(20), LineEnv(7, 1.0)]
+    config = replace(SMALL, steps=200, updates=8, batch=64)
+    options = {"dynamics": True_(), "fitting": SHORT, "terminal": never, "evaluate": earned, "record": memory}
+    found = online.train_together(config, envs, seeds=[5, 6, 9], **options)
+    rows = memory.kept["online.partial"][0]["rows"]
+    for s, (seed, env, result) in enumerate(zip((5, 6, 9), envs, found, strict=True)):
+        assert env.seeds == [episode_seed(seed, i) for i in range(len(env.seeds))]
+        t = Transitions.unpack(rows[s], Line().spec)
+        torch.testing.assert_close(torch.tensor(np.stack(env.acts)), t.act * 3 + 1)
+        assert sum(r for _, r in result.episodes) == pytest.approx(
+            t.reward[: result.episodes[-1][0]].sum().item(), rel=1e-4
+        )
+        assert [n for n, _ in result.probes] == list(range(60, 200, 20))
+        assert [n for n, _ in result.returns] == [40, 80, 120, 160, 200]
+        assert result.last(1).shape == (1,)
+        assert result.agent.seeds == 1
+        assert result.last(1).item() == pytest.approx(earned(online.policy_of(result.agent))[0])
+    best, nothing = (earned(p)[0] for p in (lambda x: -0.9 * x / 0.5, lambda x: 0 * x))
+    assert all(x.last(1).item() > best + 0.5 * (nothing - best) for x in found)
+    assert len({len(env.seeds) for env in envs}) == 3
+    assert len({id(x.models[0]) for x in found}) == 3
+    logged = {x["seed"] for stage, _, x in memory.lines if stage in ("episode", "model", "probe", "rollout")}
+    assert logged == {5.0, 6.0, 9.0}
+
+
+@pytest.mark.parametrize("saves", [1, 4])
+def test_several_seeds_interrupted_in_the_midst_of_episodes_go_on_to_the_same_numbers(saves):
+    config = replace(SMALL, save_every=25)
+    go = lambda record: together(
+        [4, 8], config, lambda: LineEnv(13, 2.0), dynamics=SINGLE, evaluate=earned, record=record
+    )
+    whole = go(Memory())
+    memory, again = interrupted(go, saves)
+    for one, two in zip(whole, again, strict=True):
+        assert (one.returns, one.episodes, one.probes) == (two.returns, two.episodes, two.probes)
+        assert all(torch.equal(v, two.agent.state_dict()[k]) for k, v in one.agent.state_dict().items())
+
+    class Fickle(LineEnv):
+        def reset(self, *, seed=None):
+            super().reset(seed=seed)
+            self.x += 1e-3
+            return self.x, {}
+
+    memory = Memory(saves)
+    with pytest.raises(KeyboardInterrupt):
+        go(memory)
+    memory.left = 10**9
+    with pytest.raises(ValueError, match="run again went another way"):
+        together([4, 8], config, Fickle, dynamics=SINGLE, evaluate=earned, record=memory)
+
+
+@pytest.mark.parametrize(
+    ("envs", "options", "message"),
+    [
+        ([LineEnv()], {"seeds": [0, 1]}, "got 1 environments and seeds"),
+        ([LineEnv(), LineEnv()], {"seeds": [1, 1]}, "none twice"),
+        ([], {"seeds": []}, "got 0 environments"),
+        ([LineEnv(), LineEnv()], {"seeds": [0, 1], "evaluate": [earned]}, "got 1 functions"),
+    ],
+)
+def test_seeds_and_environments_that_do_not_go_together_are_one_error(envs, options, message):
+    with pytest.raises(ValueError, match=message):
+        online.train_together(SMALL, envs, **options)
+    wide = LineEnv()
+    wide.action_space = Box([-1.0], [1.0])
+    with pytest.raises(ValueError, match="environments are not alike"):
+        online.train_together(SMALL, [LineEnv(), wide], seeds=[0, 1])
 
 
 def test_state_is_saved_at_ends_of_episodes_so_many_steps_apart():
@@ -253,7 +335,7 @@ def test_probes_are_of_the_transitions_since_the_last_fit(monkeypatch):
     seen, memory = [], Memory()
     monkeypatch.setattr(online, "value_aware_error", lambda *args: (seen.append(args[2]), torch.zeros(1))[1])
     run(record=memory)
-    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec)
+    t = Transitions.unpack(memory.kept["online.partial"][0]["rows"][0], Line().spec)
     assert len(seen) == 3
     for i, batch in enumerate(seen):
         torch.testing.assert_close(batch.next_obs, t.next_obs[40 + 20 * i : 60 + 20 * i])
@@ -262,7 +344,7 @@ def test_probes_are_of_the_transitions_since_the_last_fit(monkeypatch):
 def test_observations_are_standardised_by_the_random_steps():
     memory = Memory()
     result = run(replace(SMALL, agent=replace(AGENT, normalize=True)), record=memory)
-    obs = Transitions.unpack(memory.kept["online.partial"][0]["rows"], Line().spec).obs[:40]
+    obs = Transitions.unpack(memory.kept["online.partial"][0]["rows"][0], Line().spec).obs[:40]
     torch.testing.assert_close(result.agent.obs_mean, obs.mean(0))
     torch.testing.assert_close(result.agent.obs_std, obs.std(0, correction=0) + 1e-3)
 
