@@ -471,6 +471,9 @@ class SacConfig:
     to 1) are the behaviour's: those of a Gaussian that a network of its own reads from obs, fitted to these rows as the
     agent learns. So data that show one narrow way to act are cloned beside Q, with the weights of TD3+BC (Fujimoto &
     Gu, NeurIPS 2021, whose alpha is one over this), and data that try everything leave the policy free."""
+    cloning_end: float | None = field(default=None, metadata=ADDED)
+    """What `cloning` falls to, along a geometric series over `total` updates: values are learned near to the data, and
+    then followed (as Beeson & Montana, 2022, arXiv 2211.11802, relax TD3+BC at the end). None: it stays."""
     narrow: float = field(default=0.2, metadata=ADDED)
     """The behaviour's standard deviation, in an action of [-1, 1], at which `cloning` has half of its weight."""
     robust: float = field(default=0.0, metadata=ADDED)
@@ -511,6 +514,9 @@ class Sac(ActorCritic):
         if config.cloning < 0 or config.narrow <= 0:
             got = f"cloning={config.cloning}, narrow={config.narrow}"
             raise ValueError(f"agent: got {got}; expected cloning >= 0 and narrow > 0")
+        if config.cloning_end is not None and not (config.cloning > 0 and config.cloning_end > 0):
+            got = f"cloning_end={config.cloning_end} with cloning={config.cloning}"
+            raise ValueError(f"agent: got {got}; expected both above 0, or None and what stays")
         if config.robust < 0 or config.robust_eps < 0:
             raise ValueError(f"agent: got robust={config.robust}, robust_eps={config.robust_eps}; expected >= 0")
         if config.spectral is not None and (config.spectral <= 0 or config.spectral_iterations < 1):
@@ -580,8 +586,15 @@ class Sac(ActorCritic):
             read = lambda rows: self.actor_net.forward(self.layers(self.actor_net, rows), obs[:, :real])[-1]
             center, std = self.behaviour_of(read(self.behaviour))
             away = (self.head(read(actor))[0].tanh() - center).square() * self.pull(std)
-            loss = loss + self.config.cloning * q.detach().abs().mean(1) * away.mean((1, 2))
+            loss = loss + self.cloning() * q.detach().abs().mean(1) * away.mean((1, 2))
         return loss, log_prob.mean(1)
+
+    def cloning(self) -> float | Tensor:
+        """The setting's value at this update."""
+        first, last = self.config.cloning, self.config.cloning_end
+        if last is None or not self.config.total:
+            return first
+        return first * (last / first) ** self.part()
 
     def pull(self, std: Tensor) -> Tensor:
         """How much of `cloning` remains where the behaviour has these standard deviations."""
@@ -634,7 +647,7 @@ class Sac(ActorCritic):
         du = (2 * a * act - dact * (1 - act * act)) / b
         dlog_std = (du * std * eps - a / b) * ((raw[:, :b] >= LOG_STD_MIN) & (raw[:, :b] <= LOG_STD_MAX))
         if config.cloning and real:
-            mode, weight = mean[:, :real].tanh(), config.cloning * best.abs().mean(1)  # [S, real, A], [S]
+            mode, weight = mean[:, :real].tanh(), self.cloning() * best.abs().mean(1)  # [S, real, A], [S]
             center, width, logs["behaviour_loss"], ok = self.imitate(obs[:, :real], batch.act[:, :real])
             error, pull, skipped = mode - center, self.pull(width), skipped + 1 - ok
             du[:, :real] += weight[:, None, None] * cloning_grad(error) * pull * (1 - mode.square())
@@ -778,8 +791,11 @@ class Sac(ActorCritic):
         """The actor's learning rate at this update."""
         if not self.config.total:
             return self.config.actor_lr
-        part = (self.updates.to(self.actor.dtype) / self.config.total).clamp(max=1)
-        return 0.5 * self.config.actor_lr * (1 + (math.pi * part).cos())
+        return 0.5 * self.config.actor_lr * (1 + (math.pi * self.part()).cos())
+
+    def part(self) -> Tensor:
+        """[]: of `total` updates, how many are done."""
+        return (self.updates.to(self.actor.dtype) / self.config.total).clamp(max=1)
 
 
 def log_density(u: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:

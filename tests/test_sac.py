@@ -292,7 +292,9 @@ def test_gradients_by_hand_are_those_of_the_losses():
     torch.testing.assert_close((got, dact), (best.detach(), want))
 
 
-@pytest.mark.parametrize("settings", [{}, {"robust": 0.5}, {"cloning": 0.7, "narrow": 0.6}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"robust": 0.5}, {"cloning": 0.7, "narrow": 0.6}, {"cloning": 0.7, "cloning_end": 0.1, "total": 9}]
+)
 @pytest.mark.parametrize("real", [0, 5])
 def test_first_actor_step_goes_down_the_actor_loss(settings, real):
     """Adam's first moment shows the gradient of `actor_loss`."""
@@ -342,9 +344,25 @@ def test_cloning_pulls_to_data_that_show_one_way_to_act_and_leaves_free_where_th
     assert (a > 0.15) == (spread < 0.3)
 
 
+def test_cloning_falls_along_a_geometric_series():
+    """To its last value at the last of `total` updates, and no further."""
+    spec, g = Spec(4, 2), gen(6)
+    batch, noise = random_batch(spec, 2, 16, g), random_noise(spec, 2, 16, g)
+    build = lambda **kw: SacConfig(hidden=(8,), total=8, **kw).build(spec, gen(1), 2, DOUBLE)
+    for done, want in ((0, 0.8), (4, 0.4), (8, 0.2), (20, 0.2)):
+        falls, stays = build(cloning=0.8, cloning_end=0.2), build(cloning=want)
+        falls.updates.fill_(done)
+        stays.updates.fill_(done)
+        torch.testing.assert_close(falls.actor_loss(falls.actor, batch.obs, noise[0], 16), stays.actor_loss(
+            stays.actor, batch.obs, noise[0], 16))  # fmt: skip
+        found, expected = falls.update(batch, noise, 16), stays.update(batch, noise, 16)
+        torch.testing.assert_close(found["cloning"], expected["cloning"])
+        torch.testing.assert_close(falls.actor_adam.m, stays.actor_adam.m)
+
+
 def test_a_policy_cannot_be_pushed_away_from_the_data():
-    for bad in ({"cloning": -1.0}, {"narrow": -1.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(bad))}=-1"):
+    for bad in ({"cloning": -1.0}, {"narrow": -1.0}, {"cloning_end": 1.0}, {"cloning_end": 0.0, "cloning": 1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
             SacConfig(**bad).build(Spec(1, 1), gen())
 
 
