@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mbrl import offline, suite
-from mbrl.cli import KNOWN, Offline, Suite, algorithm_named, run_suite, sized
-from mbrl.run import from_plain, machine, versions, write_json
+from mbrl.choices import KNOWN
+from mbrl.cli_offline import Offline, algorithm_named, sized
+from mbrl.cli_suite import Suite, run_suite
+from mbrl.run import Run, from_plain, machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "offline_suite.json"
 
@@ -62,7 +64,7 @@ def settings_kept(folder: Path) -> str | None:
     """The same of a run that lies in a folder, by what it was run with; None where no run does."""
     if not (folder / "config.json").exists():
         return None
-    kept = from_plain(json.loads((folder / "config.json").read_text())["arguments"], (*KNOWN, Offline))
+    kept = from_plain(Run(folder).config["arguments"], (*KNOWN, Offline))
     return offline.digest(kept.algorithm, kept.fitting, kept.dynamics)
 
 
@@ -112,9 +114,9 @@ def main(args: Args) -> None:
         row = {k: r[k] for k in keep if k in r}
         folder = args.out / r["dataset"] / r["algorithm"] / "-".join(map(str, r["seeds"]))
         rows.append(row | {"settings": settings_kept(folder) or r["settings"]})
-    names = lambda row: [row[k] for k in ("dataset", "sha256", "algorithm", "seeds", "settings")]
-    found = [names(row) for row in rows]
-    rows += [row for row in left if names(row) not in found]
+    whose = lambda row: [row[k] for k in ("dataset", "sha256", "algorithm", "seeds", "settings")]
+    found = [whose(row) for row in rows]
+    rows += [row for row in left if whose(row) not in found]
     config = {"sets": SETS, "updates": args.updates, "evaluate_every": args.evaluate_every}
     write_json(RESULTS, {"config": config, "figures": result, "runs": rows, "versions": versions(), **machine()})
     print(json.dumps(result))

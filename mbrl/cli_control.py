@@ -1,5 +1,5 @@
 """The commands that drive an environment: `mbrl plan` (PETS, or planning with a model that is there) and `mbrl online`
-(MBPO). With `mbrl.cli` the only modules of `mbrl` that reach for the environments."""
+(MBPO)."""
 
 import functools
 import math

@@ -37,7 +37,7 @@ from mbrl.planner import (
     value,
 )
 from mbrl.rollout import Reward, Terminal
-from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal
+from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal, restored
 
 Act = Callable[[Tensor], Tensor]  # obs [E, O] -> act [E, A]
 
@@ -151,8 +151,8 @@ class Mpc:
         """Raises ValueError where the learner does not tell what the limit is on."""
         p, spec, like = self.worth.particles, self.model.spec, self.like
         cond = self.model.condition(self.ctx)
+        state = repeat(self.model.init(like.new_zeros(1, spec.obs), cond), p)
         cond = self.model.pinned(torch.arange(p, device=like.device)) if self.pins else cond
-        state = repeat(self.model.init(like.new_zeros(1, spec.obs), self.model.condition(self.ctx)), p)
         noise = torch.zeros(p, self.model.noise_dim).to(like)
         told = self.model.step(
             state, StepInput(like.new_zeros(p, spec.act), noise, like.new_full((p, 1), self.dt)), cond
@@ -513,9 +513,7 @@ def learned_end(tensors: Mapping[str, Tensor], spec: Spec, device: torch.device 
     found = {k.removeprefix("terminal."): v for k, v in tensors.items() if k.startswith("terminal.")}
     if not found:
         return None
-    head = TerminalHead(spec.obs, spec.act, TerminalConfig())
-    head.load_state_dict(found)
-    return head.to(device)
+    return restored(found, spec, TerminalConfig()).to(device)
 
 
 def _packed(episodes: Sequence[Episode]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -23,11 +23,11 @@ from mbrl.baselines import BcConfig, Td3BcConfig
 from mbrl.core import Dynamics, Segment, Spec, StepInput, repeat, rows
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward
+from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
 from mbrl.fit import FitConfig, fit
 from mbrl.rollout import Reward, Terminal, imagine
 from mbrl.sac import Sac, SacConfig
-from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal
+from mbrl.terminal import TerminalConfig, fit_terminal, restored
 
 Policy = Callable[[Tensor], Tensor]  # obs [n, O] -> act [n, A]
 Evaluate = Callable[[Policy], Any]  # -> undiscounted returns [episodes]
@@ -292,10 +292,15 @@ def digest(*parts: Any) -> str:
 # ---------------------------------------------------------------- the stages before the policy
 
 
+def fitted_name(kind: str, sha256: str, steps: int, *settings: Any) -> str:
+    """Under which a record keeps what was fitted to so many steps of these data. settings: the fit's, its seed last."""
+    return f"{kind}-{digest(sha256, steps, *settings)}"
+
+
 def learn_model(data: Dataset, dynamics: Any, config: FitConfig, seed: int, record: Record) -> Dynamics:
     """The fitted learner: from the record where it holds one, else fitted (and resumed where that was interrupted)."""
     device = data.obs.device
-    name = f"model-{digest(data.sha256, len(data), dynamics, config, seed)}"
+    name = fitted_name("model", data.sha256, len(data), dynamics, config, seed)
     generator = devices.generator(seed, device)
     model = dynamics.build(data.spec, generator).to(device)
     if kept := record.load(name):
@@ -314,7 +319,7 @@ def learn_reward(
 ) -> DynamicsReward:
     """The dynamics reward fitted against the model, by the same rules as `learn_model`."""
     device = data.obs.device
-    name = f"reward-{digest(data.sha256, len(data), dynamics, fitting, config, seed)}"
+    name = fitted_name("reward", data.sha256, len(data), dynamics, fitting, config, seed)
     if kept := record.load(name):
         reward = config.build(data.spec).to(device)
         reward.load_state_dict(kept[0])
@@ -337,11 +342,9 @@ def learn_reward(
 
 def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Record) -> Terminal:
     """A termination head, for a source whose termination nobody has written down."""
-    name = f"terminal-{digest(data.sha256, len(data), config, seed)}"
-    head = TerminalHead(data.spec.obs, data.spec.act, config).to(data.obs.device)
+    name = fitted_name("terminal", data.sha256, len(data), config, seed)
     if kept := record.load(name):
-        head.load_state_dict(kept[0])
-        return head
+        return restored(kept[0], data.spec, config).to(data.obs.device)
     head = fit_terminal(data, config, devices.generator(seed + 2, data.obs.device))
     record.save(name, head.state_dict(), {})
     return head
@@ -363,8 +366,7 @@ def bellman_inconsistency(
     under actions that the policy draws there (MOBILE, Sun et al. 2023); 0 for a learner of one part. agent: of one
     seed. noise: [B, k * W] of k futures; act_noise: [B * k, A], the same for every part, so that they differ by their
     states alone. A filter is looked through: the parts are the inner learner's."""
-    while isinstance(model, Filtered):
-        model = model.inner
+    model = unfiltered(model)
     k = noise.shape[1] // model.noise_dim if model.noise_dim else 1
     after = model.each(state, StepInput(act, noise, dt), cond, k).obs  # [P, B * k, O]
     parts, n, _ = after.shape
@@ -434,9 +436,7 @@ def _rollouts_of(
     """The share of one of the data's systems, from its own rows."""
     device = data.obs.device
     act_dim, horizon = data.spec.act, config.horizon
-    core = model
-    while isinstance(core, Filtered):
-        core = core.inner
+    core = unfiltered(model)
     share = lambda n: config.share(n, data.systems, system)
     drawn = starts[torch.randint(len(starts), (share(config.rollouts),), generator=generator, device=device)]
     made, which = 0, torch.tensor([system], device=device)
@@ -606,7 +606,7 @@ def train(
 
     gamma = getattr(config.agent, "gamma", 0.0)
     after = min(0.0, gamma * data.reward.double().mean().item() / (1 - gamma)) if gamma < 1 else 0.0
-    generator = devices.generator(mixed(seeds), device)
+    generator = devices.generator(group_seed(seeds), device)
     settings = config.agent
     if isinstance(settings, SacConfig):
         floor = 0.0 if imagination is not None and imagination.floor else settings.target_min
@@ -753,7 +753,7 @@ def means_of(logs: Mapping[str, float]) -> dict[str, float]:
     return out | cut | {"ended": logs.get("ended", 0.0) / starts, "length": logs.get("transitions", 0.0) / starts}
 
 
-def mixed(seeds: Sequence[int]) -> int:
+def group_seed(seeds: Sequence[int]) -> int:
     """One seed for a group of them: that of a single seed is the seed."""
     return seeds[0] if len(seeds) == 1 else int(digest(list(seeds)), 16) % 2**31
 
@@ -783,9 +783,7 @@ def _check_doubts(
     if config.penalty.coefficient and config.penalty.name != "bellman":
         _named(known, config.penalty.name)
     elif config.penalty.coefficient:
-        core = model
-        while isinstance(core, Filtered):
-            core = core.inner
+        core = unfiltered(model)
         few = inp._replace(noise=core.draw(1, 1, generator).to(data.obs))
         if (parts := len(core.each(core.init(data.obs[:1], cond), few, cond, 1).obs)) < 2:
             raise ValueError(

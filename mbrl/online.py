@@ -31,8 +31,9 @@ from mbrl.offline import (
     Reward,
     Terminal,
     captured,
+    group_seed,
     means_of,
-    mixed,
+    normalizer_of,
     policy_of,
     rollouts,
 )
@@ -193,7 +194,7 @@ def train_together(
     if len(judges) != many:
         raise ValueError(f"online: got {len(judges)} functions to evaluate by, expected one, or one for each seed")
     spec, lap, whose = worlds[0].spec, Laps(device), range(many)
-    generator = devices.generator(mixed(seeds), device)
+    generator = devices.generator(group_seed(seeds), device)
     models = [(dynamics or EnsembleConfig()).build(spec, generator).to(device).eval() for _ in whose]
     agent = config.agent.build(spec, generator, seeds=many)
     rows = torch.zeros(many, config.steps, 2 * spec.obs + spec.act + 2, device=device)
@@ -222,7 +223,7 @@ def train_together(
         part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
         agent.load_state_dict(part("agent."))
         for s, model in enumerate(models):
-            model.load_state_dict(part(_named("model", s, many) + "."))
+            model.load_state_dict(part(_key("model", s, many) + "."))
         buffer.load_state_dict(part("buffer."))
         sums = {k: v.to(device) for k, v in part("sums.").items()}
         generator.set_state(tensors["generator"].cpu())
@@ -242,7 +243,7 @@ def train_together(
         for name, state in (("agent", agent), ("buffer", buffer)):
             tensors |= {f"{name}.{k}": v for k, v in state.state_dict().items()}
         for s, model in enumerate(models):
-            tensors |= {f"{_named('model', s, many)}.{k}": v for k, v in model.state_dict().items()}
+            tensors |= {f"{_key('model', s, many)}.{k}": v for k, v in model.state_dict().items()}
         tensors |= {f"sums.{k}": v for k, v in sums.items()}
         facts = {"steps": done, "episode": list(episode), "counted": counted, "counts": [list(x) for x in counts]}
         facts |= {"seconds": dict(lap.seconds), "returns": list(returns), "starts": [list(m.starts) for m in mets]}
@@ -258,7 +259,7 @@ def train_together(
             apart = devices.generator(episode_seed(seeds[s], -step), device)
             found["value_error"] = value_aware_error(agent.one(s), model, since[s], apart).item()
             probes[s].append((step, found))
-            record.log("probe", step, found | named(s))
+            record.log("probe", step, found | told_of(s))
         lap("probe")
 
     def refit(step: int) -> None:
@@ -266,8 +267,7 @@ def train_together(
         if step > config.random:
             probe(step)
         elif config.agent.normalize:
-            seen = rows[:, :step, : spec.obs].flatten(0, 1)
-            agent.set_normalizer(seen.mean(0), seen.std(0, correction=0) + 1e-3)
+            agent.set_normalizer(*normalizer_of(rows[:, :step, : spec.obs].flatten(0, 1)))
         horizon = config.horizon.at(step)
         imagination = Imagination(horizon=horizon, rollouts=config.rollouts)
         for s, model in enumerate(models):
@@ -276,7 +276,7 @@ def train_together(
             report = fit(model, data, fitting, generator, told)
             model.eval()
             figures = {"epochs": float(report.epochs), "holdout": sum(report.best) / len(report.best)}
-            record.log("model", step, figures | named(s))
+            record.log("model", step, figures | told_of(s))
             if terminal is None:
                 heads[s] = fit_terminal(data, TerminalConfig(), generator)
             lap("fit")
@@ -289,12 +289,12 @@ def train_together(
                 counts[s][-1] += len(batch.obs)
                 logs = {k: logs.get(k, 0.0) + v for k, v in log.items()}
             buffer.keep(s, sum(counts[s]))
-            record.log("rollout", step, means_of(logs) | {"horizon": float(horizon)} | named(s))
+            record.log("rollout", step, means_of(logs) | {"horizon": float(horizon)} | told_of(s))
             lap("rollout")
         if min(buffer.size) == 0:
             raise ValueError("no imagined transition was kept: no rollout was finite at its start")
 
-    named = lambda s: {"seed": float(seeds[s])} if many > 1 else {}
+    told_of = lambda s: {"seed": float(seeds[s])} if many > 1 else {}
     go = None
     saved, total = first, config.steps
     lap("setup")
@@ -333,7 +333,7 @@ def train_together(
             mets[s].starts.append(done)
             episodes[s].append((done, earned[s]))
             length = float(done - mets[s].starts[-2])
-            record.log("episode", done, {"return": earned[s], "length": length} | named(s))
+            record.log("episode", done, {"return": earned[s], "length": length} | told_of(s))
             record.progress("online", done, total, {"return": earned[s]})
         if counted and (done % config.log_every == 0 or done == total):
             means = {k: (v / counted).mean().item() for k, v in sums.items()}
@@ -351,7 +351,7 @@ def train_together(
             lap("checkpoint")
     facts = {"spec": [spec.obs, spec.act], "updates": int(agent.updates), "returns": returns, "seconds": lap.seconds}
     for s, model in enumerate(models):
-        record.save(_named("model", s, many), model.state_dict(), {})
+        record.save(_key("model", s, many), model.state_dict(), {})
     record.save("agent", agent.state_dict(), facts)
     return [
         OnlineResult(
@@ -362,7 +362,7 @@ def train_together(
     ]  # fmt: skip
 
 
-def _named(name: str, s: int, many: int) -> str:
+def _key(name: str, s: int, many: int) -> str:
     """What belongs to a seed, of several."""
     return f"{name}{s}" if many > 1 else name
 

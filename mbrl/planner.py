@@ -95,16 +95,16 @@ class Planner:
     @property
     def kept(self) -> int:
         """How many elites are kept."""
-        return int(self.keep * self.best + 1e-9)
+        return int(self.keep * self.most_elites + 1e-9)
 
     @property
-    def best(self) -> int:
+    def most_elites(self) -> int:
         """How many of the first iteration's candidates are elites."""
         return self.elites or self.samples
 
     def sizes(self) -> list[int]:
         """Candidates that each iteration draws: without proposals, kept elites and the mean."""
-        least = min(2 * self.best, self.samples)
+        least = min(2 * self.most_elites, self.samples)
         return [max(least, int(self.samples / self.decay**i)) - self.proposals for i in range(self.iterations)]
 
     def noise(self, envs: int, act: int, generator: torch.Generator, like: Tensor) -> list[Tensor]:

@@ -1,11 +1,13 @@
 """A learned termination function, for data whose task's own is not known."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mbrl.core import Spec
 from mbrl.data import Dataset
 from mbrl.nets import Normalizer, StackedMLP
 
@@ -56,6 +58,13 @@ class TerminalHead(nn.Module):
         accuracy = float(self.accuracy)
         shown = "not known: too few endings to hold any out" if accuracy != accuracy else f"{accuracy:.3f}"
         return f"terminal head: learned from {int(self.endings)} endings, balanced accuracy {shown}"
+
+
+def restored(state: Mapping[str, Tensor], spec: Spec, config: TerminalConfig) -> TerminalHead:
+    """A head that was learned, from its state."""
+    head = TerminalHead(spec.obs, spec.act, config)
+    head.load_state_dict(dict(state))
+    return head
 
 
 def fit_terminal(data: Dataset, config: TerminalConfig, generator: torch.Generator) -> TerminalHead:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mbrl import cli, offline
+from mbrl import cli, cli_offline, offline
 from mbrl.cli_control import Online, Plan
 from mbrl.cli_reconstruct import RECONSTRUCTORS, Reconstruct
 from mbrl.dynamics.single import SingleConfig
@@ -16,7 +16,7 @@ from mbrl.run import Run, to_plain
 LOCAL = {"device": "cpu", "threads": torch.get_num_threads(), "source": "gone.hdf5", "models": None, "data": "gone.npy"}
 DATA = {"sha256": "0", "steps": 1}
 OWN = {
-    "offline": cli.Offline(dataset="gone", seeds=(3,), updates=50, algorithm=replace(offline.MOPO, updates=50)),
+    "offline": cli_offline.Offline(dataset="gone", seeds=(3,), updates=50, algorithm=replace(offline.MOPO, updates=50)),
     "plan": Plan(
         env="Nowhere-v0", seed=3, episodes=4, planner=replace(CEM, samples=90), dynamics=SingleConfig(hidden=(8, 8))
     ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from mbrl_envs import datasets as worlds
+from mbrl_envs import tasks
 
-from mbrl import choices, cli, offline
+from mbrl import choices, cli, cli_offline, mpc, offline
 from mbrl.run import Run
+from mbrl.terminal import TerminalConfig, TerminalHead
 
 SMALL = (
     "--fitting.max-epochs=4",
@@ -159,11 +162,11 @@ def test_eval_gives_actions_the_meaning_that_they_have_in_the_data(finished, mon
     run = Run.open(finished)
     config = run.config
     assert (config["data"]["act_low"], config["data"]["act_high"]) == ([-2.0], [2.0])
-    wide = cli.run_evaluate(cli.Evaluate(finished, episodes=1))
+    wide = cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=1))
     config["data"] |= {"act_low": [-0.5], "act_high": [0.5]}
     monkeypatch.setattr(Run, "config", config)
-    assert cli.run_evaluate(cli.Evaluate(finished, episodes=1)) != wide
-    assert cli.run_evaluate(cli.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
+    assert cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=1)) != wide
+    assert cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
 
 
 def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
@@ -172,7 +175,7 @@ def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
     path = tmp_path / "policy.zip"
     cli.main(["eval", str(finished), "--episodes", "2", "--export", str(path)])
     assert "Pendulum-v1" in capsys.readouterr().out
-    agent, _ = cli.load_agent(Run.open(finished))
+    agent, _ = cli_offline.load_agent(Run.open(finished))
     obs = torch.randn(6, 3)
     ours = offline.policy_of(agent)(obs)
     theirs, _ = SAC.load(path, device="cpu").predict(obs.numpy(), deterministic=True)
@@ -182,12 +185,14 @@ def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
 def test_eval_plans_over_the_policy(finished, pendulum, monkeypatch, capsys):
     """With the agent's own seed and model, from the same initial states; what comes out is shown beside the policy."""
     seen = []
-    real = cli.mpc.over
+    real = mpc.over
     monkeypatch.setattr(
-        cli.mpc, "over", lambda agent, i, model, **kw: (seen.append((model, kw)), real(agent, i, model, **kw))[1]
+        mpc,
+        "over",
+        lambda agent, i, model, **kw: (seen.append((model, kw)), real(agent, i, model, **kw))[1],
     )
-    monkeypatch.setattr(cli.mpc.Mpc, "__call__", lambda self, obs: torch.full((len(obs), 1), 0.3))
-    constant = cli.run_evaluate(cli.Evaluate(finished, episodes=2, plan=True))
+    monkeypatch.setattr(mpc.Mpc, "__call__", lambda self, obs: torch.full((len(obs), 1), 0.3))
+    constant = cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=2, plan=True))
     assert "5, planned" in capsys.readouterr().out
     kept = Run.open(finished).load(next(p.stem for p in (finished / "checkpoints").glob("model-*.safetensors")))
     assert kept is not None
@@ -196,6 +201,25 @@ def test_eval_plans_over_the_policy(finished, pendulum, monkeypatch, capsys):
     dt = Run.open(finished).config["data"]["dt"]
     assert given["dt"] == dt == worlds.load(str(pendulum)).dt
     assert len(constant) == 1
+
+
+def test_eval_plans_to_the_end_that_the_run_has_learned(finished, tmp_path, monkeypatch):
+    """Where nobody has written the task's own down."""
+    run = Run.open(shutil.copytree(finished, tmp_path / "run"))
+    facts, config = run.config["data"], TerminalConfig()
+    head = TerminalHead(3, 1, config, torch.Generator().manual_seed(1))
+    run.save(offline.fitted_name("terminal", facts["sha256"], facts["steps"], config, 5), head.state_dict(), {})
+
+    def unknown(*args):
+        raise ValueError
+
+    monkeypatch.setattr(tasks, "task", unknown)
+    seen, real = [], mpc.over
+    monkeypatch.setattr(mpc, "over", lambda *args, **kw: (seen.append(kw["terminal"]), real(*args, **kw))[1])
+    monkeypatch.setattr(mpc.Mpc, "__call__", lambda self, obs: torch.zeros(len(obs), 1))
+    cli_offline.run_evaluate(cli_offline.Evaluate(run.folder, episodes=1, plan=True))
+    (found,) = seen
+    assert all(torch.equal(v, found.state_dict()[k]) for k, v in head.state_dict().items() if k != "accuracy")
 
 
 @pytest.mark.parametrize("kind", ["run", "stable-baselines3"])
@@ -210,7 +234,7 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
     args[args.index("--updates=300")] = "--updates=1"
     cli.main(args)
     obs = torch.randn(6, 3)
-    before, after = (offline.policy_of(cli.load_agent(Run.open(f))[0])(obs) for f in (finished, out))
+    before, after = (offline.policy_of(cli_offline.load_agent(Run.open(f))[0])(obs) for f in (finished, out))
     torch.testing.assert_close(before, after, atol=0.01, rtol=0)
 
 
@@ -303,9 +327,9 @@ def test_list_names_everything(capsys):
 
 
 def test_names_of_settings():
-    assert cli.name_of(offline.MOPO) == "mopo"
-    assert cli.name_of(cli.algorithm_named("mopo@5")) == "mopo@5"
-    assert cli.name_of(cli.demo_settings(Path("x"), 0).algorithm) == "morec-mopo-custom"
+    assert cli_offline.name_of(offline.MOPO) == "mopo"
+    assert cli_offline.name_of(cli_offline.algorithm_named("mopo@5")) == "mopo@5"
+    assert cli_offline.name_of(cli.demo_settings(Path("x"), 0).algorithm) == "morec-mopo-custom"
 
 
 @dataclass(frozen=True)

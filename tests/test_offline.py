@@ -322,9 +322,7 @@ def test_the_buffer_has_room_for_the_batches_of_several_systems():
     assert len(t.obs) == 3 * 10 * 4 <= config.most(3)
     assert config.most() == 72, "one system: the budget and one chunk"
     memory = Memory()
-    offline.train(
-        replace(small(20), imagination=config), data, models=[model], terminal=never, record=memory
-    )  # fmt: skip
+    offline.train(replace(small(20), imagination=config), data, models=[model], terminal=never, record=memory)
     tensors, facts = memory.kept["policy.partial"]
     assert tensors["buffer.size"].tolist() == [240]
     assert facts["counts"] == [[120, 120]]

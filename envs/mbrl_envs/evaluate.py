@@ -94,20 +94,12 @@ class Evaluator:
         seen: list[np.ndarray] = []
         steps: list[int] = []
 
-        def finite(x: np.ndarray, where: str, what: str) -> np.ndarray:
-            if not np.isfinite(x).all():
-                raise EnvError(
-                    f"{self.name}: {where} returned the {what} {x}, expected finite numbers; it has diverged"
-                )
-            return x
-
         def begin(env: gym.Env) -> None:
             i = next(waiting, None)
             if i is not None:
                 live.append((env, i))
-                seen.append(
-                    finite(view(env.reset(seed=self.seed + round * self.episodes + i)[0]), "reset", "observation")
-                )
+                obs, _ = env.reset(seed=self.seed + round * self.episodes + i)
+                seen.append(self._finite(view(obs), "reset", "observation"))
                 steps.append(0)
 
         with quiet():
@@ -125,8 +117,8 @@ class Evaluator:
                         obs, reward, terminated, truncated, _ = env.step(sent[j])
                         steps[j] += 1
                         where = f"step {steps[j]} of an episode"
-                        returns[i] += float(finite(np.asarray(reward), where, "reward"))
-                        seen[j] = finite(view(obs), where, "observation")
+                        returns[i] += float(self._finite(reward, where, "reward"))
+                        seen[j] = self._finite(view(obs), where, "observation")
                         ended = terminated or truncated or steps[j] == self.max_steps
                     if ended:
                         freed.append(j)
@@ -144,6 +136,11 @@ class Evaluator:
                 if freed:
                     told(kept, len(live) - len(kept))
         return returns
+
+    def _finite(self, x: Any, where: str, what: str) -> Any:
+        if not np.isfinite(x).all():
+            raise EnvError(f"{self.name}: {where} returned the {what} {x}, expected finite numbers; it has diverged")
+        return x
 
     @property
     def name(self) -> str:

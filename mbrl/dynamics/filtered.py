@@ -339,6 +339,13 @@ class DynamicsReward(nn.Module):
         return self.inputs.mean[:n] - far, self.inputs.mean[:n] + far
 
 
+def unfiltered(model: Dynamics) -> Dynamics:
+    """The learner inside, however many filters are around it."""
+    while isinstance(model, Filtered):
+        model = model.inner
+    return model
+
+
 BLIND = 1e-6  # mean logits that are no further apart do not tell what is real
 
 

@@ -18,18 +18,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "noisy",
-            "hyper",
-            "latent",
-            "single",
-            "ensemble",
-            "filtered-ensemble",
-            "plrnn-shallow",
-            "ode",
-            "hypernetwork",
-        ),
-        *("experts", "heads", "mixer"),
+        *("noisy", "hyper", "latent", "single", "ensemble", "filtered-ensemble"),
+        *("plrnn-shallow", "ode", "hypernetwork", "experts", "heads", "mixer"),
     ],
 )
 @pytest.mark.parametrize("preset", ["cem", "icem"])

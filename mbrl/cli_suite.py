@@ -1,0 +1,185 @@
+"""The command `mbrl suite`: datasets x algorithms x seeds."""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mbrl import suite
+from mbrl.choices import KNOWN, Learner, console
+from mbrl.cli_offline import Offline, algorithm_named, run_offline, sized
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.fit import FitConfig
+from mbrl.run import Run, RunError, from_plain, machine, versions, write_json
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Datasets x algorithms x seeds. Finished runs are not run again, interrupted ones continue."""
+
+    datasets: tuple[str, ...]
+    algorithms: tuple[str, ...] = ("mopo", "morec-mopo")
+    """Presets; NAME@X sets the penalty's coefficient to X."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path = Path("runs/suite")
+    updates: int | None = None
+    evaluate_every: int | None = None
+    episodes: int = 10
+    scale: tuple[str, ...] = ()
+    """One reference id a dataset, where its own scale is not the one wanted."""
+    workers: int = 1
+    """Processes side by side, each with its share of the cores."""
+    together: bool = False
+    """Train all seeds of a cell side by side in one process (for an accelerator)."""
+    device: str = "auto"
+    report: bool = False
+    """Only print the table of what is there."""
+    fitting: FitConfig = field(default_factory=FitConfig)
+    dynamics: Learner = field(default_factory=EnsembleConfig)  # pyright: ignore[reportInvalidTypeForm]
+    """The model of the world; its settings follow its name."""
+
+
+def run_suite(args: Suite) -> dict[str, Any]:
+    """The command `mbrl suite`; returns the summary that it also writes to <out>/summary.json."""
+    if args.scale and len(args.scale) not in (1, len(args.datasets)):
+        raise ValueError(f"--scale: got {len(args.scale)} for {len(args.datasets)} datasets, expected one or one each")
+    for name in args.algorithms:
+        algorithm_named(name)
+    stems = [_stem(source) for source in args.datasets]
+    if twice := {s for s in stems if stems.count(s) > 1}:
+        raise ValueError(
+            f"--datasets: several are called {', '.join(sorted(twice))}, and a table has one column a name"
+        )
+    groups: list[list[tuple[Offline, Path]]] = []
+    seed_groups = [args.seeds] if args.together else [(s,) for s in args.seeds]
+    for seeds in seed_groups:  # whole seeds first: an interrupted suite still compares like with like
+        for i, source in enumerate(args.datasets):
+            scale = args.scale[i % len(args.scale)] if args.scale else None
+            stem = _stem(source)
+            cells = []
+            for name in args.algorithms:
+                folder = args.out / stem / name / "-".join(map(str, seeds))
+                cell = Offline(
+                    dataset=source,
+                    out=folder,
+                    seeds=seeds,
+                    updates=args.updates,
+                    evaluate_every=args.evaluate_every,
+                    episodes=args.episodes,
+                    scale=scale,
+                    models=args.out / "models",
+                    device=args.device,
+                    threads=max(1, (os.cpu_count() or 1) // args.workers) if args.workers > 1 else 0,
+                    quiet=args.workers > 1,
+                    fitting=args.fitting,
+                    algorithm=algorithm_named(name),
+                    dynamics=args.dynamics,
+                )
+                cells.append((cell, folder))
+            groups.append(cells)
+    failures: list[str] = []
+    if not args.report:
+        if args.workers > 1:
+            watch = {"initializer": _leave_with, "initargs": (os.getpid(),)}
+            with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), **watch) as pool:
+                for done in pool.map(_run_group, groups):
+                    failures += done
+        else:
+            for cells in groups:
+                failures += _run_group(cells)
+    results = []
+    for path in sorted(args.out.glob("*/*/*/result.json")):
+        found = Run(path.parent).result or {}
+        results.append(found | {"algorithm": path.parent.parent.name, "dataset": path.parent.parent.parent.name})
+    summary = _summarise(results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "summary.json", summary)
+    for failure in failures:
+        console.print(f"[red]failed[/red] {failure}")
+    if failures:
+        raise RunError(f"{len(failures)} of {sum(map(len, groups))} runs failed; the same command tries them again")
+    return summary
+
+
+def _stem(source: str) -> str:
+    return Path(source).stem.replace("/", "_").replace(":", "_")
+
+
+def _other(cell: Offline, folder: Path) -> str | None:
+    """What of a run that lies there already is not what is asked for now. Of a bare result the updates tell."""
+    run = Run(folder)
+    if (folder / "config.json").exists():
+        kept = from_plain(run.config["arguments"], (*KNOWN, Offline))
+        wanted = replace(cell, algorithm=sized(cell.algorithm, cell.updates, cell.evaluate_every))
+        names = ("algorithm", "seeds", "episodes", "scale", "fitting", "dynamics")
+        wrong = [n for n in names if getattr(kept, n) != getattr(wanted, n)]
+        return f"other settings ({', '.join(wrong)})" if wrong else None
+    updates = cell.updates or cell.algorithm.updates
+    if run.result is not None and run.result["updates"] != updates:
+        return f"{run.result['updates']} updates instead of {updates}"
+    return None
+
+
+def _leave_with(parent: int) -> None:
+    """A worker whose suite was killed ends too: it would write to folders that the next suite continues."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_group(cells: Sequence[tuple[Offline, Path]]) -> list[str]:
+    """Runs, one after another, on the same data and seeds: the first fits the models that the others read."""
+    failures = []
+    for cell, folder in cells:
+        if wrong := _other(cell, folder):
+            failures.append(f"{folder}: holds a run with {wrong}; name another --out, or remove that folder")
+            continue
+        if (folder / "result.json").exists():
+            continue
+        began = time.perf_counter()
+        try:
+            if (folder / "config.json").exists():
+                source = cell.dataset if Path(cell.dataset or "").exists() else None
+                run = run_offline(Offline(resume=folder, dataset=source, threads=cell.threads, quiet=cell.quiet))
+            else:
+                run = run_offline(cell)
+            result = run.result or {}
+            print(f"{folder}: last-10 {result.get('last10')}, {time.perf_counter() - began:.0f} s", flush=True)
+        except (ValueError, RuntimeError, OSError) as error:  # one cell's fault is not the others'
+            failures.append(f"{folder}: {error}")
+    return failures
+
+
+def _summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    scores = suite.table(results)
+    if not scores:
+        console.print("no finished run with a score yet")
+        return {"results": list(results)}
+    datasets = sorted({d for row in scores.values() for d in row})
+    words = Table("algorithm", *datasets, "IQM", "mean", title="normalised score, mean over the last ten evaluations")
+    total = suite.aggregate(scores)
+    for algorithm, row in scores.items():
+        cells = []
+        for d in datasets:
+            x = torch.tensor(row.get(d, []))
+            cells.append("-" if not len(x) else f"{x.mean():.1f} ± {x.std(correction=0):.1f} ({len(x)})")
+        whole = [str(total[algorithm][k]) if algorithm in total else "-" for k in ("iqm", "mean")]
+        words.add_row(algorithm, *cells, *whole)
+    console.print(words)
+    console.print(
+        "cells: mean ± standard deviation over seeds (their number); intervals: 95 %, stratified bootstrap, 50 000"
+    )
+    plain = {a: {k: [v.point, v.low, v.high] for k, v in row.items()} for a, row in total.items()}
+    return {"scores": scores, "aggregate": plain, "results": list(results), "versions": versions(), **machine()}
