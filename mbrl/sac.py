@@ -472,8 +472,10 @@ class SacConfig:
     agent learns. So data that show one narrow way to act are cloned beside Q, with the weights of TD3+BC (Fujimoto &
     Gu, NeurIPS 2021, whose alpha is one over this), and data that try everything leave the policy free."""
     cloning_end: float | None = field(default=None, metadata=ADDED)
-    """What `cloning` falls to, along a geometric series over `total` updates: values are learned near to the data, and
-    then followed (as Beeson & Montana, 2022, arXiv 2211.11802, relax TD3+BC at the end). None: it stays."""
+    """What `cloning` is once `cloning_hold` of `total` updates are done: values are learned near to the data, and then
+    followed (as Beeson & Montana, 2022, arXiv 2211.11802, relax TD3+BC at the end). The actor's learning rate falls to 0
+    twice, before and after. None: it stays."""
+    cloning_hold: float = field(default=0.8, metadata=ADDED)
     narrow: float = field(default=0.2, metadata=ADDED)
     """The behaviour's standard deviation, in an action of [-1, 1], at which `cloning` has half of its weight."""
     robust: float = field(default=0.0, metadata=ADDED)
@@ -517,6 +519,8 @@ class Sac(ActorCritic):
         if config.cloning_end is not None and not (config.cloning > 0 and config.cloning_end > 0):
             got = f"cloning_end={config.cloning_end} with cloning={config.cloning}"
             raise ValueError(f"agent: got {got}; expected both above 0, or None and what stays")
+        if config.cloning_end is not None and not 0 < config.cloning_hold < 1:
+            raise ValueError(f"agent: got cloning_hold={config.cloning_hold}; expected a share between 0 and 1")
         if config.robust < 0 or config.robust_eps < 0:
             raise ValueError(f"agent: got robust={config.robust}, robust_eps={config.robust_eps}; expected >= 0")
         if config.spectral is not None and (config.spectral <= 0 or config.spectral_iterations < 1):
@@ -594,7 +598,7 @@ class Sac(ActorCritic):
         first, last = self.config.cloning, self.config.cloning_end
         if last is None or not self.config.total:
             return first
-        return first * (last / first) ** self.part()
+        return last + (first - last) * (self.updates < self.held).to(self.actor.dtype)
 
     def pull(self, std: Tensor) -> Tensor:
         """How much of `cloning` remains where the behaviour has these standard deviations."""
@@ -793,9 +797,17 @@ class Sac(ActorCritic):
             return self.config.actor_lr
         return 0.5 * self.config.actor_lr * (1 + (math.pi * self.part()).cos())
 
+    @property
+    def held(self) -> int:
+        """After how many of `total` updates cloning changes."""
+        config = self.config
+        return 0 if config.cloning_end is None else min(round(config.cloning_hold * config.total), config.total - 1)
+
     def part(self) -> Tensor:
-        """[]: of `total` updates, how many are done."""
-        return (self.updates.to(self.actor.dtype) / self.config.total).clamp(max=1)
+        """[]: of `total` updates, or of those before and those after cloning changes, how many are done."""
+        done, held, total = self.updates.to(self.actor.dtype), self.held, self.config.total
+        after = ((done - held) / (total - held)).clamp(max=1)
+        return torch.where(done < held, done / max(held, 1), after)
 
 
 def log_density(u: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:

@@ -342,24 +342,46 @@ def test_cloning_pulls_to_data_that_show_one_way_to_act_and_leaves_free_where_th
     assert (a > 0.15) == (spread < 0.3)
 
 
-def test_cloning_falls_along_a_geometric_series():
-    """To its last value at the last of `total` updates, and no further."""
+def test_cloning_is_held_and_then_let_go():
+    """Before and after it is the agent that knows only the one value, on its own part of the updates."""
     spec, g = Spec(4, 2), gen(6)
     batch, noise = random_batch(spec, 2, 16, g), random_noise(spec, 2, 16, g)
-    build = lambda **kw: SacConfig(hidden=(8,), total=8, **kw).build(spec, gen(1), 2, DOUBLE)
-    for done, want in ((0, 0.8), (4, 0.4), (8, 0.2), (20, 0.2)):
-        falls, stays = build(cloning=0.8, cloning_end=0.2), build(cloning=want)
+    build = lambda **kw: SacConfig(hidden=(8,), **kw).build(spec, gen(1), 2, DOUBLE)
+    for done, want, total, at in (
+        *((0, 0.8, 8, 0), (4, 0.8, 8, 4), (7, 0.8, 8, 7)),
+        *((8, 0.2, 4, 0), (10, 0.2, 4, 2), (12, 0.2, 4, 4), (20, 0.2, 4, 4)),
+    ):
+        falls = build(cloning=0.8, cloning_end=0.2, cloning_hold=2 / 3, total=12)
+        stays = build(cloning=want, total=total)
         falls.updates.fill_(done)
-        stays.updates.fill_(done)
+        stays.updates.fill_(at)
         torch.testing.assert_close(falls.actor_loss(falls.actor, batch.obs, noise[0], 16), stays.actor_loss(
             stays.actor, batch.obs, noise[0], 16))  # fmt: skip
         found, expected = falls.update(batch, noise, 16), stays.update(batch, noise, 16)
         torch.testing.assert_close(found["cloning"], expected["cloning"])
         torch.testing.assert_close(falls.actor_adam.m, stays.actor_adam.m)
+        torch.testing.assert_close(falls.actor, stays.actor)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7])
+def test_the_last_update_is_one_without_cloning_held(total):
+    agent = SacConfig(hidden=(8,), cloning=0.8, cloning_end=0.2, total=total).build(Spec(1, 1), gen(), 1, DOUBLE)
+    rates = []
+    for done in range(total + 1):
+        agent.updates.fill_(done)
+        rates.append((float(agent.cloning()), float(agent.actor_lr())))
+    assert rates[total - 1][0] == rates[total][0] == pytest.approx(0.2)
+    assert rates[total][1] == 0 and min(lr for _, lr in rates[:total]) > 0
 
 
 def test_a_policy_cannot_be_pushed_away_from_the_data():
-    for bad in ({"cloning": -1.0}, {"narrow": -1.0}, {"cloning_end": 1.0}, {"cloning_end": 0.0, "cloning": 1.0}):
+    for bad in (
+        {"cloning": -1.0},
+        {"narrow": -1.0},
+        {"cloning_end": 1.0},
+        {"cloning_end": 0.0, "cloning": 1.0},
+        {"cloning_hold": 1.0, "cloning_end": 0.1, "cloning": 1.0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
             SacConfig(**bad).build(Spec(1, 1), gen())
 
