@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mbrl import cli_offline
+from mbrl import cli_evaluate
 from mbrl import device as devices
 from mbrl.offline import digest
 from mbrl.planner import LOOP
@@ -37,8 +37,8 @@ def main(args: Args) -> None:
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for folder in args.runs:
         run, began = Run.open(folder), time.perf_counter()
-        settings = cli_offline.Evaluate(folder, episodes=args.episodes, seed=args.seed, plan=True)
-        found = cli_offline.returns_of(run, cli_offline.load_agent(run)[0], settings)
+        settings = cli_evaluate.Evaluate(folder, episodes=args.episodes, seed=args.seed, plan=True)
+        found = cli_evaluate.returns_of(run, cli_evaluate.load_agent(run)[0], settings)
         result = run.result or {}
         key = {k: result.get(k) for k in ("dataset", "algorithm", "seeds", "sha256", "updates")}
         mean = lambda what, found=found: [sum(r) / len(r) for r in found[what]]

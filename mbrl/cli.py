@@ -19,8 +19,9 @@ from mbrl import offline
 from mbrl.choices import LEARNERS, PLAIN, console
 from mbrl.cli_continual import Continual, run_continual
 from mbrl.cli_control import Online, Plan, run_online, run_plan
+from mbrl.cli_evaluate import Evaluate, run_evaluate
 from mbrl.cli_meta import Meta, run_meta
-from mbrl.cli_offline import Evaluate, Offline, run_evaluate, run_offline
+from mbrl.cli_offline import Offline, run_offline
 from mbrl.cli_reconstruct import Reconstruct, run_reconstruct
 from mbrl.cli_suite import Suite, run_suite
 from mbrl.core import Diverged

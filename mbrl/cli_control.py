@@ -4,7 +4,8 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +39,6 @@ class Driving:
     what is given beside and differs from them is refused, but for --threads and --quiet."""
     out: Path | None = None
     """The run folder; runs/<env>/<command>-<seed> by default."""
-    seed: int | None = None
-    """Drawn, and recorded, where none is given."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 is torch's own choice."""
@@ -50,6 +49,8 @@ class Driving:
 class Plan(Driving):
     """Control an environment by planning: learn its model on the way (PETS), or plan with one that is there."""
 
+    seed: int | None = None
+    """Drawn, and recorded, where none is given."""
     model: str | None = None
     """Plan with this instead of learning: the folder of a finished `mbrl plan`; of a finished `mbrl meta`, whose
     context then follows each episode; or "true", the simulator itself."""
@@ -73,6 +74,9 @@ class Plan(Driving):
 class Online(Driving):
     """Learn a policy in an environment through a model of it (MBPO)."""
 
+    seeds: tuple[int, ...] = ()
+    """Several learn side by side, each in an environment of its own. One is drawn, and recorded, where none is
+    given."""
     steps: int | None = None
     """Of the environment, instead of the setting's own number."""
     episodes: int = 10
@@ -96,12 +100,12 @@ def opened(env_id: str | None) -> Any:
     return worlds.make(env_id)
 
 
-def functions(env_id: str, env: Any, reward: str) -> tuple[Any, Any]:
+def functions(env_id: str, obs: int, reward: str) -> tuple[Any, Any]:
     """(reward, terminal) of the task, each None where it is not known; the reward also where it is to be learned."""
     from mbrl_envs import tasks
 
     try:
-        task = tasks.task(env_id, env.observation_space.shape[0])
+        task = tasks.task(env_id, obs)
     except ValueError:  # a variant with other observations: what it lacks is learned
         task = None
     return (task.reward if task and reward == "task" else None), (task.terminal if task else None)
@@ -114,7 +118,7 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int) -> Any:
 
     stream = devices.generator(seed)
     if env_id in control.TRUTHS:
-        _, terminal = functions(env_id, env, "task")
+        _, terminal = functions(env_id, spec_of(env).obs, "task")
         one = replace(worth, particles=1)
         return Mpc(planner, one, control.TRUTHS[env_id](), generator=stream, terminal=terminal)
     if worth.limit < math.inf or worth.pessimism:
@@ -142,7 +146,7 @@ def run_plan(args: Plan) -> Run:
     device = devices.pick(args.device)
     env = opened(args.env)
     try:
-        reward, terminal = functions(args.env, env, args.reward)
+        reward, terminal = functions(args.env, spec_of(env).obs, args.reward)
         began = time.perf_counter()
         config = PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
         with run:
@@ -162,7 +166,8 @@ def run_plan(args: Plan) -> Run:
                 "planner": to_plain(args.planner), "returns": returns, "last10": last.mean().item(),
                 "steps": returns[-1][0], "wall_s": round(wall, 1), **machine(), "versions": versions(),
             }  # fmt: skip
-            draw(run.folder / "report.png", f"{args.env}, seed {args.seed}", returns, args.random * (not args.model))
+            random = args.random * (not args.model)
+            draw(run.folder / "report.png", f"{args.env}, seed {args.seed}", {args.seed: returns}, random)
             write_json(run.folder / "result.json", out)
         if not args.quiet:
             words = Table("episode", "environment steps", "return", title=f"{args.env}, planning")
@@ -186,13 +191,13 @@ def _check_plan(args: Plan, env: Any) -> None:
             "over one"
         )
     if args.model is None:
-        reward, terminal = functions(str(args.env), env, args.reward)
+        reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
         learner = args.dynamics.build(spec_of(env), devices.generator(0))
         Mpc(args.planner, args.worth, learner, generator=devices.generator(0), reward=reward, terminal=terminal)
         return
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1 where nothing is learned")
-    reward, terminal = functions(str(args.env), env, args.reward)
+    reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
     controller = _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
     if args.video and isinstance(controller, ByValue):
         raise ValueError("--video: a plan in the true simulator is of one environment alone; leave --video out")
@@ -286,50 +291,61 @@ def run_online(args: Online) -> Run:
         args = replace(args, setting=replace(args.setting, steps=args.steps))
     run, args = _begin(args, Online, "online", _check_online)
     assert args.env is not None
-    assert args.seed is not None
-    env = opened(args.env)
-    try:
-        world = World(env)
-        reward, terminal = functions(args.env, env, args.reward)
-        evaluate = worlds.evaluator(
-            args.env, episodes=args.episodes, seed=10_000 + 1_000 * args.seed, act_low=world.low,
-            act_high=world.high, obs=world.spec.obs,
+    with ExitStack() as stack:
+        envs = [stack.enter_context(closing(opened(args.env))) for _ in args.seeds]
+        world = World(envs[0])
+        reward, terminal = functions(args.env, world.spec.obs, args.reward)
+        judge = functools.partial(
+            worlds.evaluator, args.env, episodes=args.episodes, act_low=world.low, act_high=world.high,
+            obs=world.spec.obs,
         )  # fmt: skip
         began = time.perf_counter()
         with run:
-            result = online.train(
-                args.setting, env, dynamics=args.dynamics, fitting=args.fitting, terminal=terminal, reward=reward,
-                evaluate=evaluate, seed=args.seed, device=devices.pick(args.device), record=run,
+            results = online.train_together(
+                args.setting, envs, seeds=args.seeds, dynamics=args.dynamics, fitting=args.fitting, terminal=terminal,
+                reward=reward, evaluate=[judge(seed=10_000 + 1_000 * seed) for seed in args.seeds],
+                device=devices.pick(args.device), record=run,
             )  # fmt: skip
-            wall = time.perf_counter() - began
-            curve = [(n, float(torch.tensor(r).mean())) for n, r in result.returns]
+            wall, seconds = time.perf_counter() - began, results[0].seconds
+            curves = {
+                seed: [(n, torch.tensor(r).mean().item()) for n, r in result.returns]
+                for seed, result in zip(args.seeds, results, strict=True)
+            }
             out = {
-                "env": args.env, "seed": args.seed, "model": type(args.dynamics).__name__, "returns": result.returns,
-                "episodes": result.episodes, "seconds": {k: round(v, 2) for k, v in result.seconds.items()},
-                "wall_s": round(wall, 1), **machine(), "versions": versions(),
+                "env": args.env, "seeds": list(args.seeds), "model": type(args.dynamics).__name__,
+                "returns": [(n, [x.returns[i][1][0] for x in results]) for i, (n, _) in enumerate(results[0].returns)],
+                "episodes": [result.episodes for result in results],
+                "seconds": {k: round(v, 2) for k, v in seconds.items()}, "wall_s": round(wall, 1), **machine(),
+                "versions": versions(),
             }  # fmt: skip
-            if curve:
-                out |= {"final": curve[-1][1], "last10": sum(r for _, r in curve[-10:]) / len(curve[-10:])}
-                draw(run.folder / "report.png", f"{args.env}, seed {args.seed}", curve, 0)
+            out |= {"final": [curve[-1][1] for curve in curves.values()]}
+            out |= {"last10": [result.last(10).item() for result in results]}
+            draw(run.folder / "report.png", f"{args.env}, {_seeds(args.seeds)}", curves, 0)
             write_json(run.folder / "result.json", out)
         if not args.quiet:
-            for key in ("final", "last10"):
-                if key in out:
-                    console.print(f"{key}: {out[key]:.1f}")
-            console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in result.seconds.items())}")
+            words = Table("seed", "last-10 mean", "final", title=f"{args.env}, {type(args.dynamics).__name__}")
+            for seed, last, final in zip(args.seeds, out["last10"], out["final"], strict=True):
+                words.add_row(str(seed), f"{last:.1f}", f"{final:.1f}")
+            console.print(words)
+            console.print("last-10: mean over the last ten evaluations; never the best one.")
+            console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}")
             console.print(f"figure: {run.folder / 'report.png'}    curves: tensorboard --logdir {run.folder}")
-    finally:
-        env.close()
     return run
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _check_online(args: Online, env: Any) -> None:
     """Before there is a folder. Raises ValueError for what cannot be learned."""
     assert args.env is not None
     online.check(args.setting)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds: got {' '.join(map(str, args.seeds))}; expected none twice")
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1")
-    if args.reward == "task" and functions(args.env, env, args.reward)[0] is None:
+    if args.reward == "task" and functions(args.env, spec_of(env).obs, args.reward)[0] is None:
         raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")
     for part in (args.dynamics, args.setting.agent):
         part.build(spec_of(env), devices.generator(0))
@@ -350,7 +366,10 @@ def _begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) 
         only_its_own(run, args, old, **{k: v for k, v in presets.items() if hasattr(args, k)})
         run.rewind()
         return run, replace(old, quiet=args.quiet, device=run.local["device"], out=run.folder)
-    seed = devices.fresh_seed() if args.seed is None else args.seed
+    if isinstance(args, Online):
+        args = replace(args, seeds=args.seeds or (devices.fresh_seed(),))
+    elif args.seed is None:
+        args = replace(args, seed=devices.fresh_seed())
     device = devices.pick(args.device)
     env = opened(args.env)  # what is wrong is found before there is a folder
     try:
@@ -359,26 +378,28 @@ def _begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) 
     finally:
         env.close()
     stem = str(args.env).replace("/", "_")
-    out = args.out or Path("runs") / stem / f"{name}-{seed}"
-    kept = replace(args, seed=seed, out=None, quiet=False)
+    label = "-".join(map(str, args.seeds)) if isinstance(args, Online) else args.seed
+    out = args.out or Path("runs") / stem / f"{name}-{label}"
+    kept = replace(args, out=None, quiet=False)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in to_plain(kept).items()}
     config = {"algorithm": name, "arguments": plain}
     local = {"device": str(device), "threads": torch.get_num_threads()}
-    return Run.create(out, config, local, quiet=args.quiet), replace(args, seed=seed, out=out)
+    return Run.create(out, config, local, quiet=args.quiet), replace(args, out=out)
 
 
-def draw(path: Path, title: str, returns: Sequence[tuple[int, float]], random: int) -> None:
-    """Return against environment steps; the first `random` points are of random actions."""
+def draw(path: Path, title: str, curves: Mapping[int, Sequence[tuple[int, float]]], random: int) -> None:
+    """Return against environment steps for each seed; the first `random` points are of random actions."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    steps, values = zip(*returns, strict=True)
-    ax.plot(steps, values, marker="o", ms=4)
-    if random:
-        ax.plot(steps[:random], values[:random], "o", color="gray", label="random actions")
+    for seed, curve in curves.items():
+        steps, values = zip(*curve, strict=True)
+        ax.plot(steps, values, marker="o", ms=4, label=f"seed {seed}")
+        ax.plot(steps[:random], values[:random], "o", color="gray", label="random actions" if random else None)
+    if random or len(curves) > 1:
         ax.legend()
     ax.set(title=title, xlabel="environment steps", ylabel="undiscounted return")
     save_figure(figure, path)

@@ -1,26 +1,23 @@
-"""The commands around one offline run: `mbrl offline` and `mbrl eval`."""
+"""The command `mbrl offline`."""
 
-import copy
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from rich.table import Table
 
 from mbrl import device as devices
 from mbrl import mpc, offline
 from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console, only_its_own
+from mbrl.cli_control import functions
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
 from mbrl.terminal import TerminalConfig, restored
-
-# ---------------------------------------------------------------- the two commands
 
 
 @dataclass(frozen=True)
@@ -65,24 +62,6 @@ class Offline:
     """What learns; its settings follow its name."""
     dynamics: Learner = field(default_factory=EnsembleConfig)  # pyright: ignore[reportInvalidTypeForm]
     """The model of the world; its settings follow its name."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Run a trained policy in the true simulator."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    episodes: int = 20
-    seed: int = 1_000
-    """Of the episodes' initial states; another than training's."""
-    env: str | None = None
-    """Instead of the run's own."""
-    plan: bool = False
-    """Plan over the policy in the run's fitted model (LOOP), and show the gain."""
-    export: Path | None = None
-    """Write the policy as a stable-baselines3 SAC checkpoint."""
-    video: Path | None = None
-    """Write an .mp4 or .gif of one episode (MUJOCO_GL=egl where there is no screen)."""
 
 
 # ---------------------------------------------------------------- mbrl offline
@@ -219,15 +198,10 @@ class World:
     def of(cls, args: Offline, data: Any) -> "World":
         """Raises ValueError where the settings name what there is not, or an environment that does not fit the data."""
         from mbrl_envs import evaluate as worlds
-        from mbrl_envs import tasks
 
         env = args.env or data.env or None
         env = None if env == "none" else env
-        try:
-            task = tasks.task(env, data.spec.obs) if env else None
-        except ValueError:  # a variant with other observations: its termination and reward are learned
-            task = None
-        reward = task.reward if task and args.reward == "task" else None
+        reward, terminal = functions(env, data.spec.obs, args.reward) if env else (None, None)
         if args.reward == "task" and reward is None:
             raise ValueError(
                 f"--reward task: no reward function is known for {env or data.name}; leave it to the learner"
@@ -244,7 +218,7 @@ class World:
         scale = scale_of(args.scale) if args.scale else scale_of(env or data.name, None if args.env else data)
         if args.scale and scale is None:
             raise ValueError(f"--scale {args.scale}: no reference scores are known; `mbrl data scores ID` asks for one")
-        return cls(env, evaluate, task.terminal if task else None, reward, scale)
+        return cls(env, evaluate, terminal, reward, scale)
 
 
 def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
@@ -270,9 +244,9 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
         )
         planned = None
         if args.plan:
-            models = [_fitted(run, args, s, data.spec) for s in args.seeds]
-            terminal = world.terminal or offline.learn_terminal(data, TerminalConfig(), args.seeds[0], run)
-            planned = _planned(result.agent, models, args.seeds, world.evaluate, terminal, world.reward, data.dt)
+            models = [fitted(run, args, s, data.spec) for s in args.seeds]
+            ends = [world.terminal or offline.learn_terminal(data, TerminalConfig(), args.seeds[0], run)] * len(models)
+            planned = planned_over(result.agent, models, args.seeds, world.evaluate, ends, world.reward, data.dt)
         finish(run, args, data, result, world, time.perf_counter() - began, planned)
     return run
 
@@ -287,14 +261,14 @@ def _check_plan(args: Offline, world: "World") -> None:
         raise ValueError("--plan: there is no environment to plan in; leave --plan or --env none out")
 
 
-def _learned_end(run: Run, args: Offline, spec: Spec) -> Any:
+def learned_end(run: Run, args: Offline, spec: Spec) -> Any:
     """The termination head that a run has learned, or None."""
     facts, config = run.config["data"], TerminalConfig()
     kept = run.load(offline.fitted_name("terminal", facts["sha256"], facts["steps"], config, args.seeds[0]))
     return None if kept is None else restored(kept[0], spec, config).to(devices.pick(args.device))
 
 
-def _fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
+def fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
     """The model that a run was learned in, without the filter around it, whose cost at every step of every candidate
     a plan cannot bear. Raises RunError where it is gone."""
     facts = run.config["data"]
@@ -307,12 +281,12 @@ def _fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
     return model.eval().to(devices.pick(args.device))
 
 
-def _planned(
-    agent: Any, models: Any, seeds: Any, evaluate: Any, terminal: Any, reward: Any, dt: float
+def planned_over(
+    agent: Any, models: Any, seeds: Any, evaluate: Any, ends: Any, reward: Any, dt: float
 ) -> list[list[float]]:
-    """Returns [seeds][episodes] of planning over each seed's policy."""
+    """Returns [seeds][episodes] of planning over each seed's policy, in its model and under its termination."""
     found = []
-    for i, (seed, model) in enumerate(zip(seeds, models, strict=True)):
+    for i, (seed, model, terminal) in enumerate(zip(seeds, models, ends, strict=True)):
         device = next(model.parameters()).device
         stream = devices.generator(seed, device)
         control = mpc.over(agent, i, model, generator=stream, terminal=terminal, reward=reward, dt=dt)
@@ -407,83 +381,3 @@ def finish(
     console.print(f"scale: {scale}" if scale else "no reference scores are known for this environment")
     console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in result.seconds.items())}")
     console.print(f"figure: {run.folder / 'report.png'}    curves: tensorboard --logdir {run.folder}")
-
-
-# ---------------------------------------------------------------- mbrl eval
-
-
-def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[float]]]:
-    """Undiscounted returns [seeds][episodes] of a run's "policy", its agent, and, with `args.plan`, "planned" over it,
-    from the same initial states. Raises RunError where the run names no environment, or there is nothing to plan
-    with."""
-    from mbrl_envs import evaluate as worlds
-    from mbrl_envs import tasks
-
-    settings = from_plain(run.config["arguments"], (*KNOWN, Offline))
-    env = args.env or (run.result or {}).get("env")
-    if env is None:
-        raise RunError(f"{args.run}: the run names no environment; pass --env")
-    facts = run.config["data"]
-    bounds = {k: facts[k] for k in ("act_low", "act_high")} if args.env is None else {}
-    evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed, obs=agent.spec.obs, **bounds)
-    seeds = settings.seeds
-    found = {"policy": [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(seeds))]}
-    if not args.plan:
-        return found
-    if settings.algorithm.imagination is None or not isinstance(settings.algorithm.agent, SacConfig):
-        raise RunError(f"--plan: {args.run} has no model or no critic to plan with; leave --plan out")
-    run.shared = Path(run.local["models"]) if run.local.get("models") else None
-    settings = replace(settings, device="auto")  # the run may be from another machine
-    models = [_fitted(run, settings, s, agent.spec) for s in seeds]
-    try:
-        task = tasks.task(env, agent.spec.obs)
-    except ValueError:  # as in `World.of`
-        task = None
-    reward = task.reward if task and settings.reward == "task" else None
-    terminal = task.terminal if task else _learned_end(run, settings, agent.spec)
-    agent = copy.deepcopy(agent).to(devices.pick())
-    dt = facts.get("dt", 1.0)
-    return found | {"planned": _planned(agent, models, seeds, evaluate, terminal, reward, dt)}
-
-
-def run_evaluate(args: Evaluate) -> list[list[float]]:
-    """The command `mbrl eval`; returns [seeds][episodes]."""
-    from mbrl_envs import adapters
-    from mbrl_envs import evaluate as worlds
-
-    run = Run.open(args.run)
-    agent, data = load_agent(run)
-    found = returns_of(run, agent, args)
-    seeds = from_plain(run.config["arguments"], (*KNOWN, Offline)).seeds
-    result = run.result or {}
-    env = str(args.env or result.get("env"))
-    scale = result.get("scale")
-    words = Table("seed", "mean return", "std", "min", "max", "score", title=f"{env}, {args.episodes} episodes, {data}")
-    for what, rows in found.items():
-        for seed, row in zip(seeds, rows, strict=True):
-            x = torch.tensor(row)
-            score = f"{100 * (x.mean() - scale[0]) / (scale[1] - scale[0]):.1f}" if scale else "-"
-            cells = (x.mean(), x.std(correction=0), x.min(), x.max())
-            name = str(seed) if what == "policy" else f"{seed}, {what}"
-            words.add_row(name, *(f"{v:.1f}" for v in cells), score)
-    console.print(words)
-    if args.export:
-        adapters.to_sb3(agent, env, args.export)
-        console.print(f"stable-baselines3 checkpoint: {args.export}")
-    if args.video:
-        worlds.video(offline.policy_of(agent), env, args.video)
-        console.print(f"video: {args.video}")
-    return found["policy"]
-
-
-def load_agent(run: Run) -> tuple[Any, str]:
-    """The trained agent of a run, and the name of its data. Raises RunError where there is none."""
-    settings = from_plain(run.config["arguments"], (*KNOWN, Offline))
-    kept = run.load("agent")
-    if kept is None:
-        raise RunError(f"{run.folder}: no trained policy yet; continue it with `mbrl offline --resume {run.folder}`")
-    widths = kept[1]["spec"]
-    spec = Spec(*widths)
-    agent = settings.algorithm.agent.build(spec, devices.generator(0), seeds=len(settings.seeds))
-    agent.load_state_dict(kept[0])
-    return agent, run.config["data"]["name"]

@@ -38,7 +38,7 @@ from mbrl.offline import (
     rollouts,
 )
 from mbrl.sac import Sac, SacConfig, local_lipschitz, value_aware_error
-from mbrl.terminal import TerminalConfig, fit_terminal
+from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal, restored
 
 PROBE = 1000  # transitions at most from which the value's steepness and the model's error are read
 
@@ -202,7 +202,7 @@ def train_together(
     capacity = config.retain * config.rollouts * config.horizon.most
     buffer = Buffer(many, capacity, spec, device=device)
     n_real = int(config.batch * config.real_ratio)
-    heads: list[Terminal | None] = [terminal] * many
+    heads: list[TerminalHead | None] = [None] * many  # where the task's termination is learned
     which = torch.arange(many, device=device)[:, None]
 
     def update(pick: Tensor, uniform: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -224,6 +224,8 @@ def train_together(
         agent.load_state_dict(part("agent."))
         for s, model in enumerate(models):
             model.load_state_dict(part(_key("model", s, many) + "."))
+            if head := part(_key("terminal", s, many) + "."):
+                heads[s] = restored(head, spec, TerminalConfig()).to(device)
         buffer.load_state_dict(part("buffer."))
         sums = {k: v.to(device) for k, v in part("sums.").items()}
         generator.set_state(tensors["generator"].cpu())
@@ -244,6 +246,8 @@ def train_together(
             tensors |= {f"{name}.{k}": v for k, v in state.state_dict().items()}
         for s, model in enumerate(models):
             tensors |= {f"{_key('model', s, many)}.{k}": v for k, v in model.state_dict().items()}
+            if (head := heads[s]) is not None:
+                tensors |= {f"{_key('terminal', s, many)}.{k}": v for k, v in head.state_dict().items()}
         tensors |= {f"sums.{k}": v for k, v in sums.items()}
         facts = {"steps": done, "episode": list(episode), "counted": counted, "counts": [list(x) for x in counts]}
         facts |= {"seconds": dict(lap.seconds), "returns": list(returns), "starts": [list(m.starts) for m in mets]}
@@ -277,14 +281,13 @@ def train_together(
             model.eval()
             figures = {"epochs": float(report.epochs), "holdout": sum(report.best) / len(report.best)}
             record.log("model", step, figures | told_of(s))
-            if terminal is None:
-                heads[s] = fit_terminal(data, TerminalConfig(), generator)
+            ends = terminal
+            if ends is None:
+                ends = heads[s] = fit_terminal(data, TerminalConfig(), generator)
             lap("fit")
-            head = heads[s]
-            assert head is not None
             counts[s] = [*counts[s][1 - config.retain :], 0] if config.retain > 1 else [0]
             logs: dict[str, float] = {}
-            for batch, log in rollouts(agent.one(s), model, data, head, reward, imagination, math.inf, generator):
+            for batch, log in rollouts(agent.one(s), model, data, ends, reward, imagination, math.inf, generator):
                 buffer.add(s, batch)
                 counts[s][-1] += len(batch.obs)
                 logs = {k: logs.get(k, 0.0) + v for k, v in log.items()}
@@ -352,6 +355,8 @@ def train_together(
     facts = {"spec": [spec.obs, spec.act], "updates": int(agent.updates), "returns": returns, "seconds": lap.seconds}
     for s, model in enumerate(models):
         record.save(_key("model", s, many), model.state_dict(), {})
+        if (head := heads[s]) is not None:
+            record.save(_key("terminal", s, many), head.state_dict(), {})
     record.save("agent", agent.state_dict(), facts)
     return [
         OnlineResult(
@@ -360,6 +365,21 @@ def train_together(
         )
         for s in whose
     ]  # fmt: skip
+
+
+def learned(record: Record, dynamics: Any, spec: Spec, seeds: int) -> tuple[list[Any], list[TerminalHead | None]]:
+    """Of a finished run of so many seeds: each one's model, and its termination, where that was learned. dynamics: the
+    learner's config. Raises ValueError where the record holds none."""
+    models: list[Any] = []
+    ends: list[TerminalHead | None] = []
+    for s in range(seeds):
+        kept, end = record.load(_key("model", s, seeds)), record.load(_key("terminal", s, seeds))
+        if kept is None:
+            raise ValueError("online: the run holds no model yet; expected one that has finished")
+        models.append(dynamics.build(spec, devices.generator(0)).eval())
+        models[-1].load_state_dict(kept[0])
+        ends.append(None if end is None else restored(end[0], spec, TerminalConfig()))
+    return models, ends
 
 
 def _key(name: str, s: int, many: int) -> str:

@@ -473,8 +473,8 @@ class SacConfig:
     Gu, NeurIPS 2021, whose alpha is one over this), and data that try everything leave the policy free."""
     cloning_end: float | None = field(default=None, metadata=ADDED)
     """What `cloning` is once `cloning_hold` of `total` updates are done: values are learned near to the data, and then
-    followed (as Beeson & Montana, 2022, arXiv 2211.11802, relax TD3+BC at the end). The actor's learning rate falls to 0
-    twice, before and after. None: it stays."""
+    followed (as Beeson & Montana, 2022, arXiv 2211.11802, relax TD3+BC at the end). The actor's learning rate falls
+    to 0 twice, before and after. None: it stays."""
     cloning_hold: float = field(default=0.8, metadata=ADDED)
     narrow: float = field(default=0.2, metadata=ADDED)
     """The behaviour's standard deviation, in an action of [-1, 1], at which `cloning` has half of its weight."""

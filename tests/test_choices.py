@@ -20,7 +20,7 @@ OWN = {
     "plan": Plan(
         env="Nowhere-v0", seed=3, episodes=4, planner=replace(CEM, samples=90), dynamics=SingleConfig(hidden=(8, 8))
     ),
-    "online": Online(env="Nowhere-v0", seed=3, steps=700, setting=OnlineConfig(steps=700)),
+    "online": Online(env="Nowhere-v0", seeds=(3,), steps=700, setting=OnlineConfig(steps=700)),
     "reconstruct": Reconstruct(data="gone", seeds=(3,), dynamics=RECONSTRUCTORS["plrnn-gtf"]),
 }
 CASES = [

@@ -17,7 +17,7 @@ import torch
 from mbrl_envs import datasets as worlds
 from mbrl_envs import tasks
 
-from mbrl import choices, cli, cli_offline, mpc, offline
+from mbrl import choices, cli, cli_evaluate, cli_offline, mpc, offline
 from mbrl.run import Run
 from mbrl.terminal import TerminalConfig, TerminalHead
 
@@ -162,11 +162,11 @@ def test_eval_gives_actions_the_meaning_that_they_have_in_the_data(finished, mon
     run = Run.open(finished)
     config = run.config
     assert (config["data"]["act_low"], config["data"]["act_high"]) == ([-2.0], [2.0])
-    wide = cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=1))
+    wide = cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1))
     config["data"] |= {"act_low": [-0.5], "act_high": [0.5]}
     monkeypatch.setattr(Run, "config", config)
-    assert cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=1)) != wide
-    assert cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
+    assert cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1)) != wide
+    assert cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
 
 
 def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
@@ -175,7 +175,7 @@ def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
     path = tmp_path / "policy.zip"
     cli.main(["eval", str(finished), "--episodes", "2", "--export", str(path)])
     assert "Pendulum-v1" in capsys.readouterr().out
-    agent, _ = cli_offline.load_agent(Run.open(finished))
+    agent, _ = cli_evaluate.load_agent(Run.open(finished))
     obs = torch.randn(6, 3)
     ours = offline.policy_of(agent)(obs)
     theirs, _ = SAC.load(path, device="cpu").predict(obs.numpy(), deterministic=True)
@@ -192,7 +192,7 @@ def test_eval_plans_over_the_policy(finished, pendulum, monkeypatch, capsys):
         lambda agent, i, model, **kw: (seen.append((model, kw)), real(agent, i, model, **kw))[1],
     )
     monkeypatch.setattr(mpc.Mpc, "__call__", lambda self, obs: torch.full((len(obs), 1), 0.3))
-    constant = cli_offline.run_evaluate(cli_offline.Evaluate(finished, episodes=2, plan=True))
+    constant = cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=2, plan=True))
     assert "5, planned" in capsys.readouterr().out
     kept = Run.open(finished).load(next(p.stem for p in (finished / "checkpoints").glob("model-*.safetensors")))
     assert kept is not None
@@ -217,7 +217,7 @@ def test_eval_plans_to_the_end_that_the_run_has_learned(finished, tmp_path, monk
     seen, real = [], mpc.over
     monkeypatch.setattr(mpc, "over", lambda *args, **kw: (seen.append(kw["terminal"]), real(*args, **kw))[1])
     monkeypatch.setattr(mpc.Mpc, "__call__", lambda self, obs: torch.zeros(len(obs), 1))
-    cli_offline.run_evaluate(cli_offline.Evaluate(run.folder, episodes=1, plan=True))
+    cli_evaluate.run_evaluate(cli_evaluate.Evaluate(run.folder, episodes=1, plan=True))
     (found,) = seen
     assert all(torch.equal(v, found.state_dict()[k]) for k, v in head.state_dict().items() if k != "accuracy")
 
@@ -234,7 +234,7 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
     args[args.index("--updates=300")] = "--updates=1"
     cli.main(args)
     obs = torch.randn(6, 3)
-    before, after = (offline.policy_of(cli_offline.load_agent(Run.open(f))[0])(obs) for f in (finished, out))
+    before, after = (offline.policy_of(cli_evaluate.load_agent(Run.open(f))[0])(obs) for f in (finished, out))
     torch.testing.assert_close(before, after, atol=0.01, rtol=0)
 
 

@@ -6,8 +6,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from mbrl_envs import evaluate as worlds
+from stable_baselines3 import SAC
 
-from mbrl import cli, cli_control, mpc
+from mbrl import cli, cli_control, cli_evaluate, mpc, offline
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, to_plain
 
@@ -19,6 +21,24 @@ SMALL = ["planner:icem", "--planner.horizon", "4", "--planner.samples", "12", "-
 
 def plan(*options):
     cli.main([*PLAN, *options, *SMALL])
+
+
+class Edge(gym.Env):
+    """A point that a step moves by a tenth, on a strip that ends at 0.5 on either side. No task is known of it."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-0.4, 0.4, 1)
+        return self.x.astype(np.float32), {}
+
+    def step(self, act):
+        self.x = self.x + 0.1 * act
+        return self.x.astype(np.float32), float(1 - abs(self.x[0])), bool(abs(self.x[0]) > 0.5), False, {}
+
+
+gym.register("Edge-v0", f"{__name__}:Edge", max_episode_steps=25, disable_env_checker=True)
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +153,7 @@ def test_the_true_model_is_the_upper_bound(tmp_path, env):
 
 
 def test_online_leaves_a_run(tmp_path):
-    cli.main(["online", "--env", "InvertedPendulum-v5", "--seed", "0", "--steps", "120", "--quiet", "--threads", "1",
+    cli.main(["online", "--env", "InvertedPendulum-v5", "--seeds", "0", "--steps", "120", "--quiet", "--threads", "1",
               "--episodes", "1", "--out", str(tmp_path / "o"), "--setting.random", "60", "--setting.refit-every", "30",
               "--setting.rollouts", "50", "--setting.updates", "1", "--setting.evaluate-every", "60",
               "--setting.agent.hidden", "16", "--fitting.max-epochs", "2", "dynamics:single", "--dynamics.hidden",
@@ -141,10 +161,86 @@ def test_online_leaves_a_run(tmp_path):
     got = result(tmp_path / "o")
     assert {"fit", "rollout", "update", "environment"} <= set(got["seconds"])
     assert [n for n, _ in got["returns"]] == [60, 120]
-    assert got["final"] == pytest.approx(np.mean(got["returns"][-1][1]))
+    assert got["final"] == [pytest.approx(np.mean(got["returns"][-1][1]))]
     with pytest.raises(SystemExit) as refused:
         cli.main(["online", "--resume", str(tmp_path / "o")])
     assert refused.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory):
+    """An online run of two seeds in a world whose end is learned."""
+    out = tmp_path_factory.mktemp("online") / "o"
+    cli.main(["online", "--env", "Edge-v0", "--seeds", "3", "1", "--steps", "100", "--quiet", "--threads", "1",
+              "--episodes", "2", "--out", str(out), "--setting.random", "60", "--setting.refit-every", "40",
+              "--setting.rollouts", "50", "--setting.updates", "1", "--setting.evaluate-every", "50",
+              "--setting.agent.hidden", "16", "--fitting.max-epochs", "2", "dynamics:single", "--dynamics.hidden",
+              "16", "--dynamics.weight-decay", "0.0", "0.0"])  # fmt: skip
+    return out
+
+
+def test_online_learns_several_seeds_side_by_side(met):
+    """The command is `train_together`, and each of its evaluations is of that seed's policy."""
+    got = result(met)
+    assert got["seeds"] == [3, 1]
+    assert [(n, np.shape(r)) for n, r in got["returns"]] == [(50, (2, 2)), (100, (2, 2))]
+    agent, _ = cli_evaluate.load_agent(Run.open(met))
+    for s, seed in enumerate((3, 1)):
+        judge = worlds.evaluator("Edge-v0", episodes=2, seed=10_000 + 1_000 * seed)
+        assert [float(x) for x in judge(offline.policy_of(agent, s))] == got["returns"][-1][1][s]
+        assert got["final"][s] == pytest.approx(np.mean(got["returns"][-1][1][s]))
+        assert got["last10"][s] == pytest.approx(np.mean([r[s] for _, r in got["returns"]]))
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["online", "--env", "Edge-v0", "--seeds", "2", "2"])
+    assert refused.value.code == 2
+
+
+def test_an_online_policy_is_evaluated_and_exported(met, tmp_path, capsys):
+    """In the world it has learned in, for each of its seeds."""
+    cli.main(["eval", str(met), "--episodes", "3", "--seed", "7", "--export", str(tmp_path / "p.zip")])
+    assert "Edge-v0, 3 episodes" in capsys.readouterr().out
+    found = cli_evaluate.run_evaluate(cli_evaluate.Evaluate(met, episodes=3, seed=7))
+    agent, source = cli_evaluate.load_agent(Run.open(met))
+    judge = worlds.evaluator("Edge-v0", episodes=3, seed=7)
+    assert found == [[float(x) for x in judge(offline.policy_of(agent, s))] for s in range(2)]
+    assert found[0] != found[1]
+    assert source == "Edge-v0"
+    obs = torch.rand(5, 1)
+    theirs = SAC.load(tmp_path / "p.zip").predict(obs.numpy(), deterministic=True)[0]
+    torch.testing.assert_close(offline.policy_of(agent)(obs), torch.from_numpy(theirs), atol=1e-5, rtol=0)
+
+
+def test_over_an_online_policy_is_planned_in_its_own_model(met, monkeypatch):
+    """And under the termination that each seed has learned."""
+    given, real = [], mpc.over
+    monkeypatch.setattr(mpc, "over", lambda *args, **kw: (given.append((*args, kw)), real(*args, **kw))[1])
+    monkeypatch.setattr(mpc.Mpc, "__call__", lambda self, obs: torch.zeros(len(obs), 1))
+    run = Run.open(met)
+    cli_evaluate.run_evaluate(cli_evaluate.Evaluate(met, episodes=1, plan=True))
+    assert len(given) == 2
+    for s, (_, which, model, kw) in enumerate(given):
+        assert which == s
+        for name, module in ((f"model{s}", model), (f"terminal{s}", kw["terminal"])):
+            kept, _ = run.load(name) or pytest.fail(name)
+            state = module.state_dict()
+            assert kept.keys() == state.keys()
+            assert all(torch.equal(kept[k].nan_to_num(), v.cpu().nan_to_num()) for k, v in state.items())
+        assert kw["terminal"].endings > 0
+        assert kw["reward"] is None
+    one, other = (model.state_dict() for _, _, model, _ in given)
+    assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
+    Run.create(tmp_path / "p", {"algorithm": "plan", "arguments": to_plain(cli_control.Plan())}, {})
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["eval", str(tmp_path / "p")])
+    assert refused.value.code == 2
+    assert "mbrl plan" in capsys.readouterr().err
+    Run.create(tmp_path / "o", {"algorithm": "online", "arguments": to_plain(cli_control.Online())}, {})
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["eval", str(tmp_path / "o")])
+    assert "mbrl online --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -193,5 +289,5 @@ def test_a_run_of_another_command_is_not_continued(other, tmp_path, capsys):
 
 
 def test_the_figure_is_drawn_whole(tmp_path):
-    cli_control.draw(tmp_path / "x.png", "t", [(1, 2.0), (2, 3.0)], 1)
+    cli_control.draw(tmp_path / "x.png", "t", {0: [(1, 2.0), (2, 3.0)], 4: [(1, 1.0), (2, 5.0)]}, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]

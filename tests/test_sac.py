@@ -371,7 +371,8 @@ def test_the_last_update_is_one_without_cloning_held(total):
         agent.updates.fill_(done)
         rates.append((float(agent.cloning()), float(agent.actor_lr())))
     assert rates[total - 1][0] == rates[total][0] == pytest.approx(0.2)
-    assert rates[total][1] == 0 and min(lr for _, lr in rates[:total]) > 0
+    assert rates[total][1] == 0
+    assert min(lr for _, lr in rates[:total]) > 0
 
 
 def test_a_policy_cannot_be_pushed_away_from_the_data():

@@ -1,0 +1,131 @@
+"""The command `mbrl eval`: a policy that `mbrl offline` or `mbrl online` has learned, in the true simulator."""
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.table import Table
+
+from mbrl import device as devices
+from mbrl import offline, online
+from mbrl.choices import KNOWN, console
+from mbrl.cli_control import KINDS, Online, functions
+from mbrl.cli_offline import Offline, fitted, learned_end, planned_over
+from mbrl.core import Spec
+from mbrl.run import Run, RunError, from_plain
+from mbrl.sac import SacConfig
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Run a trained policy in the true simulator."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    episodes: int = 20
+    seed: int = 1_000
+    """Of the episodes' initial states; another than training's."""
+    env: str | None = None
+    """Instead of the run's own."""
+    plan: bool = False
+    """Plan over the policy in the run's fitted model (LOOP), and show the gain."""
+    export: Path | None = None
+    """Write the policy as a stable-baselines3 SAC checkpoint."""
+    video: Path | None = None
+    """Write an .mp4 or .gif of one episode (MUJOCO_GL=egl where there is no screen)."""
+
+
+def settings_of(run: Run) -> Offline | Online:
+    """What a run was started with. Raises RunError for one that learns no policy."""
+    arguments = run.config["arguments"]
+    kind = str(arguments.get("_type")).lower()
+    if kind not in ("offline", "online"):
+        raise RunError(
+            f"{run.folder}: is of `mbrl {kind}`, which learns no policy; expected `mbrl offline` or `online`"
+        )
+    return from_plain(arguments, (*KNOWN, Offline) if kind == "offline" else (*KINDS, Online))
+
+
+def load_agent(run: Run) -> tuple[Any, str]:
+    """The trained agent of a run, and the name of what it learned from. Raises RunError where there is none."""
+    settings = settings_of(run)
+    kept = run.load("agent")
+    if kept is None:
+        command = type(settings).__name__.lower()
+        raise RunError(f"{run.folder}: no trained policy yet; continue it with `mbrl {command} --resume {run.folder}`")
+    config = settings.algorithm.agent if isinstance(settings, Offline) else settings.setting.agent
+    agent = config.build(Spec(*kept[1]["spec"]), devices.generator(0), seeds=len(settings.seeds))
+    agent.load_state_dict(kept[0])
+    return agent, run.config["data"]["name"] if isinstance(settings, Offline) else str(settings.env)
+
+
+def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[float]]]:
+    """Undiscounted returns [seeds][episodes] of a run's "policy", its agent, and, with `args.plan`, "planned" over it,
+    from the same initial states. Raises RunError where the run names no environment, or there is nothing to plan
+    with."""
+    from mbrl_envs import evaluate as worlds
+
+    settings = settings_of(run)
+    env = args.env or (run.result or {}).get("env") or settings.env
+    if env is None:
+        raise RunError(f"{args.run}: the run names no environment; pass --env")
+    bounds: dict[str, Any] = {}
+    if isinstance(settings, Offline) and args.env is None:
+        bounds = {k: run.config["data"][k] for k in ("act_low", "act_high")}
+    evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed, obs=agent.spec.obs, **bounds)
+    seeds = settings.seeds
+    found = {"policy": [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(seeds))]}
+    if not args.plan:
+        return found
+    models, ends, dt = _models(run, settings, agent.spec)
+    reward, terminal = functions(env, agent.spec.obs, settings.reward)
+    ends = [terminal or end for end in ends]
+    agent = copy.deepcopy(agent).to(devices.pick())
+    return found | {"planned": planned_over(agent, models, seeds, evaluate, ends, reward, dt)}
+
+
+def _models(run: Run, settings: Offline | Online, spec: Spec) -> tuple[list[Any], list[Any], float]:
+    """What a run has learned to plan with: the model of each seed, its termination, where it was learned, and the
+    interval between steps. Raises RunError where there is none."""
+    many, device = len(settings.seeds), devices.pick()  # the run may be from another machine
+    if isinstance(settings, Offline):
+        if settings.algorithm.imagination is None or not isinstance(settings.algorithm.agent, SacConfig):
+            raise RunError(f"--plan: {run.folder} has no model or no critic to plan with; leave --plan out")
+        run.shared = Path(run.local["models"]) if run.local.get("models") else None
+        settings = replace(settings, device="auto")
+        models = [fitted(run, settings, s, spec) for s in settings.seeds]
+        return models, [learned_end(run, settings, spec)] * many, run.config["data"].get("dt", 1.0)
+    models, ends = online.learned(run, settings.dynamics, spec, many)
+    return [model.to(device) for model in models], [end and end.to(device) for end in ends], 1.0
+
+
+def run_evaluate(args: Evaluate) -> list[list[float]]:
+    """The command `mbrl eval`; returns [seeds][episodes]."""
+    from mbrl_envs import adapters
+    from mbrl_envs import evaluate as worlds
+
+    run = Run.open(args.run)
+    agent, source = load_agent(run)
+    found, settings = returns_of(run, agent, args), settings_of(run)
+    result = run.result or {}
+    env = str(args.env or result.get("env") or settings.env)
+    scale = result.get("scale")
+    title = f"{env}, {args.episodes} episodes" + (f", {source}" if source != env else "")
+    words = Table("seed", "mean return", "std", "min", "max", "score", title=title)
+    for what, rows in found.items():
+        for seed, row in zip(settings.seeds, rows, strict=True):
+            x = torch.tensor(row)
+            score = f"{100 * (x.mean() - scale[0]) / (scale[1] - scale[0]):.1f}" if scale else "-"
+            cells = (x.mean(), x.std(correction=0), x.min(), x.max())
+            name = str(seed) if what == "policy" else f"{seed}, {what}"
+            words.add_row(name, *(f"{v:.1f}" for v in cells), score)
+    console.print(words)
+    if args.export:
+        adapters.to_sb3(agent, env, args.export)
+        console.print(f"stable-baselines3 checkpoint: {args.export}")
+    if args.video:
+        worlds.video(offline.policy_of(agent), env, args.video)
+        console.print(f"video: {args.video}")
+    return found["policy"]
