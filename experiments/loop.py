@@ -37,6 +37,8 @@ def main(args: Args) -> None:
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for folder in args.runs:
         run, began = Run.open(folder), time.perf_counter()
+        if "data" not in run.config:
+            raise SystemExit(f"loop.py: {folder} has learned from no dataset; expected runs of `mbrl offline`")
         settings = cli_evaluate.Evaluate(folder, episodes=args.episodes, seed=args.seed, plan=True)
         found = cli_evaluate.returns_of(run, cli_evaluate.load_agent(run)[0], settings)
         result = run.result or {}

@@ -45,7 +45,7 @@ class Args:
     out: Path = Path("runs/offline_suite")
     seeds: tuple[int, ...] = (0, 1, 2)
     updates: int = 100_000
-    evaluate_every: int = 1_000
+    evaluate_every: int = 5_000
     workers: int = 2
     together: bool = False
     sets: tuple[str, ...] = tuple(SETS)

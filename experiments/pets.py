@@ -20,7 +20,7 @@ import torch
 import tyro
 from mbrl_envs import evaluate as worlds
 
-from mbrl import cli_control, mpc
+from mbrl import cli_control, cli_plan, mpc
 from mbrl import device as devices
 from mbrl.border import episode_seed
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -84,7 +84,7 @@ def row(task: str, seed: int, out: Path) -> dict[str, Any]:
     devices.keep_memory()
     s = SETTINGS[task]
     env = cli_control.opened(task)
-    reward, terminal = cli_control.functions(task, env, "task")
+    reward, terminal = cli_control.functions(task, env.observation_space.shape[0], "task")
     config = PetsConfig(s.planner, s.worth, random=1, episodes=s.episodes, fitting=s.fitting)
     folder = out / task.replace("/", "_") / f"{seed}-{settings_of(task)}"
     began = time.perf_counter()
@@ -95,7 +95,7 @@ def row(task: str, seed: int, out: Path) -> dict[str, Any]:
     control = result.mpc
     control.generator.manual_seed(episode_seed(seed, 50_000))  # whether or not the run was interrupted
     learned = evaluate(control, rows=control.rows).tolist()
-    truth = cli_control.truth(task, env, s.planner, s.worth, seed)
+    truth = cli_plan.truth(task, env, s.planner, s.worth, seed)
     true, clock = [], time.perf_counter()
     for i in range(s.true):
         truth.begin(1)

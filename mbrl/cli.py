@@ -18,10 +18,11 @@ from mbrl import device as devices
 from mbrl import offline
 from mbrl.choices import LEARNERS, PLAIN, console
 from mbrl.cli_continual import Continual, run_continual
-from mbrl.cli_control import Online, Plan, run_online, run_plan
+from mbrl.cli_control import Online, run_online
 from mbrl.cli_evaluate import Evaluate, run_evaluate
 from mbrl.cli_meta import Meta, run_meta
 from mbrl.cli_offline import Offline, run_offline
+from mbrl.cli_plan import Plan, run_plan
 from mbrl.cli_reconstruct import Reconstruct, run_reconstruct
 from mbrl.cli_suite import Suite, run_suite
 from mbrl.core import Diverged
@@ -187,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt as stop:
+        if isinstance(command, Evaluate):
+            sys.exit(130)
         named = (Plan, Online, Reconstruct, Continual, Meta)
         name = type(command).__name__.lower() if isinstance(command, named) else "offline"
         again = f"mbrl {name} --resume {shlex.quote(str(stop.args[0])) if stop.args else '<run folder>'}"

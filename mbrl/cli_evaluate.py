@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -30,7 +30,9 @@ class Evaluate:
     env: str | None = None
     """Instead of the run's own."""
     plan: bool = False
-    """Plan over the policy in the run's fitted model (LOOP), and show the gain."""
+    """Plan over the policy in the run's fitted model, and show the gain."""
+    plan_by: Literal["loop", "tdmpc"] = "loop"
+    """How: LOOP, or TD-MPC2's mixture."""
     export: Path | None = None
     """Write the policy as a stable-baselines3 SAC checkpoint."""
     video: Path | None = None
@@ -39,7 +41,7 @@ class Evaluate:
 
 def settings_of(run: Run) -> Offline | Online:
     """What a run was started with. Raises RunError for one that learns no policy."""
-    arguments = run.config["arguments"]
+    arguments = run.config.get("arguments") or {}
     kind = str(arguments.get("_type")).lower()
     if kind not in ("offline", "online"):
         raise RunError(
@@ -67,8 +69,10 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     with."""
     from mbrl_envs import evaluate as worlds
 
+    if args.plan_by != "loop" and not args.plan:
+        raise ValueError(f"--plan-by {args.plan_by}: says how --plan plans, which is not given; pass --plan too")
     settings = settings_of(run)
-    env = args.env or (run.result or {}).get("env") or settings.env
+    env = args.env or (settings.env if isinstance(settings, Online) else (run.result or {}).get("env"))
     if env is None:
         raise RunError(f"{args.run}: the run names no environment; pass --env")
     bounds: dict[str, Any] = {}
@@ -83,7 +87,7 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     reward, terminal = functions(env, agent.spec.obs, settings.reward)
     ends = [terminal or end for end in ends]
     agent = copy.deepcopy(agent).to(devices.pick())
-    return found | {"planned": planned_over(agent, models, seeds, evaluate, ends, reward, dt)}
+    return found | {"planned": planned_over(agent, models, seeds, evaluate, ends, reward, dt, args.plan_by)}
 
 
 def _models(run: Run, settings: Offline | Online, spec: Spec) -> tuple[list[Any], list[Any], float]:
@@ -110,7 +114,7 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     agent, source = load_agent(run)
     found, settings = returns_of(run, agent, args), settings_of(run)
     result = run.result or {}
-    env = str(args.env or result.get("env") or settings.env)
+    env = str(args.env or result.get("env") or settings.env)  # not none, or there would be no returns
     scale = result.get("scale")
     title = f"{env}, {args.episodes} episodes" + (f", {source}" if source != env else "")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=title)

@@ -15,6 +15,7 @@ from mbrl.cli_control import functions
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
+from mbrl.planner import OVER
 from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
 from mbrl.terminal import TerminalConfig, restored
@@ -50,7 +51,9 @@ class Offline:
     start: Path | None = None
     """Start from this policy: a stable-baselines3 SAC checkpoint, or a run folder."""
     plan: bool = False
-    """At the end, evaluate planning over the policy as well (LOOP), from the same initial states."""
+    """At the end, evaluate planning over the policy as well, from the same initial states."""
+    plan_by: Literal["loop", "tdmpc"] = "loop"
+    """How: LOOP, or TD-MPC2's mixture."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 is torch's own choice."""
@@ -147,7 +150,8 @@ def run_offline(args: Offline) -> Run:
     data = datasets.load(args.dataset, strict=args.strict, device=device)
     algorithm = args.algorithm
     algorithm = sized(algorithm, args.updates, args.evaluate_every)
-    if args.start is not None and not isinstance(algorithm.agent, SacConfig):  # before there is a folder
+    algorithm.agent.build(data.spec, devices.generator(0))  # what is wrong is found before there is a folder
+    if args.start is not None and not isinstance(algorithm.agent, SacConfig):
         raise ValueError(f"--start {args.start}: {name_of(algorithm)} starts from no SAC policy; leave --start out")
     seeds = args.seeds or (devices.fresh_seed(),)
     world = World.of(replace(args, seeds=seeds), data)
@@ -246,7 +250,16 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
         if args.plan:
             models = [fitted(run, args, s, data.spec) for s in args.seeds]
             ends = [world.terminal or offline.learn_terminal(data, TerminalConfig(), args.seeds[0], run)] * len(models)
-            planned = planned_over(result.agent, models, args.seeds, world.evaluate, ends, world.reward, data.dt)
+            planned = planned_over(
+                result.agent,
+                models,
+                args.seeds,
+                world.evaluate,
+                ends,
+                world.reward,
+                data.dt,
+                args.plan_by,
+            )
         finish(run, args, data, result, world, time.perf_counter() - began, planned)
     return run
 
@@ -254,6 +267,8 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
 def _check_plan(args: Offline, world: "World") -> None:
     """Before anything is learned. Raises ValueError for what --plan cannot plan over."""
     if not args.plan:
+        if args.plan_by != "loop":
+            raise ValueError(f"--plan-by {args.plan_by}: says how --plan plans, which is not given; pass --plan too")
         return
     if args.algorithm.imagination is None or not isinstance(args.algorithm.agent, SacConfig):
         raise ValueError(f"--plan: {name_of(args.algorithm)} has no model or no critic to plan with; leave --plan out")
@@ -282,14 +297,17 @@ def fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
 
 
 def planned_over(
-    agent: Any, models: Any, seeds: Any, evaluate: Any, ends: Any, reward: Any, dt: float
+    agent: Any, models: Any, seeds: Any, evaluate: Any, ends: Any, reward: Any, dt: float, by: str
 ) -> list[list[float]]:
     """Returns [seeds][episodes] of planning over each seed's policy, in its model and under its termination."""
     found = []
     for i, (seed, model, terminal) in enumerate(zip(seeds, models, ends, strict=True)):
         device = next(model.parameters()).device
         stream = devices.generator(seed, device)
-        control = mpc.over(agent, i, model, generator=stream, terminal=terminal, reward=reward, dt=dt)
+        control = mpc.over(
+            agent, i, model, generator=stream, planner=OVER[by], critics="mean" if by == "tdmpc" else "least",
+            terminal=terminal, reward=reward, dt=dt,
+        )  # fmt: skip
         act = lambda obs, control=control: control(obs).to(obs.device)
         found.append([float(x) for x in evaluate(act, rows=lambda kept, begun, c=control: c.rows(kept, begun))])
     return found
@@ -315,6 +333,16 @@ def _start(path: Path, args: Offline, data: Any) -> dict[str, torch.Tensor]:
     agent = args.algorithm.agent
     normalizer = offline.normalizer_of(data.obs) if getattr(agent, "normalize", False) else None
     return adapters.from_sb3(path, data.spec, agent, seeds=len(args.seeds), normalizer=normalizer).state_dict()
+
+
+def early(config: offline.OfflineConfig, spec: Spec, result: offline.Result) -> str:
+    """How many of these a policy that is still held near the data has earned."""
+    agent = config.agent
+    if not isinstance(agent, SacConfig):
+        return ""
+    held = replace(agent, total=config.updates).build(spec, devices.generator(0)).held
+    few = sum(updates <= held for updates, _ in result.returns[-10:])
+    return f", {few} of them before cloning is let go at update {held}" if few else ""
 
 
 def scale_of(id: str, data: Any = None) -> tuple[float, float] | None:
@@ -377,7 +405,8 @@ def finish(
         for seed, row, own in zip(args.seeds, planned, result.returns[-1][1], strict=True):
             with_, without = sum(row) / len(row), sum(own) / len(own)
             console.print(f"seed {seed}: planning over the policy {with_:.1f}, a gain of {with_ - without:+.1f}")
-    console.print("last-10: mean over the last ten evaluations; never the best one. ", end="")
+    console.print(f"last-10: mean over the last ten evaluations{early(args.algorithm, data.spec, result)}; ", end="")
+    console.print("never the best one. ", end="")
     console.print(f"scale: {scale}" if scale else "no reference scores are known for this environment")
     console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in result.seconds.items())}")
     console.print(f"figure: {run.folder / 'report.png'}    curves: tensorboard --logdir {run.folder}")

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class Mpc:
 
     A learner with a hidden state is stepped under the executed action and corrected by the next observation. reward and
     terminal are the task's functions (the learner's reward head, and no end, where None); critic is the value after the
-    horizon; policy (obs [B, O], noise [B, A]) -> act offers the planner's proposals. ctx [1, C]: the system's context.
+    horizon; policy (obs [B, O], noise [B, A]) -> act offers the planner's proposals. ctx [1, C]: the system's context,
+    by default that of the first system that the learner was fitted to.
     `counts` says how many candidates were not finite, of how many, and in how many plans none was finite."""
 
     def __init__(
@@ -76,7 +77,10 @@ class Mpc:
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
         self.like = next(itertools.chain(model.parameters(), model.buffers()))
         self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
-        self.ctx = self.like.new_zeros(1, model.spec.ctx) if ctx is None else ctx.to(self.like)
+        if ctx is None:
+            with torch.no_grad():
+                ctx = model.context(torch.zeros(1, dtype=torch.int64, device=self.like.device))
+        self.ctx = ctx.to(self.like)
         self.pins = worth.pinned and model.parts > 1
         if worth.limit < math.inf:
             self._check_limit()
@@ -301,15 +305,17 @@ def over(
     reward: Reward | None = None,
     terminal: Terminal | None = None,
     dt: float = 1.0,
+    critics: Literal["least", "mean"] = "least",
 ) -> Mpc:
     """Planning over a policy that was learned, at test time (LOOP: Sikchi et al., CoRL 2021): the agent, a
-    `mbrl.sac.Sac`, proposes, and the least of its critics values what comes after the horizon. seed: which of the
-    agent's seeds. worth: by default the agent's discount, 5 particles and mean - std over them. dt: as stored with the
-    model's data."""
+    `mbrl.sac.Sac`, proposes, and the least of its critics values what comes after the horizon, or their mean (TD-MPC2,
+    Hansen et al., ICLR 2024, draws two for it; an agent has two). seed: which of the agent's seeds. worth: by default
+    the agent's discount, 5 particles and mean - std over them. dt: as stored with the model's data."""
     one = agent.one(seed)
     worth = worth or Worth(discount=agent.config.gamma, particles=5 if model.parts > 1 else 1, pessimism=1.0)
     policy = lambda obs, noise: one.act(obs[None], noise[None])[0]
-    critic = lambda obs: one.q(obs[None], one.act(obs[None])).amin(1)[0]
+    both = {"least": torch.amin, "mean": torch.mean}[critics]
+    critic = lambda obs: both(one.q(obs[None], one.act(obs[None])), 1)[0]
     return Mpc(
         planner, worth, model, generator=generator, reward=reward, terminal=terminal, critic=critic, policy=policy,
         dt=dt,

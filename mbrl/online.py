@@ -22,6 +22,7 @@ from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, fit
 from mbrl.offline import (
+    PROBE,
     Evaluate,
     Forget,
     Imagination,
@@ -39,9 +40,6 @@ from mbrl.offline import (
 )
 from mbrl.sac import Sac, SacConfig, local_lipschitz, value_aware_error
 from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal, restored
-
-PROBE = 1000  # transitions at most from which the value's steepness and the model's error are read
-
 
 # ---------------------------------------------------------------- settings
 
@@ -223,8 +221,8 @@ def train_together(
         part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
         agent.load_state_dict(part("agent."))
         for s, model in enumerate(models):
-            model.load_state_dict(part(_key("model", s, many) + "."))
-            if head := part(_key("terminal", s, many) + "."):
+            model.load_state_dict(part(key("model", s, many) + "."))
+            if head := part(key("terminal", s, many) + "."):
                 heads[s] = restored(head, spec, TerminalConfig()).to(device)
         buffer.load_state_dict(part("buffer."))
         sums = {k: v.to(device) for k, v in part("sums.").items()}
@@ -235,7 +233,7 @@ def train_together(
         rows[:, :first] = tensors["rows"].to(device)
         for s, met in enumerate(mets):
             met.n, met.starts = first, facts["starts"][s]
-            running[s] = met.starts[-1] < first
+            running[s] = met.starts[-1] < first < config.steps
             if running[s]:
                 obs[s], earned[s] = _again(worlds[s], met, episode_seed(seeds[s], episode[s]))
         lap.seconds = dict(facts["seconds"])
@@ -245,9 +243,9 @@ def train_together(
         for name, state in (("agent", agent), ("buffer", buffer)):
             tensors |= {f"{name}.{k}": v for k, v in state.state_dict().items()}
         for s, model in enumerate(models):
-            tensors |= {f"{_key('model', s, many)}.{k}": v for k, v in model.state_dict().items()}
+            tensors |= {f"{key('model', s, many)}.{k}": v for k, v in model.state_dict().items()}
             if (head := heads[s]) is not None:
-                tensors |= {f"{_key('terminal', s, many)}.{k}": v for k, v in head.state_dict().items()}
+                tensors |= {f"{key('terminal', s, many)}.{k}": v for k, v in head.state_dict().items()}
         tensors |= {f"sums.{k}": v for k, v in sums.items()}
         facts = {"steps": done, "episode": list(episode), "counted": counted, "counts": [list(x) for x in counts]}
         facts |= {"seconds": dict(lap.seconds), "returns": list(returns), "starts": [list(m.starts) for m in mets]}
@@ -352,11 +350,12 @@ def train_together(
             checkpoint(done)
             saved = done
             lap("checkpoint")
+    checkpoint(total)
     facts = {"spec": [spec.obs, spec.act], "updates": int(agent.updates), "returns": returns, "seconds": lap.seconds}
     for s, model in enumerate(models):
-        record.save(_key("model", s, many), model.state_dict(), {})
+        record.save(key("model", s, many), model.state_dict(), {})
         if (head := heads[s]) is not None:
-            record.save(_key("terminal", s, many), head.state_dict(), {})
+            record.save(key("terminal", s, many), head.state_dict(), {})
     record.save("agent", agent.state_dict(), facts)
     return [
         OnlineResult(
@@ -373,7 +372,7 @@ def learned(record: Record, dynamics: Any, spec: Spec, seeds: int) -> tuple[list
     models: list[Any] = []
     ends: list[TerminalHead | None] = []
     for s in range(seeds):
-        kept, end = record.load(_key("model", s, seeds)), record.load(_key("terminal", s, seeds))
+        kept, end = record.load(key("model", s, seeds)), record.load(key("terminal", s, seeds))
         if kept is None:
             raise ValueError("online: the run holds no model yet; expected one that has finished")
         models.append(dynamics.build(spec, devices.generator(0)).eval())
@@ -382,8 +381,8 @@ def learned(record: Record, dynamics: Any, spec: Spec, seeds: int) -> tuple[list
     return models, ends
 
 
-def _key(name: str, s: int, many: int) -> str:
-    """What belongs to a seed, of several."""
+def key(name: str, s: int, many: int) -> str:
+    """What a record calls that of the seed in this place, of so many."""
     return f"{name}{s}" if many > 1 else name
 
 

@@ -7,7 +7,7 @@ synchronisation, so that a whole plan is one graph."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,6 +126,8 @@ LOOP = Planner(
     horizon=4, samples=100, iterations=3, elites=20, momentum=0.1, std=0.1, min_std=0.02, proposals=5, around=True
 )
 PRESETS: dict[str, Planner] = {"cem": CEM, "icem": ICEM, "mppi": MPPI, "tdmpc": TDMPC}
+OVER: dict[str, Planner] = {"loop": LOOP, "tdmpc": replace(TDMPC, proposals=24)}
+"""Around a policy that was learned."""
 
 
 class Plan(NamedTuple):

@@ -290,9 +290,10 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=30)
+        of = f" (seed {values['seed']:g})" if "seed" in values else ""  # a curve for each
         for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(f"{stage}/{name}", value, step)
+            if isinstance(value, int | float) and name != "seed":
+                self._writer.add_scalar(f"{stage}/{name}{of}", value, step)
 
     def _path(self, name: str) -> Path:
         where = self.shared if self.shared is not None and name.startswith(SHARED) else self.checkpoints

@@ -474,7 +474,7 @@ class SacConfig:
     cloning_end: float | None = field(default=None, metadata=ADDED)
     """What `cloning` is once `cloning_hold` of `total` updates are done: values are learned near to the data, and then
     followed (as Beeson & Montana, 2022, arXiv 2211.11802, relax TD3+BC at the end). The actor's learning rate falls
-    to 0 twice, before and after. None: it stays."""
+    to 0 twice, before and after. None: it stays; of no `cloning` there is no end."""
     cloning_hold: float = field(default=0.8, metadata=ADDED)
     narrow: float = field(default=0.2, metadata=ADDED)
     """The behaviour's standard deviation, in an action of [-1, 1], at which `cloning` has half of its weight."""
@@ -488,7 +488,9 @@ class SacConfig:
     spectral: float | None = field(default=None, metadata=ADDED)
     """The largest spectral norm that a critic's layer may have: one beyond it is scaled back onto it after each update,
     by a norm that `spectral_iterations` of power iteration estimate from vectors kept from update to update. With L
-    layers Q's Lipschitz constant is at most the L-th power. The targets, mixtures of critics, keep to it as well."""
+    layers Q's Lipschitz constant is at most the L-th power. The targets, mixtures of critics, keep to it as well.
+    One iteration estimates from below, so that a layer that has just grown may be beyond it for some updates. Of
+    observations as the networks read them: standardised ones where `normalize` is on."""
     spectral_iterations: int = field(default=1, metadata=ADDED)
 
     def build(self, spec: Spec, generator: torch.Generator, seeds: int = 1, dtype: torch.dtype | None = None) -> "Sac":
@@ -516,9 +518,9 @@ class Sac(ActorCritic):
         if config.cloning < 0 or config.narrow <= 0:
             got = f"cloning={config.cloning}, narrow={config.narrow}"
             raise ValueError(f"agent: got {got}; expected cloning >= 0 and narrow > 0")
-        if config.cloning_end is not None and not (config.cloning > 0 and config.cloning_end > 0):
+        if config.cloning and config.cloning_end is not None and not 0 <= config.cloning_end <= config.cloning:
             got = f"cloning_end={config.cloning_end} with cloning={config.cloning}"
-            raise ValueError(f"agent: got {got}; expected both above 0, or None and what stays")
+            raise ValueError(f"agent: got {got}; expected no more than that, or None for what stays")
         if config.cloning_end is not None and not 0 < config.cloning_hold < 1:
             raise ValueError(f"agent: got cloning_hold={config.cloning_hold}; expected a share between 0 and 1")
         if config.robust < 0 or config.robust_eps < 0:
@@ -801,7 +803,8 @@ class Sac(ActorCritic):
     def held(self) -> int:
         """After how many of `total` updates cloning changes."""
         config = self.config
-        return 0 if config.cloning_end is None else min(round(config.cloning_hold * config.total), config.total - 1)
+        lets_go = config.cloning > 0 and config.cloning_end is not None
+        return 0 if not lets_go else min(round(config.cloning_hold * config.total), config.total - 1)
 
     def part(self) -> Tensor:
         """[]: of `total` updates, or of those before and those after cloning changes, how many are done."""
@@ -842,7 +845,7 @@ def value_aware_error(
     """[S]: the mean of |V(s'_model) - V(s'_real)| over transitions [B] that the model was not fitted to, with
     V(s) = min Q(s, pi(s)) under the policy's mean action. s'_model is one draw of the model. Transitions that end the
     task, whose value after it nobody asks for, are left out; NaN where there is no other."""
-    cond = model.condition(batch.obs.new_zeros(1, model.spec.ctx))
+    cond = model.condition(model.context(torch.zeros(1, dtype=torch.int64, device=batch.obs.device)))
     noise = model.draw(len(batch.obs), 1, generator)
     inp = StepInput(batch.act, noise, torch.full_like(batch.reward, dt)[:, None])
     guess = model.step(model.init(batch.obs, cond), inp, cond)[1].obs

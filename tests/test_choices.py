@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mbrl import cli, cli_offline, offline
-from mbrl.cli_control import Online, Plan
+from mbrl.cli_control import Online
+from mbrl.cli_plan import Plan
 from mbrl.cli_reconstruct import RECONSTRUCTORS, Reconstruct
 from mbrl.dynamics.single import SingleConfig
 from mbrl.online import OnlineConfig

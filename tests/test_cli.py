@@ -18,6 +18,7 @@ from mbrl_envs import datasets as worlds
 from mbrl_envs import tasks
 
 from mbrl import choices, cli, cli_evaluate, cli_offline, mpc, offline
+from mbrl.planner import OVER
 from mbrl.run import Run
 from mbrl.terminal import TerminalConfig, TerminalHead
 
@@ -196,7 +197,11 @@ def test_eval_plans_over_the_policy(finished, pendulum, monkeypatch, capsys):
     assert "5, planned" in capsys.readouterr().out
     kept = Run.open(finished).load(next(p.stem for p in (finished / "checkpoints").glob("model-*.safetensors")))
     assert kept is not None
-    ((model, given),) = seen
+    cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=2, plan=True, plan_by="tdmpc"))
+    loop, tdmpc = ({k: kw[k] for k in ("planner", "critics")} for _, kw in seen)
+    assert loop == {"planner": OVER["loop"], "critics": "least"}
+    assert tdmpc == {"planner": OVER["tdmpc"], "critics": "mean"}
+    model, given = seen[0]
     assert all(torch.equal(kept[0][k], v) for k, v in model.state_dict().items())
     dt = Run.open(finished).config["data"]["dt"]
     assert given["dt"] == dt == worlds.load(str(pendulum)).dt
@@ -261,6 +266,11 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo@x"], "'x' is not a number"),
         (["data", "scores", "no-such-id"], "no-such-id"),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "algorithm:bc"], "bc has no model"),
+        (["offline", "--dataset", "embedded:pendulum", "--plan-by", "tdmpc"], "pass --plan too"),
+        (
+            ["offline", "--dataset", "embedded:pendulum", "algorithm:mopo", "--algorithm.agent.cloning-end", "2"],
+            "cloning_end=2.0 with cloning=1.5",
+        ),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "--env", "none"], "no environment to plan in"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from mbrl_envs import evaluate as worlds
 from stable_baselines3 import SAC
 
-from mbrl import cli, cli_control, cli_evaluate, mpc, offline
+from mbrl import cli, cli_control, cli_evaluate, cli_plan, mpc, offline
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, to_plain
 
@@ -45,14 +45,15 @@ gym.register("Edge-v0", f"{__name__}:Edge", max_episode_steps=25, disable_env_ch
 def short(monkeypatch):
     """Episodes of 25 steps."""
     make = cli_control.opened
-    monkeypatch.setattr(cli_control, "opened", lambda env: gym.wrappers.TimeLimit(make(env).unwrapped, 25))
+    for module in (cli_control, cli_plan):
+        monkeypatch.setattr(module, "opened", lambda env: gym.wrappers.TimeLimit(make(env).unwrapped, 25))
 
 
 def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path):
+def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path, capsys):
     plan("--episodes", "2", "--out", str(tmp_path / "a"))
     got = result(tmp_path / "a")
     assert [n for n, _ in got["returns"]] == [25, 50, 75]
@@ -62,8 +63,11 @@ def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path):
     assert {"model", "episode"} <= stages
     plan("--episodes", "1", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"))
     assert len(result(tmp_path / "b")["returns"]) == 1
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as refused:
         cli.main(["plan", "--env", "InvertedPendulum-v5", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "c")])
+    assert refused.value.code == 2
+    assert "its model is of Pendulum-v1; InvertedPendulum-v5 has 4 observations" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_plan_resumes_to_the_same_numbers(tmp_path, monkeypatch, capsys):
@@ -129,10 +133,10 @@ def test_the_truth_is_told_the_discount_and_the_end(monkeypatch):
     note = lambda self, acts, discount: (seen.append(discount), torch.zeros(len(acts)))[1]
     monkeypatch.setattr("mbrl_envs.simulator.Simulator.value", note)
     worth = Worth(discount=0.9)
-    cli_control.truth("InvertedPendulum-v5", env, ICEM, worth, 0)(torch.zeros(1, 4))
+    cli_plan.truth("InvertedPendulum-v5", env, ICEM, worth, 0)(torch.zeros(1, 4))
     assert set(seen) == {0.9}
     cart = cli_control.opened("mbrl_envs/CartPoleSwingUp-v0")
-    control = cli_control.truth("mbrl_envs/CartPoleSwingUp-v0", cart, ICEM, worth, 0)
+    control = cli_plan.truth("mbrl_envs/CartPoleSwingUp-v0", cart, ICEM, worth, 0)
     at = lambda x: torch.tensor([[x, 0.0, 1.0, 0.0, 0.0]])
     assert control.terminal(at(0.0), torch.zeros(1, 1), at(3.0)).tolist() == [True]
     assert control.worth.discount == 0.9
@@ -153,12 +157,13 @@ def test_the_true_model_is_the_upper_bound(tmp_path, env):
 
 
 def test_online_leaves_a_run(tmp_path):
-    cli.main(["online", "--env", "InvertedPendulum-v5", "--seeds", "0", "--steps", "120", "--quiet", "--threads", "1",
+    cli.main(["online", "--env", "InvertedPendulum-v5", "--steps", "120", "--quiet", "--threads", "1",
               "--episodes", "1", "--out", str(tmp_path / "o"), "--setting.random", "60", "--setting.refit-every", "30",
               "--setting.rollouts", "50", "--setting.updates", "1", "--setting.evaluate-every", "60",
               "--setting.agent.hidden", "16", "--fitting.max-epochs", "2", "dynamics:single", "--dynamics.hidden",
               "16", "--dynamics.weight-decay", "0.0", "0.0"])  # fmt: skip
     got = result(tmp_path / "o")
+    assert len(got["seeds"]) == 1, "one is drawn"
     assert {"fit", "rollout", "update", "environment"} <= set(got["seconds"])
     assert [n for n, _ in got["returns"]] == [60, 120]
     assert got["final"] == [pytest.approx(np.mean(got["returns"][-1][1]))]
@@ -183,6 +188,11 @@ def test_online_learns_several_seeds_side_by_side(met):
     """The command is `train_together`, and each of its evaluations is of that seed's policy."""
     got = result(met)
     assert got["seeds"] == [3, 1]
+    assert len(got["episodes"]) == len(got["probes"]) == 2
+    assert got["episodes"][0] != got["episodes"][1]
+    logged = [x for x in Run.open(met).metrics() if x["stage"] == "episode"]
+    for seed, episodes in zip((3, 1), got["episodes"], strict=True):
+        assert [[x["step"], x["return"]] for x in logged if x["seed"] == seed] == episodes
     assert [(n, np.shape(r)) for n, r in got["returns"]] == [(50, (2, 2)), (100, (2, 2))]
     agent, _ = cli_evaluate.load_agent(Run.open(met))
     for s, seed in enumerate((3, 1)):
@@ -231,8 +241,33 @@ def test_over_an_online_policy_is_planned_in_its_own_model(met, monkeypatch):
     assert any(not torch.equal(one[k], other[k]) for k in one)
 
 
+def test_an_online_runs_model_serves_to_plan_with(met, tmp_path, monkeypatch, capsys):
+    """The first seed's, under the termination that it has learned; in another range of actions it is refused."""
+    args = cli_plan.Plan(env="Edge-v0", seed=0, model=str(met))
+    run, env = Run.open(met), cli_control.opened("Edge-v0")
+    mpc = cli_plan._given(args, env, None, None, torch.device("cpu"))
+    for name, module in (("model0", mpc.model), ("terminal0", mpc.terminal)):
+        assert all(
+            torch.equal(v.nan_to_num(), module.state_dict()[k].nan_to_num()) for k, v in run.load(name)[0].items()
+        )
+    cli.main(["plan", "--env", "Edge-v0", "--model", str(met), "--episodes", "1", "--reward", "learned", "--seed", "0",
+              "--out", str(tmp_path / "p"), "planner:icem", "--planner.horizon", "4"])  # fmt: skip
+    assert len(result(tmp_path / "p")["returns"]) == 1
+    monkeypatch.setattr(env, "action_space", gym.spaces.Box(-2, 1, (1,)))
+    with pytest.raises(ValueError, match=r"span \[-1\.0\] to \[1\.0\], those of Edge-v0 \[-2\.0\] to \[1\.0\]"):
+        cli_plan._given(args, env, None, None, torch.device("cpu"))
+
+
+def test_a_run_without_a_model_is_not_planned_with(tmp_path, capsys):
+    Run.create(tmp_path / "d", {"algorithm": "x", "arguments": {"_type": "Reconstruct"}}, {})
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["plan", "--env", "Edge-v0", "--model", str(tmp_path / "d")])
+    assert refused.value.code == 2
+    assert "is of `mbrl reconstruct`; expected a run of `mbrl plan`" in capsys.readouterr().err
+
+
 def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
-    Run.create(tmp_path / "p", {"algorithm": "plan", "arguments": to_plain(cli_control.Plan())}, {})
+    Run.create(tmp_path / "p", {"algorithm": "plan", "arguments": to_plain(cli_plan.Plan())}, {})
     with pytest.raises(SystemExit) as refused:
         cli.main(["eval", str(tmp_path / "p")])
     assert refused.value.code == 2
@@ -253,6 +288,9 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (["online", "--env", "CartPole-v1"], "action space"),
         (["plan", "--env", "Pendulum-v1", "--model", "true", "--episodes", "0"], "--episodes"),
         (["plan", "--env", "Pendulum-v1", "--random", "0"], "random 0"),
+        (["plan", "--env", "Pendulum-v1", "planner:icem", "--planner.horizon", "0"], "horizon is 0"),
+        (["plan", "--env", "Pendulum-v1", "planner:icem", "--planner.samples", "8"], "samples is 8"),
+        (["plan", "--env", "Pendulum-v1", "planner:cem", "--planner.elites", "600"], "elites"),
         (["plan", "--env", "Pendulum-v1", "dynamics:single", "--dynamics.hidden", "8"], "weight_decay"),
         (["plan", "--env", "Pendulum-v1", "planner:tdmpc", "--planner.proposals", "24"], "no policy"),
         (["plan", "--env", "HalfCheetah-v5", "--model", "true", "--video", "x.gif"], "--video"),
@@ -281,7 +319,7 @@ def test_what_cannot_be_is_one_error(argv, word, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("other", ["online", "offline"])
 def test_a_run_of_another_command_is_not_continued(other, tmp_path, capsys):
-    Run.create(tmp_path / "p", {"algorithm": "plan", "arguments": to_plain(cli_control.Plan())}, {})
+    Run.create(tmp_path / "p", {"algorithm": "plan", "arguments": to_plain(cli_plan.Plan())}, {})
     with pytest.raises(SystemExit) as refused:
         cli.main([other, "--resume", str(tmp_path / "p")])
     assert refused.value.code == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from worlds import interrupted
 
-from mbrl import cli_control, cli_meta
+from mbrl import cli_meta, cli_plan
 from mbrl.choices import MIXERS
 from mbrl.cli import main
 from mbrl.run import Run, RunError
@@ -100,8 +100,8 @@ def test_planning_follows_by_what_the_run_has_kept(tmp_path):
     which = ("--families", "cartpole-pole", "--steps", "60", "--experts", "1")
     go(tmp_path / "a", "--fit.length", "5", which=which)
     env = gym.make("mbrl_envs/CartPoleLength-v0")
-    args = cli_control.Plan(env="mbrl_envs/CartPoleLength-v0", seed=0, model=str(tmp_path / "a"))
-    given = lambda args, reward=None: cli_control._given(args, env, reward, None, torch.device("cpu"))
+    args = cli_plan.Plan(env="mbrl_envs/CartPoleLength-v0", seed=0, model=str(tmp_path / "a"))
+    given = lambda args, reward=None: cli_plan._given(args, env, reward, None, torch.device("cpu"))
     control = given(args)
     data = cli_meta.load(cli_meta.Meta(families="cartpole-pole", steps=60, seed=3)).train
     assert control.scale.tolist() == pytest.approx((data.next_obs - data.obs).square().mean(0).tolist(), rel=1e-5)

@@ -16,6 +16,8 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.env_checker import check_env as check_sb3
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
+from test_contract import SUBJECTS
+from test_mpc import LEARNERS
 from torch import Tensor
 
 from mbrl.core import Markov, Prediction, Spec, StepInput
@@ -100,6 +102,26 @@ def test_returns_are_those_of_a_rollout_by_hand(make):
     np.testing.assert_allclose(np.stack(seen, 1), pred.obs, rtol=1e-5, atol=1e-5)
     assert done.all()
     assert env.lost == 0
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_any_learner_is_an_environment(name):
+    """Of several systems the first, by default; rewards are the task's."""
+    subject = SUBJECTS[name]
+    model, spec, n, length = subject.fresh(), subject.spec, 3, 4
+    like = {"dtype": torch.float64, "generator": gen(2)}
+    starts, acts = torch.randn(20, spec.obs, **like), torch.rand(n, length, spec.act, **like) * 2 - 1
+    env = ModelVecEnv(model, starts, length + 1, n, reward=lambda o, a, x: -x.square().sum(1), seed=7)
+    first, noise = torch.tensor(env.reset(), dtype=torch.float64), gen(7)
+    inputs = [StepInput(acts[:, t], model.draw(n, 1, noise), torch.ones(n, 1).double()) for t in range(length)]
+    with torch.no_grad():
+        cond = model.condition(model.context(torch.zeros(1, dtype=torch.int64)))
+        _, pred = unroll(model, model.init(first, cond), inputs, cond)
+    for t in range(length):
+        obs, reward, done, _ = env.step(acts[:, t].numpy())
+        np.testing.assert_allclose(obs, pred.obs[:, t], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(reward, -pred.obs[:, t].square().sum(1), rtol=1e-4, atol=1e-5)
+        assert not done.any()
 
 
 def test_starts_are_drawn_from_all_and_anew():

@@ -181,21 +181,84 @@ def test_observations_of_another_number_or_width_are_refused():
             mpc(wrong)
 
 
-@pytest.mark.parametrize("name", ["hyper", "latent", "single", "single-gaussian", "ensemble", "filtered-single"])
+LEARNERS = [
+    *("hyper", "latent", "single", "single-gaussian", "ensemble", "filtered-single", "plrnn-clipped", "ode"),
+    *("hypernetwork", "experts", "heads", "mixer", "mixer-plrnn", "filtered-mixer", "filtered-plrnn"),
+]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
 def test_any_learner_is_planned_with(name):
     """Whatever its state and its condition, and to the same plans under the same stream of noise."""
     subject = SUBJECTS[name]
     model, planner = subject.fresh(), replace(ICEM, horizon=3, samples=12, elites=4)
     obs = torch.randn(2, subject.spec.obs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    mpc = Mpc(planner, Worth(particles=2), model, generator=devices.generator(0))
+    make = lambda: Mpc(
+        planner, Worth(particles=2), model, generator=devices.generator(0), reward=lambda o, a, x: -x.square().sum(1)
+    )
+    mpc = make()
     mpc.begin(2)
     first, second = mpc(obs), mpc(obs + 0.1)
     assert first.shape == (2, subject.spec.act)
     assert first.isfinite().all()
     assert second.isfinite().all()
-    again = Mpc(planner, Worth(particles=2), model, generator=devices.generator(0))
+    again = make()
     again.begin(2)
     assert torch.equal(again(obs), first)
+
+
+@pytest.mark.parametrize("name", ["hyper", "hypernetwork", "heads", "mixer"])
+def test_of_several_systems_the_first_is_planned_for(name):
+    """Unless another's context is given; zeros would be no system's."""
+    model = SUBJECTS[name].fresh()
+    assert model.spec.systems > 1
+    plan = lambda **kw: Mpc(SMALL, Worth(), model, **kw).ctx
+    table = model.context(torch.arange(model.spec.systems))
+    assert torch.equal(plan(), table[:1])
+    assert torch.equal(plan(ctx=table[1:2]), table[1:2])
+
+
+@pytest.mark.parametrize("name", ["ensemble", "filtered-single"])
+def test_elites_climb_a_learners_gradient(name):
+    """Of the same candidates, the best is better for it, and no gradient stays behind."""
+    subject = SUBJECTS[name]
+    obs = torch.randn(2, subject.spec.obs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = []
+    for steps in (0, 3):
+        planner = replace(CEM, horizon=3, samples=12, elites=4, iterations=1, execute="best", gradient_steps=steps)
+        model = subject.fresh()
+        reward = lambda o, a, x: -x.square().sum(1)
+        mpc = Mpc(planner, Worth(particles=2), model, generator=devices.generator(0), reward=reward)
+        mpc.begin(2)
+        mpc(obs)
+        assert mpc.found is not None
+        found.append(mpc.found)
+        assert all(p.grad is None for p in model.parameters())
+    assert (found[1].value > found[0].value).all()
+
+
+def test_noise_is_drawn_anew_for_each_step_of_a_plan():
+    """So that, not pinned, a particle goes from part to part (TS-1)."""
+    seen = []
+
+    class Spy(Line):
+        def __init__(self):
+            super().__init__()
+            self.noise_dim = 1
+
+        def draw(self, n, k, generator):
+            return torch.rand(n * k, 1, generator=generator)
+
+        def step(self, state, inp, cond):
+            seen.append(inp.noise.unique().tolist())
+            return super().step(state, inp._replace(noise=inp.noise[:, :0]), cond)
+
+    mpc = Mpc(replace(SMALL, iterations=1), Worth(particles=2, pinned=False), Spy(), generator=devices.generator(0))
+    mpc.begin(1)
+    mpc(torch.zeros(1, 1))
+    drawn = seen[: SMALL.horizon]
+    assert all(len(x) == 2 for x in drawn), "a draw for each particle, the same for all candidates"
+    assert len({v for x in drawn for v in x}) == 2 * SMALL.horizon
 
 
 def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
@@ -207,6 +270,9 @@ def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
     assert mpc.critic is not None
     torch.testing.assert_close(mpc.policy(obs, noise), agent.act(two(obs), two(noise))[1])
     torch.testing.assert_close(mpc.critic(obs), agent.q(two(obs), agent.act(two(obs)))[1].min(0).values)
+    mean = over(agent, 1, Line(), generator=devices.generator(0), critics="mean").critic
+    assert mean is not None
+    torch.testing.assert_close(mean(obs), agent.q(two(obs), agent.act(two(obs)))[1].mean(0))
     assert mpc.worth == Worth(discount=0.99, particles=1, pessimism=1.0)
     mpc.begin(2)
     assert mpc(torch.zeros(2, 1)).shape == (2, 1)

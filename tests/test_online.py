@@ -185,8 +185,8 @@ def interrupted(go, saves):
 @pytest.mark.parametrize("saves", [1, 5, 9])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(dynamics, agent, saves):
     """Episodes of 13 steps: neither a refit, a log nor an evaluation falls on their ends."""
-    config = replace(SMALL, agent=agent)
-    go = lambda record: run(config, LineEnv(13, 2.0), dynamics=dynamics, evaluate=earned, record=record, seed=4)
+    config, options = replace(SMALL, agent=agent), {"dynamics": dynamics, "evaluate": earned, "seed": 4}
+    go = lambda record: run(config, LineEnv(13, 2.0), record=record, **options)
     first = Memory()
     whole = go(first)
     memory, again = interrupted(go, saves)
@@ -198,6 +198,32 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(dynamics, agent, saves):
     tail = after(memory.lines)[-len(after(first.lines)) :]
     assert tail == after(first.lines)
     assert all(torch.equal(v, memory.kept["online.partial"][0][k]) for k, v in first.kept["online.partial"][0].items())
+
+
+@pytest.mark.parametrize("seeds", [[4], [4, 8]])
+def test_learned_terminations_are_kept(seeds, monkeypatch):
+    """Also by a run that is interrupted after its last refit, which comes to the same ones."""
+    monkeypatch.setattr(online, "TerminalConfig", lambda: TerminalConfig(hidden=(8,), steps=20))
+    config = replace(SMALL, steps=119, save_every=1 if len(seeds) == 1 else 110)
+    go = lambda record: together(seeds, config, lambda: LineEnv(13, 2.0), dynamics=SINGLE, terminal=None, record=record)
+    first, names = Memory(), ["terminal"] if len(seeds) == 1 else ["terminal0", "terminal1"]
+    found = go(first)
+    memory, again = interrupted(
+        go, len(found[0].episodes) if len(seeds) == 1 else 1
+    )  # after step 106, a refit is at 100
+    for name in names:
+        kept = [m.kept[name][0] for m in (first, memory)]
+        assert kept[0].keys() == kept[1].keys() > {"endings", "prior"}
+        assert all(torch.equal(v.nan_to_num(), kept[1][k].nan_to_num()) for k, v in kept[0].items())
+    assert [x.episodes for x in found] == [x.episodes for x in again]
+    models, ends = online.learned(first, SINGLE, Line().spec, len(seeds))
+    for model, result in zip(models, found, strict=True):
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in result.models[0].state_dict().items())
+    for name, end in zip(names, ends, strict=True):
+        state = end.state_dict()
+        assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in first.kept[name][0].items())
+    with pytest.raises(ValueError, match="no model yet"):
+        online.learned(Memory(), SINGLE, Line().spec, len(seeds))
 
 
 def together(seeds, config=SMALL, make=LineEnv, **options):
@@ -234,8 +260,10 @@ def test_several_seeds_learn_each_in_a_world_and_with_a_model_of_its_own():
     assert all(x.last(1).item() > best + 0.5 * (nothing - best) for x in found)
     assert len({len(env.seeds) for env in envs}) == 3
     assert len({id(x.models[0]) for x in found}) == 3
-    logged = {x["seed"] for stage, _, x in memory.lines if stage in ("episode", "model", "probe", "rollout")}
-    assert logged == {5.0, 6.0, 9.0}
+    for stage in ("episode", "model", "probe", "rollout"):
+        assert {x["seed"] for told, _, x in memory.lines if told == stage} == {5.0, 6.0, 9.0}
+    logged = [(n, {k: v for k, v in x.items() if k != "seed"}) for told, n, x in memory.lines if told == "probe"]
+    assert sorted(logged, key=str) == sorted((x for result in found for x in result.probes), key=str)
 
 
 @pytest.mark.parametrize("saves", [1, 4])

@@ -15,7 +15,7 @@ from mbrl import planner
 from mbrl.core import Markov, Prediction, Spec, StepInput
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import Filtered
-from mbrl.planner import ICEM, PRESETS, Plan, Planner, Worth, colored, fresh, propose, search, shift, value
+from mbrl.planner import ICEM, OVER, PRESETS, Plan, Planner, Worth, colored, fresh, propose, search, shift, value
 
 each = pytest.mark.parametrize("p", PRESETS.values(), ids=PRESETS)
 
@@ -83,6 +83,25 @@ def test_each_iteration_draws_fewer_but_never_fewer_than_two_an_elite():
     assert Planner(samples=12, elites=10).sizes() == [12] * 5
     assert ICEM.kept == 3
     assert Planner(samples=200, elites=100, keep=0.29).kept == 29
+
+
+def test_the_presets_are_the_published_settings():
+    """iCEM: Pinneri et al., 2020; TD-MPC2: Hansen et al., 2024; LOOP: Sikchi et al., 2021."""
+    icem = {"samples": 40, "decay": 1.25, "horizon": 30, "iterations": 3, "elites": 10, "keep": 0.3, "momentum": 0.1,
+            "std": 0.5, "join": True, "execute": "best", "proposals": 0}  # fmt: skip
+    tdmpc = {"iterations": 6, "samples": 512, "elites": 64, "horizon": 3, "temperature": 2, "min_std": 0.05,
+             "max_std": 2, "std": 2}  # fmt: skip
+    for preset, want in (
+        (ICEM, icem),
+        (PRESETS["tdmpc"], tdmpc | {"proposals": 0}),
+        (OVER["tdmpc"], tdmpc | {"proposals": 24}),
+        (PRESETS["mppi"], {"iterations": 1, "elites": 0}),
+    ):
+        assert {k: getattr(preset, k) for k in want} == want
+    assert 0.25 <= ICEM.color <= 3.5
+    loop = OVER["loop"]
+    assert 3 <= loop.horizon <= 5
+    assert loop.proposals / loop.samples == 0.05
 
 
 # ---------------------------------------------------------------- the search

@@ -56,7 +56,7 @@ def driven(env_id, act):
 
 def planned(env_id, model):
     """(the mean return, what the planner counted)"""
-    reward, terminal = cli_control.functions(env_id, cli_control.opened(env_id), "task")
+    reward, terminal = cli_control.functions(env_id, cli_control.opened(env_id).observation_space.shape[0], "task")
     planner = replace(SEARCH, horizon=TASKS[env_id][1])
     mpc = Mpc(planner, Worth(), model, generator=devices.generator(0), reward=reward, terminal=terminal)
     mpc.begin(STARTS)

@@ -195,10 +195,17 @@ def test_the_curves_are_in_tensorboard(tmp_path):
     run = made(tmp_path)
     for i in range(3):
         run.log("policy", i, {"loss": i / 2, "note": "text"})
+        run.log("model", i, {"loss": 1.0, "seed": 3.0})
+        run.log("model", i, {"loss": 2.0, "seed": 1.0})
     run.close()
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("policy/loss")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    tags = events.Tags()["scalars"]
+    seeds = [x for x in tags if x.startswith("model/")]
+    assert len(seeds) == 2, "a curve for each seed"
+    for tag, value in zip(sorted(seeds), (2.0, 1.0), strict=True):
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [(i, value) for i in range(3)]
 
 
 def test_the_report_is_a_picture_of_what_was_logged(tmp_path):

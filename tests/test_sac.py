@@ -363,6 +363,17 @@ def test_cloning_is_held_and_then_let_go():
         torch.testing.assert_close(falls.actor, stays.actor)
 
 
+def test_without_cloning_there_is_nothing_to_let_go():
+    """The setting that an agent would end with is left standing where a preset's cloning is turned off."""
+    build = lambda **kw: SacConfig(hidden=(8,), total=100, **kw).build(Spec(1, 1), gen(), 1, DOUBLE)
+    without, off = build(), build(cloning_end=0.3)
+    for done in (0, 50, 90, 100):
+        without.updates.fill_(done)
+        off.updates.fill_(done)
+        torch.testing.assert_close(without.actor_lr(), off.actor_lr(), atol=0, rtol=0)
+    assert build(cloning=1.5, cloning_end=0.3).held == 80
+
+
 @pytest.mark.parametrize("total", [1, 2, 3, 7])
 def test_the_last_update_is_one_without_cloning_held(total):
     agent = SacConfig(hidden=(8,), cloning=0.8, cloning_end=0.2, total=total).build(Spec(1, 1), gen(), 1, DOUBLE)
@@ -379,8 +390,8 @@ def test_a_policy_cannot_be_pushed_away_from_the_data():
     for bad in (
         {"cloning": -1.0},
         {"narrow": -1.0},
-        {"cloning_end": 1.0},
-        {"cloning_end": 0.0, "cloning": 1.0},
+        {"cloning_end": -0.1, "cloning": 1.0},
+        {"cloning_end": 1.5, "cloning": 1.0},
         {"cloning_hold": 1.0, "cloning_end": 0.1, "cloning": 1.0},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):

@@ -156,9 +156,9 @@ def run_offline(config, penalty, **options):
     )
 
 
-def test_the_offline_loop_learns_in_one():
-    config = SingleConfig(gaussian=True, **SMALL)
-    result = run_offline(config, Penalty(1.0))
+@pytest.mark.parametrize(("gaussian", "penalty"), [(True, Penalty(1.0)), (False, Penalty(0.0))])
+def test_the_offline_loop_learns_in_one(gaussian, penalty):
+    result = run_offline(SingleConfig(gaussian=gaussian, **SMALL), penalty)
     assert all(v.isfinite().all() for v in result.agent.state_dict().values())
     assert type(result.models[0]).__name__ == "Single"
 

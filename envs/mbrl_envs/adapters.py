@@ -73,7 +73,10 @@ class _Rows:
         spec = model.spec
         floats = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
         like = floats[0] if floats else starts
-        ctx = like.new_zeros(1, spec.ctx) if ctx is None else ctx.to(like)
+        if ctx is None:
+            with torch.no_grad():
+                ctx = model.context(torch.zeros(1, dtype=torch.int64, device=like.device))
+        ctx = ctx.to(like)
         problems = [
             ("num_envs", num_envs, "at least 1", num_envs >= 1),
             ("horizon", horizon, "at least 1", horizon >= 1),
@@ -212,7 +215,8 @@ class ModelVectorEnv(VectorEnv):
     starts [N, O]: observations, one of which, drawn anew, begins each episode. horizon: steps after which an episode is
     truncated. reward, terminal: functions of (obs [B, O], act [B, A], next obs [B, O]), as the loops take them; by
     default the model's own reward, and no end but the horizon. seed: of starts and the model's noise, until `reset` is
-    given another. ctx [G, C]: the contexts of the rows, contiguous, G dividing num_envs; zeros by default. dt: the
+    given another. ctx [G, C]: the contexts of the rows, contiguous, G dividing num_envs; by default that of the
+    first system that the model was fitted to. dt: the
     length of a step, as stored with the model's data.
 
     Actions are in [-1, 1], what leaves that is clipped; observations are raw, in float32. A prediction (observation or

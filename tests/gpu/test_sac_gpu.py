@@ -22,7 +22,7 @@ CONFIGS = [
     SacConfig(robust=0.1, robust_eps=0.05, spectral=2.0),
     SacConfig(robust=0.1, layer_norm=True),
     SacConfig(cloning=1.0, normalize=True),
-    SacConfig(cloning=1.0, cloning_end=0.1, total=1000),
+    SacConfig(cloning=1.0, cloning_end=0.1, total=5),  # let go after four updates
     BcConfig(),
     Td3BcConfig(),
 ]

@@ -1,0 +1,258 @@
+"""The command `mbrl plan`: PETS, or planning with a model that is there."""
+
+import functools
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from mbrl import cli_meta, mpc, offline, online
+from mbrl import device as devices
+from mbrl.border import episode_seed, spec_of
+from mbrl.choices import PLAIN, Learner, Search, console
+from mbrl.cli_control import KINDS, Driving, Online, begin, draw, functions, opened
+from mbrl.cli_offline import Offline, learned_end
+from mbrl.core import Spec
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.fit import FitConfig
+from mbrl.mpc import Adapting, ByValue, Mpc, PetsConfig
+from mbrl.planner import ICEM, Worth
+from mbrl.run import Run, RunError, from_plain, machine, to_plain, versions, write_json
+
+
+@dataclass(frozen=True)
+class Plan(Driving):
+    """Control an environment by planning: learn its model on the way (PETS), or plan with one that is there."""
+
+    seed: int | None = None
+    """Drawn, and recorded, where none is given."""
+    model: str | None = None
+    """Plan with this instead of learning: the folder of a finished `mbrl plan`, `mbrl online` or `mbrl offline` (of
+    several seeds the first one's model, without a filter); of a finished `mbrl meta`, whose context then follows each
+    episode; or "true", the simulator itself."""
+    random: int = 1
+    """Episodes of random actions at first."""
+    episodes: int = 10
+    """Episodes under the planner."""
+    reward: Literal["task", "learned"] = "task"
+    """The task's own reward where it is known (else, or with "learned", the learner's head)."""
+    worth: Worth = field(default_factory=lambda: Worth(particles=5))
+    fitting: FitConfig = field(default_factory=lambda: PetsConfig().fitting)
+    video: Path | None = None
+    """Write an .mp4 or .gif of one more episode (MUJOCO_GL=egl where there is no screen)."""
+    planner: Search = ICEM  # pyright: ignore[reportInvalidTypeForm]
+    """How to search; its settings follow its name."""
+    dynamics: Learner = field(default_factory=lambda: EnsembleConfig(members=5, uncertainty=()))  # pyright: ignore[reportInvalidTypeForm]
+    """The model of the world; its settings follow its name."""
+
+
+def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int, threads: int = 0) -> Any:
+    """A controller that plans in the simulator itself, on so many threads (0: one for each processor)."""
+    from mbrl_envs import control
+    from mbrl_envs.simulator import Simulator
+
+    stream = devices.generator(seed)
+    if env_id in control.TRUTHS:
+        _, terminal = functions(env_id, spec_of(env).obs, "task")
+        one = replace(worth, particles=1)
+        return Mpc(planner, one, control.TRUTHS[env_id](), generator=stream, terminal=terminal)
+    if worth.limit < math.inf or worth.pessimism:
+        raise ValueError(
+            f"--worth: got limit {worth.limit} and pessimism {worth.pessimism}, and the true simulator is not "
+            "uncertain; leave both out"
+        )
+    simulator = Simulator(env, threads or None)
+    width = env.action_space.shape[0]
+
+    def value(acts: torch.Tensor) -> torch.Tensor:
+        return simulator.value(acts[0], worth.discount)[None]
+
+    return ByValue(planner, value, width, stream)
+
+
+def run_plan(args: Plan) -> Run:
+    """The command `mbrl plan`; returns the finished run."""
+    run, args = begin(args, Plan, "plan", _check_plan)
+    assert args.env is not None
+    assert args.seed is not None
+    device = devices.pick(args.device)
+    env = opened(args.env)
+    try:
+        reward, terminal = functions(args.env, spec_of(env).obs, args.reward)
+        began = time.perf_counter()
+        config = PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
+        with run:
+            if args.model is None:
+                result = mpc.pets(
+                    config, env, args.dynamics, seed=args.seed, record=run, reward=reward, terminal=terminal,
+                    device=device,
+                )  # fmt: skip
+                returns, controller = result.returns, result.mpc
+            else:
+                controller = _given(args, env, reward, terminal, device)
+                returns = _driven(args, env, controller, run, device)
+            wall = time.perf_counter() - began
+            last = torch.tensor([r for _, r in returns[-max(1, min(10, args.episodes)) :]])
+            out = {
+                "env": args.env, "seed": args.seed, "model": args.model or type(args.dynamics).__name__,
+                "planner": to_plain(args.planner), "returns": returns, "last10": last.mean().item(),
+                "steps": returns[-1][0], "wall_s": round(wall, 1), **machine(), "versions": versions(),
+            }  # fmt: skip
+            random = args.random * (not args.model)
+            draw(run.folder / "report.png", f"{args.env}, seed {args.seed}", {args.seed: returns}, random)
+            write_json(run.folder / "result.json", out)
+        if not args.quiet:
+            words = Table("episode", "environment steps", "return", title=f"{args.env}, planning")
+            for i, (n, r) in enumerate(returns):
+                words.add_row(f"{i + 1}{' (random)' if not args.model and i < args.random else ''}", str(n), f"{r:.1f}")
+            console.print(words)
+            console.print(f"{wall:.0f} s; figure: {run.folder / 'report.png'}")
+        if args.video:
+            _film(args, controller, device)
+    finally:
+        env.close()
+    return run
+
+
+def _check_plan(args: Plan, env: Any) -> None:
+    """Before there is a folder. Raises ValueError for what cannot be planned."""
+    PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
+    if args.planner.proposals:
+        raise ValueError(
+            f"--planner.proposals {args.planner.proposals}: there is no policy to propose; `mbrl offline --plan` plans "
+            "over one"
+        )
+    if args.model is None:
+        reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
+        learner = args.dynamics.build(spec_of(env), devices.generator(0))
+        Mpc(args.planner, args.worth, learner, generator=devices.generator(0), reward=reward, terminal=terminal)
+        return
+    if args.episodes < 1:
+        raise ValueError(f"--episodes: got {args.episodes}, expected at least 1 where nothing is learned")
+    reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
+    controller = _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
+    if args.video and isinstance(controller, ByValue):
+        raise ValueError("--video: a plan in the true simulator is of one environment alone; leave --video out")
+
+
+def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.device) -> Any:
+    """A controller with a model that is there."""
+    assert args.env is not None
+    assert args.seed is not None
+    if args.model == "true":
+        return truth(args.env, env, args.planner, args.worth, args.seed, args.threads)
+    other, stream = Run.open(Path(str(args.model))), devices.generator(args.seed, device)
+    kind = str((other.config.get("arguments") or {}).get("_type"))
+    if kind not in (names := [x.__name__ for x in (Plan, Online, Offline, cli_meta.Meta)]):
+        expected = ", ".join(f"`mbrl {x.lower()}`" for x in names)
+        raise RunError(f"--model {args.model}: is of `mbrl {kind.lower()}`; expected a run of {expected}, or true")
+    settings = from_plain(other.config["arguments"], (*KINDS, Plan, Online, Offline, *cli_meta.TYPES))
+    make = functools.partial(Mpc, args.planner, generator=stream)
+    if isinstance(settings, cli_meta.Meta):
+        tensors, facts = other.load("model") or ({}, {"systems": 1})
+        if settings.dynamics.gating == "own":
+            raise RunError(f"--model {args.model}: is of separate models, none of which adapts; take another run")
+        spec = replace(spec_of(env), systems=facts["systems"])
+        model = _built(args, settings.dynamics, spec, tensors, settings.families or "files").to(device)
+        model.requires_grad_(False)
+        known = cli_meta.functions_of(settings, args.env)
+        _same_bounds(args, env, facts["act_low"], facts["act_high"])
+        reward = reward or (known[0] if args.reward == "task" else None)
+        if reward is None and not settings.dynamics.reward:
+            raise RunError(f"--model {args.model}: it tells no reward, and none is known of {args.env}")
+        one = replace(args.worth, particles=1)  # no noise
+        plans = make(one, model, reward=reward, terminal=terminal or known[1], dt=facts["dt"])
+        return Adapting(plans, scale=torch.tensor(facts["scale"], device=device))
+    spec, of, dt = spec_of(env), settings.env, 1.0
+    if isinstance(settings, Offline):
+        data = other.config["data"]
+        other.shared = Path(other.local["models"]) if other.local.get("models") else None
+        name = offline.fitted_name(
+            "model", data["sha256"], data["steps"], settings.dynamics, settings.fitting, settings.seeds[0]
+        )
+        weights, _ = other.load(name) or ({}, {})
+        of, dt = data["name"], data.get("dt", 1.0)
+        low, high = data["act_low"], data["act_high"]
+    else:
+        with closing(opened(of)) as its:
+            low, high = its.action_space.low, its.action_space.high
+        if isinstance(settings, Online):
+            weights, _ = other.load(online.key("model", 0, len(settings.seeds))) or ({}, {})
+        else:
+            weights = mpc.weights((other.load("pets") or ({}, {}))[0])
+    model = _built(args, settings.dynamics, spec, weights, of).to(device)
+    if not isinstance(settings, Offline) and of != args.env and not args.quiet:
+        console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
+    _same_bounds(args, env, low, high)
+    terminal = terminal or _learned_end(other, settings, spec, device)
+    return make(args.worth, model, reward=reward, terminal=terminal, dt=dt)
+
+
+def _learned_end(run: Run, settings: Any, spec: Spec, device: torch.device) -> Any:
+    """The termination that a run has learned beside its model, or None."""
+    if isinstance(settings, Offline):
+        end = learned_end(run, settings, spec)
+        return end and end.to(device)
+    if isinstance(settings, Online):
+        end = online.learned(run, settings.dynamics, spec, len(settings.seeds))[1][0]
+        return end and end.to(device)
+    return mpc.learned_end((run.load("pets") or ({}, {}))[0], spec, device)
+
+
+def _same_bounds(args: Plan, env: Any, low: Any, high: Any) -> None:
+    """Raises RunError where a model's actions of [-1, 1] stand for others than the environment's."""
+    space = env.action_space
+    if not all(np.allclose(getattr(space, k), x) for k, x in (("low", low), ("high", high))):
+        raise RunError(
+            f"--model {args.model}: its actions span {list(map(float, low))} to {list(map(float, high))}, those of "
+            f"{args.env} {space.low.tolist()} to {space.high.tolist()}; expected the same"
+        )
+
+
+def _built(args: Plan, dynamics: Any, spec: Spec, weights: dict[str, torch.Tensor], of: str) -> Any:
+    """The learner with these weights. Raises RunError where there are none, or those of other spaces."""
+    if not weights:
+        raise RunError(
+            f"--model {args.model}: holds no model; expected the folder of a finished `mbrl plan`, `mbrl online`, "
+            "`mbrl offline` or `mbrl meta`, or true"
+        )
+    model = dynamics.build(spec, devices.generator(0))
+    want, got = ({k: tuple(v.shape) for k, v in x.items()} for x in (model.state_dict(), weights))
+    if want != got:
+        raise RunError(
+            f"--model {args.model}: its model is of {of}; {args.env} has {spec.obs} observations and {spec.act} "
+            "actions, which do not fit it"
+        )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.device) -> list[tuple[int, float]]:
+    """Episodes under a controller that does not learn. Those that the run holds are not driven again."""
+    kept = run.load("driven")
+    returns = [(int(n), float(r)) for n, r in kept[1]["returns"]] if kept else []
+    assert args.seed is not None
+    for i in range(len(returns), args.episodes):
+        controller.generator.manual_seed(episode_seed(args.seed, i))
+        controller.begin(1)
+        e = mpc.episode(env, lambda obs: controller(obs.to(device)), episode_seed(args.seed, i))
+        returns.append(((returns[-1][0] if returns else 0) + len(e.act), e.total))
+        run.log("episode", returns[-1][0], {"return": e.total, "length": float(len(e.act))})
+        run.progress("episode", i + 1, args.episodes, {"return": e.total})
+        run.save("driven", {"n": torch.tensor(len(returns))}, {"returns": returns})
+    return returns
+
+
+def _film(args: Plan, controller: Any, device: torch.device) -> None:
+    from mbrl_envs import evaluate as worlds
+
+    controller.begin(1)
+    assert args.video is not None
+    total = worlds.video(lambda obs: controller(torch.as_tensor(obs).to(device)), str(args.env), args.video)
+    console.print(f"video: {args.video}, return {total:.1f}")
