@@ -17,7 +17,7 @@ import torch
 from mbrl_envs import datasets as worlds
 from mbrl_envs import tasks
 
-from mbrl import choices, cli, cli_evaluate, cli_offline, mpc, offline
+from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
 from mbrl.planner import OVER
 from mbrl.run import Run
 from mbrl.terminal import TerminalConfig, TerminalHead
@@ -37,6 +37,7 @@ SMALL = (
     "--algorithm.imagination.horizon=4",
     "--algorithm.imagination.rollouts=50",
     "--algorithm.imagination.every=100",
+    "--algorithm.save-every=100",
     "--algorithm.imagination.morec.reward.updates=60",
     "--algorithm.imagination.morec.reward.anchor-updates=60",
 )
@@ -225,6 +226,19 @@ def test_eval_plans_to_the_end_that_the_run_has_learned(finished, tmp_path, monk
     cli_evaluate.run_evaluate(cli_evaluate.Evaluate(run.folder, episodes=1, plan=True))
     (found,) = seen
     assert all(torch.equal(v, found.state_dict()[k]) for k, v in head.state_dict().items() if k != "accuracy")
+
+
+def test_an_offline_runs_model_serves_to_plan_with(finished):
+    """The fitted one, without the filter, by the interval of its data."""
+    args = cli_plan.Plan(env="Pendulum-v1", seed=0, model=str(finished))
+    control = cli_plan._given(args, cli_control.opened("Pendulum-v1"), None, None, torch.device("cpu"))
+    run = Run.open(finished)
+    kept = run.load(next(p.stem for p in (finished / "checkpoints").glob("model-*.safetensors")))
+    assert kept is not None
+    assert control.model.state_dict().keys() == kept[0].keys()
+    assert all(torch.equal(kept[0][k], v) for k, v in control.model.state_dict().items())
+    assert control.dt == run.config["data"]["dt"]
+    assert control.pins, "a particle keeps to one member"
 
 
 @pytest.mark.parametrize("kind", ["run", "stable-baselines3"])
