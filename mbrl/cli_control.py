@@ -124,6 +124,7 @@ def run_online(args: Online) -> Run:
             out |= {"last10": [result.last(10).item() for result in results]}
             draw(run.folder / "report.png", f"{args.env}, {_seeds(args.seeds)}", curves, 0)
             write_json(run.folder / "result.json", out)
+            run.forget("online.partial")
         if not args.quiet:
             words = Table("seed", "last-10 mean", "final", title=f"{args.env}, {type(args.dynamics).__name__}")
             for seed, last, final in zip(args.seeds, out["last10"], out["final"], strict=True):
@@ -167,7 +168,8 @@ def begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -
         presets = {"planner": PRESETS, "dynamics": LEARNERS}
         only_its_own(run, args, old, **{k: v for k, v in presets.items() if hasattr(args, k)})
         run.rewind()
-        return run, replace(old, quiet=args.quiet, device=run.local["device"], out=run.folder)
+        own = {"device": run.local["device"], "threads": args.threads or old.threads}
+        return run, replace(old, quiet=args.quiet, out=run.folder, **own)
     if isinstance(args, Online):
         args = replace(args, seeds=args.seeds or (devices.fresh_seed(),))
     elif args.seed is None:

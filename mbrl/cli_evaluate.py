@@ -72,8 +72,8 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     if args.plan_by != "loop" and not args.plan:
         raise ValueError(f"--plan-by {args.plan_by}: says how --plan plans, which is not given; pass --plan too")
     settings = settings_of(run)
-    env = args.env or (settings.env if isinstance(settings, Online) else (run.result or {}).get("env"))
-    if env is None:
+    env = args.env or (run.result or {}).get("env") or settings.env
+    if env in (None, "none"):
         raise RunError(f"{args.run}: the run names no environment; pass --env")
     bounds: dict[str, Any] = {}
     if isinstance(settings, Offline) and args.env is None:
@@ -114,7 +114,7 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     agent, source = load_agent(run)
     found, settings = returns_of(run, agent, args), settings_of(run)
     result = run.result or {}
-    env = str(args.env or result.get("env") or settings.env)  # not none, or there would be no returns
+    env = str(args.env or result.get("env") or settings.env)
     scale = result.get("scale")
     title = f"{env}, {args.episodes} episodes" + (f", {source}" if source != env else "")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=title)

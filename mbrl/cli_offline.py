@@ -101,7 +101,9 @@ def sized(config: offline.OfflineConfig, updates: int | None, evaluate_every: in
 def name_of(config: offline.OfflineConfig) -> str:
     """The preset that a config is, give or take its numbers of updates and its penalty."""
     for name, preset in offline.PRESETS.items():
-        same = replace(config, updates=preset.updates, evaluate_every=preset.evaluate_every)
+        same = replace(
+            config, **{k: getattr(preset, k) for k in ("updates", "evaluate_every", "save_every", "log_every")}
+        )
         if same == preset:
             return name
         if same.imagination is not None and preset.imagination is not None:
@@ -150,10 +152,11 @@ def run_offline(args: Offline) -> Run:
     data = datasets.load(args.dataset, strict=args.strict, device=device)
     algorithm = args.algorithm
     algorithm = sized(algorithm, args.updates, args.evaluate_every)
-    algorithm.agent.build(data.spec, devices.generator(0))  # what is wrong is found before there is a folder
+    seeds = args.seeds or (devices.fresh_seed(),)
+    offline.check(algorithm, data, None, seeds)  # what is wrong is found before there is a folder
+    algorithm.agent.build(data.spec, devices.generator(0))
     if args.start is not None and not isinstance(algorithm.agent, SacConfig):
         raise ValueError(f"--start {args.start}: {name_of(algorithm)} starts from no SAC policy; leave --start out")
-    seeds = args.seeds or (devices.fresh_seed(),)
     world = World.of(replace(args, seeds=seeds), data)
     _check_plan(replace(args, algorithm=algorithm), world)
     if algorithm.imagination is not None:

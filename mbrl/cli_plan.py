@@ -24,6 +24,7 @@ from mbrl.fit import FitConfig
 from mbrl.mpc import Adapting, ByValue, Mpc, PetsConfig
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, RunError, from_plain, machine, to_plain, versions, write_json
+from mbrl.terminal import TerminalConfig, restored
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def run_plan(args: Plan) -> Run:
                 returns, controller = result.returns, result.mpc
             else:
                 controller = _given(args, env, reward, terminal, device)
+                if (of := _kind(args)) not in (None, args.env) and not args.quiet:
+                    console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
             wall = time.perf_counter() - began
             last = torch.tensor([r for _, r in returns[-max(1, min(10, args.episodes)) :]])
@@ -187,8 +190,6 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         else:
             weights = mpc.weights((other.load("pets") or ({}, {}))[0])
     model = _built(args, settings.dynamics, spec, weights, of).to(device)
-    if not isinstance(settings, Offline) and of != args.env and not args.quiet:
-        console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
     _same_bounds(args, env, low, high)
     terminal = terminal or _learned_end(other, settings, spec, device)
     return make(args.worth, model, reward=reward, terminal=terminal, dt=dt)
@@ -197,11 +198,11 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
 def _learned_end(run: Run, settings: Any, spec: Spec, device: torch.device) -> Any:
     """The termination that a run has learned beside its model, or None."""
     if isinstance(settings, Offline):
-        end = learned_end(run, settings, spec)
+        end = learned_end(run, replace(settings, device="cpu"), spec)  # the run may be from another machine
         return end and end.to(device)
     if isinstance(settings, Online):
-        end = online.learned(run, settings.dynamics, spec, len(settings.seeds))[1][0]
-        return end and end.to(device)
+        kept = run.load(online.key("terminal", 0, len(settings.seeds)))
+        return kept and restored(kept[0], spec, TerminalConfig()).to(device)
     return mpc.learned_end((run.load("pets") or ({}, {}))[0], spec, device)
 
 
@@ -213,6 +214,11 @@ def _same_bounds(args: Plan, env: Any, low: Any, high: Any) -> None:
             f"--model {args.model}: its actions span {list(map(float, low))} to {list(map(float, high))}, those of "
             f"{args.env} {space.low.tolist()} to {space.high.tolist()}; expected the same"
         )
+
+
+def _kind(args: Plan) -> str | None:
+    """The environment of the run that gives the model, where it is one that drives an environment."""
+    return None if args.model == "true" else (Run.open(Path(str(args.model))).config.get("arguments") or {}).get("env")
 
 
 def _built(args: Plan, dynamics: Any, spec: Spec, weights: dict[str, torch.Tensor], of: str) -> Any:

@@ -583,7 +583,7 @@ def train(
     Raises ValueError where the settings and the data do not go together."""
     record = record or Forget()
     dynamics, fitting = dynamics or EnsembleConfig(), fitting or FitConfig()
-    _check(config, data, models, seeds)
+    check(config, data, models, seeds)
     device, spec, lap = data.obs.device, data.spec, Laps()
 
     imagination, limits, units = config.imagination, [], []
@@ -815,7 +815,8 @@ def _check_doubts(
         _named(known, config.truncation.name)
 
 
-def _check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | None, seeds: Sequence[int]) -> None:
+def check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | None, seeds: Sequence[int]) -> None:
+    """Raises ValueError for settings that do not go together, or not with the data."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: got {list(seeds)}, expected at least one and no two alike")
     if config.imagination is None and config.real_ratio < 1:
@@ -828,8 +829,9 @@ def _check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | No
         raise ValueError(
             f"cloning: no row of a batch of {config.batch} is the data's own at real_ratio {config.real_ratio}"
         )
-    if config.updates < 1 or config.batch < 1:
-        raise ValueError(f"updates and batch: got {config.updates} and {config.batch}, expected at least 1 each")
+    small = ("updates", "batch", "evaluate_every", "save_every", "log_every")
+    if wrong := [f"{k}={getattr(config, k)}" for k in small if getattr(config, k) < 1]:
+        raise ValueError(f"offline: got {', '.join(wrong)}; expected at least 1")
     if int(data.paired.sum()) < 2:
         raise ValueError(f"{data.name or 'data'}: {int(data.paired.sum())} transitions with a successor, expected more")
     if models and len(models) not in (1, len(seeds)):

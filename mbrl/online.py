@@ -96,7 +96,7 @@ class OnlineConfig:
     evaluate_every: int = 1_000
     log_every: int = 1_000
     save_every: int = 1_000
-    """State is saved at the first end of an episode so many steps after it was last saved."""
+    """State is saved at the first end of an episode so many steps after it was last saved, and at the end."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,8 @@ def train_together(
             checkpoint(done)
             saved = done
             lap("checkpoint")
-    checkpoint(total)
+    if saved < total:
+        checkpoint(total)
     facts = {"spec": [spec.obs, spec.act], "updates": int(agent.updates), "returns": returns, "seconds": lap.seconds}
     for s, model in enumerate(models):
         record.save(key("model", s, many), model.state_dict(), {})

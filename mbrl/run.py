@@ -210,7 +210,7 @@ class Run:
         """A run of `mbrl <command>` that has not finished, on so many CPU threads, or for 0 on as many as before: sums
         then come out in the order they came in before. Raises RunError for another run."""
         run = cls.open(folder, **kw)
-        kind = str(run.config["arguments"].get("_type")).lower()
+        kind = str((run.config.get("arguments") or {}).get("_type")).lower()
         if kind != command:
             raise RunError(f"{folder}: is of `mbrl {kind}`, expected one of `mbrl {command}`")
         if run.result is not None:
@@ -290,18 +290,18 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=30)
-        of = f" (seed {values['seed']:g})" if "seed" in values else ""  # a curve for each
+        of = f" (seed {values['seed']:.0f})" if "seed" in values else ""  # a curve for each
         for name, value in values.items():
             if isinstance(value, int | float) and name != "seed":
                 self._writer.add_scalar(f"{stage}/{name}{of}", value, step)
 
     def _path(self, name: str) -> Path:
         where = self.shared if self.shared is not None and name.startswith(SHARED) else self.checkpoints
-        where.mkdir(parents=True, exist_ok=True)
         return where / f"{name}.safetensors"
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
         facts = {**facts, "_metrics": metrics.stat().st_size if metrics.exists() else 0}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -18,8 +18,9 @@ from mbrl_envs import datasets as worlds
 from mbrl_envs import tasks
 
 from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
+from mbrl.core import Spec
 from mbrl.planner import OVER
-from mbrl.run import Run
+from mbrl.run import Run, RunError
 from mbrl.terminal import TerminalConfig, TerminalHead
 
 SMALL = (
@@ -241,6 +242,25 @@ def test_an_offline_runs_model_serves_to_plan_with(finished):
     assert control.pins, "a particle keeps to one member"
 
 
+def test_a_run_that_names_no_environment_is_evaluated_in_none(finished, monkeypatch):
+    config = Run.open(finished).config
+    config["arguments"]["env"] = "none"
+    monkeypatch.setattr(Run, "config", config)
+    monkeypatch.setattr(Run, "result", None)
+    with pytest.raises(RunError, match="names no environment; pass --env"):
+        cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1))
+    assert cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, env="Pendulum-v1"))
+
+
+def test_scores_of_a_policy_that_is_still_held_are_told_apart():
+    let_go = replace(offline.MOPO, updates=100, agent=replace(offline.MOPO.agent, cloning_end=0.3))
+    result = offline.Result(None, [], [(n, [[0.0]]) for n in range(10, 101, 10)], {})
+    assert cli_offline.early(let_go, Spec(3, 1), result) == ", 8 of them before cloning is let go at update 80"
+    assert (
+        cli_offline.early(offline.MOPO, Spec(3, 1), result) == cli_offline.early(offline.BC, Spec(3, 1), result) == ""
+    )
+
+
 @pytest.mark.parametrize("kind", ["run", "stable-baselines3"])
 def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
     """With no update to speak of, the policy is still the one that was handed in."""
@@ -281,6 +301,16 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["data", "scores", "no-such-id"], "no-such-id"),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "algorithm:bc"], "bc has no model"),
         (["offline", "--dataset", "embedded:pendulum", "--plan-by", "tdmpc"], "pass --plan too"),
+        (["offline", "--dataset", "embedded:pendulum", "--seeds", "0", "0"], "no two alike"),
+        (["offline", "--dataset", "embedded:pendulum", "algorithm:mopo", "--algorithm.log-every", "0"], "log_every=0"),
+        (
+            ["offline", "--dataset", "embedded:pendulum", "algorithm:mopo", "--algorithm.save-every", "0"],
+            "save_every=0",
+        ),
+        (
+            ["offline", "--dataset", "embedded:pendulum", "algorithm:mopo", "--algorithm.real-ratio", "0"],
+            "no row of a batch",
+        ),
         (
             ["offline", "--dataset", "embedded:pendulum", "algorithm:mopo", "--algorithm.agent.cloning-end", "2"],
             "cloning_end=2.0 with cloning=1.5",

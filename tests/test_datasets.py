@@ -173,13 +173,20 @@ def door(rng, episodes=6, limit=20, obs=39, act=28):
     ]
 
 
-@pytest.mark.parametrize("name", ["door-human-v0.hdf5", "door-v0_demos_clipped.hdf5", "renamed.hdf5"])
-def test_demonstrations_that_outlive_the_time_limit_are_whole_and_not_terminated(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "env"),
+    [
+        ("door-human-v0.hdf5", "mbrl_envs.d4rl:D4RL/door-human-v0"),
+        ("door-v0_demos_clipped.hdf5", "mbrl_envs.d4rl:D4RL/door-human-v0"),
+        ("renamed.hdf5", "AdroitHandDoor-v1"),
+    ],
+)
+def test_demonstrations_that_outlive_the_time_limit_are_whole_and_not_terminated(tmp_path, name, env):
     raw, lengths = door(np.random.default_rng(1))
     data = check(load(write(tmp_path / name, raw)))
     assert data.lengths.tolist() == lengths
     assert not data.terminal.any()
-    assert data.env == "AdroitHandDoor-v1"
+    assert data.env == env
     assert data.meta["ignored_timeouts"] == len(lengths)
     assert int((~data.paired).sum()) == len(lengths)
 

@@ -145,15 +145,23 @@ def test_evaluation_environments():
     for task, env in {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d", "ant": "Ant"}.items():
         for version in ("v0", "v1", "v2"):
             assert evaluation_env(f"{task}-medium-{version}") == f"{env}-v4"
-    assert evaluation_env("door-human-v0") == "AdroitHandDoor-v1"
-    assert evaluation_env("pen-expert-v1") == "AdroitHandPen-v1"
-    assert evaluation_env("antmaze-medium-diverse-v2") == "AntMaze_Medium-v4"
-    assert evaluation_env("kitchen-partial-v0") == "FrankaKitchen-v1"
-    assert evaluation_env("maze2d-umaze-v1") == "PointMaze_UMaze-v3"
-    assert evaluation_env("maze2d-large-dense-v1") == "PointMaze_LargeDense-v3"
+    for name in (
+        "door-human-v0",
+        "pen-expert-v1",
+        "antmaze-medium-diverse-v2",
+        "kitchen-partial-v0",
+        "maze2d-umaze-v1",
+    ):
+        assert evaluation_env(name) == f"mbrl_envs.d4rl:D4RL/{name}"
     assert evaluation_env("hopper-medium-v5") == evaluation_env("Hopper-v5") == "Hopper-v5"
     assert evaluation_env("Pendulum-v1") == "Pendulum-v1"
-    for name in ("flow-ring-random-v0", "carla-town-v0", "bullet-hopper-medium-v0", "maze2d-eval-umaze-v1", "Pipeline"):
+    for name in (
+        "flow-ring-random-v0",
+        "carla-town-v0",
+        "bullet-hopper-medium-v0",
+        "minigrid-fourrooms-v0",
+        "Pipeline",
+    ):
         assert evaluation_env(name) is None
 
 

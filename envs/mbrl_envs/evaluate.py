@@ -21,6 +21,7 @@ from torch import Tensor
 
 Policy = Callable[[Tensor], Tensor]
 ROBOTICS = r"AdroitHand|AntMaze|PointMaze|FrankaKitchen|Fetch|HandReach|HandManipulate|MaMuJoCo"
+FLAWED = r"AdroitHand(Door|Hammer|Relocate)-v1"
 ANTMAZE = 29  # observations of D4RL's antmaze: 2 of the position, 27 of the body
 ENDLESS = 10_000  # steps after which an environment that states no limit is taken to have none
 
@@ -164,6 +165,12 @@ class Evaluator:
             kw = {}
             if isinstance(self.source, str) and self.source.startswith("AntMaze") and self.width == ANTMAZE:
                 kw["continuing_task"] = False  # D4RL's ends at the goal
+            if isinstance(self.source, str) and (hand := re.fullmatch(FLAWED, self.source)):
+                warnings.warn(
+                    f"{self.source}: gymnasium-robotics, from 1.2.1 on, rewards the hand's distance there where nearness "
+                    f"was meant; mbrl_envs.d4rl:D4RL/{hand[1].lower()}-expert-v1 is the same environment without that",
+                    stacklevel=2,
+                )
             envs = [_make(self.source, **kw) for _ in range(self.copies)]
             _bounds(envs[0], *self.given, self.name)
             _view(envs[0].observation_space, self.width, self.name)

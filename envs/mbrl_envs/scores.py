@@ -62,6 +62,7 @@ WIDTHS = {(39, 28): "door", (46, 26): "hammer", (39, 30): "relocate", (45, 24): 
 
 MUJOCO = ("hopper", "halfcheetah", "walker2d", "ant")
 MUJOCO_ENV = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d", "ant": "Ant"}
+OURS = "mbrl_envs.d4rl:D4RL/"  # and the id: environments that D4RL's own are made of there
 ADROIT_ENV = {t: f"AdroitHand{t.capitalize()}-v1" for t in ("pen", "hammer", "relocate", "door")}
 
 # (min, max) of D4RL 1.1, by task. Its v0, v1 and v2 sets of one task share them.
@@ -140,6 +141,8 @@ def d4rl_table() -> Mapping[str, Known]:
         url, dt = D4RL_URL + path + ".hdf5", SECONDS.get(family)
         # a demonstration ends when the demonstrator is done, whatever the task
         endless = family in ENDLESS or "-human-" in name
+        if env == OURS:
+            env += name
         table[name] = Known(name, "D4RL", family, scores, env, url, endless, dt, limit, 1.0)
 
     for task in MUJOCO:
@@ -152,9 +155,9 @@ def d4rl_table() -> Mapping[str, Known]:
                 put(f"{task}-{quality}-{v}", f"gym_mujoco_{v}/{task}_{quality.replace('-', '_')}-{v}")
         if task == "ant":
             put("ant-random-expert-v0", "gym_mujoco/ant_random_expert")
-    for task, env in ADROIT_ENV.items():
+    for task in ADROIT_ENV:
         put = functools.partial(
-            add, family=task, scores=D4RL_SCORES[task], env=env, limit=100 if task == "pen" else 200
+            add, family=task, scores=D4RL_SCORES[task], env=OURS, limit=100 if task == "pen" else 200
         )
         files = {"human": "v0_demos_clipped", "cloned": "demos-v0-bc-combined", "expert": "v0_expert_clipped"}
         for quality, file in files.items():
@@ -162,24 +165,20 @@ def d4rl_table() -> Mapping[str, Known]:
             put(f"{task}-{quality}-v1", f"hand_dapg_v1/{task}-{quality}-v1")
     for name, scores in MAZE2D_SCORES.items():
         maze = name.removeprefix("eval-").split("-")[0]
-        env = {"umaze": "UMaze"}.get(maze, maze.capitalize()) + ("Dense" if "dense" in name else "")
         kind = name[:-3] if "dense" in name else name[:-3] + "-sparse"
         path = f"maze2d/maze2d-{kind}{'-v1' if name.endswith('v1') else ''}"
-        # D4RL's evaluation mazes have a layout of their own, which no maintained environment has
-        known_env = None if name.startswith("eval-") else f"PointMaze_{env}-v3"
         limit = {"open": (150, 150), "umaze": (150, 300), "medium": (250, 600), "large": (600, 800)}[maze][
             int(name[-1])
         ]
-        add(f"maze2d-{name}", path, "maze2d", scores, known_env, limit)
+        add(f"maze2d-{name}", path, "maze2d", scores, OURS, limit)
     mazes = {"umaze": ("False", "False"), "umaze-diverse": ("True", "True")}
     mazes |= {f"{m}-{k}": ("True", str(k == "diverse")) for m in ("medium", "large") for k in ("play", "diverse")}
     for name, (starts, goals) in mazes.items():
         maze = name.split("-")[0]
         old = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[maze]
-        env = {"umaze": "UMaze"}.get(maze, maze.capitalize())
         tail = f"noisy_multistart_{starts}_multigoal_{goals}_sparse"
         put = functools.partial(
-            add, family="antmaze", scores=(0.0, 1.0), env=f"AntMaze_{env}-v4", limit=700 if maze == "umaze" else 1000
+            add, family="antmaze", scores=(0.0, 1.0), env=OURS, limit=700 if maze == "umaze" else 1000
         )
         put(f"antmaze-{name}-v0", f"ant_maze_new/Ant_maze_{old}_{tail}")
         put(f"antmaze-{name}-v1", f"ant_maze_v1/Ant_maze_{maze}_{tail}")
@@ -189,7 +188,7 @@ def d4rl_table() -> Mapping[str, Known]:
         "partial": "kitchen_microwave_kettle_light_slider",
         "mixed": "kitchen_microwave_kettle_bottomburner_light",
     }.items():
-        add(f"kitchen-{quality}-v0", f"kitchen/{file}-v0", "kitchen", (0.0, 4.0), "FrankaKitchen-v1", 280)
+        add(f"kitchen-{quality}-v0", f"kitchen/{file}-v0", "kitchen", (0.0, 4.0), OURS, 280)
     for tail, file in (("", ""), ("-random", "_random")):
         scores = D4RL_SCORES["minigrid"]
         add(f"minigrid-fourrooms{tail}-v0", f"minigrid/minigrid4rooms{file}", "minigrid", scores, None, None)
@@ -245,6 +244,9 @@ def identify(name: str) -> Known | None:
     if found := re.fullmatch(r"(mbrl_envs\.scores:)?NeoRL/(\w+-v3)", name):
         known = identify(found[2])
         return None if known is None else replace(known, id=name)
+    if (found := re.fullmatch(r"(mbrl_envs\.d4rl:)?D4RL/(.+)", name)) and found[2] in table:
+        known = table[found[2]]
+        return replace(known, id=name, endless=known.family in ENDLESS)
     return _environment(name)
 
 
@@ -301,10 +303,11 @@ def _need(name: str) -> Known:
 
 def evaluation_env(name: str) -> str | None:
     """The gymnasium id in which policies learned from a dataset are evaluated, or None where no maintained environment
-    exists (flow, carla, bullet, D4RL's minigrid and evaluation mazes, NeoRL-2). An environment id is its own answer.
+    exists (flow, carla, bullet, D4RL's minigrid, NeoRL-2). An environment id is its own answer.
 
-    D4RL's MuJoCo sets evaluate in `-v4`, never `-v5`: the friction of walker2d and the healthy reward differ. Adroit,
-    AntMaze, Kitchen and Maze2d need the extra `[robotics]`. Raises DataError for an id that nobody knows."""
+    D4RL's MuJoCo sets evaluate in `-v4`, never `-v5`: the friction of walker2d and the healthy reward differ. Its
+    mazes, hands and kitchens are those of `mbrl_envs.d4rl`, the latter two with the extra `[robotics]`. Raises
+    DataError for an id that nobody knows."""
     if name.startswith("minari:"):
         return minari_facts(name.removeprefix("minari:"))[0]
     return _need(name).env
