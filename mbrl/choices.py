@@ -35,7 +35,7 @@ from mbrl.dynamics.plrnn import (
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
 from mbrl.planner import Planner, Worth
-from mbrl.run import Run, RunError
+from mbrl.run import Run, RunError, types_of
 from mbrl.sac import SacConfig
 from mbrl.solvers import RK4, Dopri5, Tsit5
 
@@ -63,7 +63,15 @@ def learners() -> dict[str, Any]:
                 f"learner {point.name!r}: {point.value} is not a dataclass with build(); passed over", stacklevel=2
             )
             continue
-        found[point.name] = cls()  # type: ignore[operator]
+        config = cls()  # type: ignore[operator]
+        names = {x.__name__: x for x in types_of(*found.values(), offline.MOREC_MOPO)}
+        if taken := [x.__name__ for x in types_of(config) if names.get(x.__name__, x) is not x]:
+            warnings.warn(
+                f"learner {point.name!r}: {point.value} has settings called {taken[0]}, as others are; passed over",
+                stacklevel=2,
+            )
+            continue
+        found[point.name] = config
     return found
 
 
@@ -87,7 +95,7 @@ MIXERS: dict[str, Any] = {
     "separate": MixerConfig(gating="own"),
 }  # for families of systems
 KNOWN = (
-    *{type(x) for x in LEARNERS.values()},
+    *types_of(*LEARNERS.values()),
     *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
     *(RK4, Tsit5, Dopri5, Local, ErrorEstimate, StiffnessRatio),
     *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
@@ -103,8 +111,10 @@ WORDS = {
     "morec-mobile": "The same with MOBILE's penalty.",
     "morec-published": "MOREC-MOPO with the dynamics reward as the paper has it, for ablations.",
     "mopo": "Rewards less the model's uncertainty; short rollouts.",
+    "mopo-published": "The same with the published agent: plain SAC, a twentieth of real rows.",
     "morel": "Rollouts end where the model's members disagree.",
     "mobile": "Rewards less the spread of the members' values; short rollouts.",
+    "mobile-published": "The same with the published agent: plain SAC, a twentieth of real rows.",
     "bc": "Behaviour cloning: no model.",
     "td3-bc": "TD3 with a cloning term: no model.",
     "ensemble": "Gaussian networks, to the published recipe.",

@@ -179,7 +179,8 @@ def _summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         words.add_row(algorithm, *cells, *whole)
     console.print(words)
     console.print(
-        "cells: mean ± standard deviation over seeds (their number); intervals: 95 %, stratified bootstrap, 50 000"
+        "cells: mean ± standard deviation over seeds (their number); intervals: 95 %, stratified bootstrap, 50 000; -: "
+        "not of as many seeds on every dataset"
     )
     plain = {a: {k: [v.point, v.low, v.high] for k, v in row.items()} for a, row in total.items()}
     return {"scores": scores, "aggregate": plain, "results": list(results), "versions": versions(), **machine()}

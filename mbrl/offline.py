@@ -201,6 +201,9 @@ MOREC_MOBILE = replace(
     MOBILE,
     imagination=Imagination(morec=Morec(), penalty=Penalty(0.5, "bellman"), floor=True, truncation=_CUT, **_LONG),
 )
+# Agent and share of real rows as published, for comparisons.
+MOPO_PUBLISHED = replace(MOPO, agent=PUBLISHED, real_ratio=0.05)
+MOBILE_PUBLISHED = replace(MOBILE, agent=replace(PUBLISHED, deterministic_backup=True), real_ratio=0.05)
 BC = OfflineConfig(agent=BcConfig(), imagination=None, real_ratio=1.0)
 TD3_BC = OfflineConfig(agent=Td3BcConfig(), imagination=None, real_ratio=1.0)
 PRESETS: dict[str, OfflineConfig] = {
@@ -208,8 +211,10 @@ PRESETS: dict[str, OfflineConfig] = {
     "morec-mobile": MOREC_MOBILE,
     "morec-published": MOREC_PUBLISHED,
     "mopo": MOPO,
+    "mopo-published": MOPO_PUBLISHED,
     "morel": MOREL,
     "mobile": MOBILE,
+    "mobile-published": MOBILE_PUBLISHED,
     "bc": BC,
     "td3-bc": TD3_BC,
 }

@@ -125,6 +125,31 @@ def from_plain(value: Any, known: Iterable[type]) -> Any:
     return build(value)
 
 
+def types_of(*values: Any) -> list[type]:
+    """The dataclasses that settings are of, with those that their fields hold or may hold."""
+    found: list[type] = []
+
+    def add(x: Any) -> None:
+        if dataclasses.is_dataclass(x):
+            cls = x if isinstance(x, type) else type(x)
+            if cls not in found:
+                found.append(cls)
+                for hint in _hints(cls).values():
+                    add(hint)
+            if not isinstance(x, type):
+                for field in dataclasses.fields(x):
+                    add(getattr(x, field.name))
+        elif isinstance(x, tuple | list):
+            for part in x:
+                add(part)
+        else:
+            for part in get_args(x):
+                add(part)
+
+    add(values)
+    return found
+
+
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return get_type_hints(cls)

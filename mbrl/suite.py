@@ -31,10 +31,10 @@ def table(results: Sequence[Mapping[str, Any]], key: str = "score_last10") -> di
     return {a: {d: [x for _, x in sorted(v)] for d, v in row.items()} for a, row in out.items()}
 
 
-def _matrix(row: Mapping[str, Sequence[float]], datasets: Sequence[str]) -> np.ndarray:
-    """[runs, datasets], cut to the number of runs that every dataset has."""
-    runs = min(len(row.get(d, ())) for d in datasets)
-    return np.array([[row[d][i] for d in datasets] for i in range(runs)], dtype=float).reshape(runs, len(datasets))
+def _matrix(row: Mapping[str, Sequence[float]], datasets: Sequence[str]) -> np.ndarray | None:
+    """[runs, datasets], or None where not every dataset has as many."""
+    runs = {len(row.get(d, ())) for d in datasets}
+    return np.array([row[d] for d in datasets], dtype=float).T if len(runs) == 1 and 0 not in runs else None
 
 
 def aggregate(
@@ -45,12 +45,11 @@ def aggregate(
     seed: int = 0,
 ) -> dict[str, dict[str, Interval]]:
     """algorithm -> {"iqm", "mean"} over runs x datasets with stratified bootstrap intervals by rliable. Algorithms
-    that lack a dataset that another one has are left out: their means would not compare."""
+    that lack a dataset that another one has, or runs on some of them, are left out: their means would not compare."""
     from rliable import library, metrics
 
     datasets = sorted({d for row in scores.values() for d in row})
-    whole = {a: _matrix(row, datasets) for a, row in scores.items() if all(d in row for d in datasets)}
-    whole = {a: m for a, m in whole.items() if m.size}
+    whole = {a: m for a, row in scores.items() if (m := _matrix(row, datasets)) is not None}
     if not whole:
         return {}
     function = lambda m: np.array([metrics.aggregate_iqm(m), metrics.aggregate_mean(m)])

@@ -20,7 +20,7 @@ from mbrl_envs import tasks
 from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
 from mbrl.core import Spec
 from mbrl.planner import OVER
-from mbrl.run import Run, RunError
+from mbrl.run import Run, RunError, git_hash
 from mbrl.terminal import TerminalConfig, TerminalHead
 
 SMALL = (
@@ -150,6 +150,7 @@ def test_a_run_folder_says_what_was_done(finished, pendulum):
     )
     assert config["arguments"]["seeds"] == [5]
     assert config["versions"]["torch"]
+    assert config["git"] == git_hash()
     assert result["updates"] == 300
     assert [u for u, _ in result["returns"]] == [100, 200, 300]
     assert result["final"][0] == pytest.approx(np.mean(result["returns"][-1][1][0]), abs=0.01)
@@ -457,6 +458,12 @@ def test_a_suite_shares_its_models_and_is_not_run_twice(pendulum, tmp_path, caps
     assert {a: set(row) for a, row in summary["scores"].items()} == {
         a: {"pendulum-random"} for a in ("mopo@0.5", "mopo", "bc")
     }
+    low, high = scale = worlds.reference_scores("hopper-medium-v2")
+    for path in out.glob("*/*/*/result.json"):
+        found = json.loads(path.read_text())
+        assert found["scale"] == list(scale)
+        for what in ("last10", "final"):
+            assert found[f"score_{what}"] == pytest.approx([100 * (x - low) / (high - low) for x in found[what]])
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/*/*/result.json")}
     (out / "pendulum-random/bc/1/result.json").unlink()  # one is lost: only it is made again
     (out / "pendulum-random/bc/1/config.json").unlink()
@@ -464,6 +471,64 @@ def test_a_suite_shares_its_models_and_is_not_run_twice(pendulum, tmp_path, caps
     after = {p: p.stat().st_mtime_ns for p in out.glob("*/*/*/result.json")}
     assert {p.parent.parent.name for p in after if after[p] != stamps[p]} == {"bc"}
     assert len(fits) == 1
+    lost = out / "pendulum-random/mopo/1"  # one was interrupted: it is gone on with, to the same numbers
+    before = Run.open(lost)
+    agent, metrics = before.load("agent")[0], before.metrics()
+    (lost / "result.json").unlink()
+    (lost / "checkpoints/agent.safetensors").unlink()
+    cli.main(args)
+    again = Run.open(lost)
+    assert (lost / "result.json").exists()
+    assert all(torch.equal(v, again.load("agent")[0][k]) for k, v in agent.items())
+    assert again.metrics() == metrics
+
+
+MINE = """
+from dataclasses import dataclass
+from mbrl.dynamics.single import SingleConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int = 8
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    size: Size = Size()
+
+    def build(self, spec, generator=None):
+        width = (self.size.width,)
+        return SingleConfig(gaussian=True, hidden=width, weight_decay=(0.0, 0.0)).build(spec, generator)
+"""
+
+
+@pytest.mark.slow
+def test_a_learner_of_another_package_goes_everywhere(pendulum, tmp_path, monkeypatch):
+    """From an entry point to a run that was killed, and its policy; settings within settings come along."""
+    home = tmp_path / "site"
+    (home / "mine-1.0.dist-info").mkdir(parents=True)
+    (home / "mine.py").write_text(MINE)
+    (home / "mine-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (home / "mine-1.0.dist-info/entry_points.txt").write_text("[mbrl.learners]\nmine = mine:MineConfig\n")
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    run = tmp_path / "run"
+    options = ["--updates", "20", "--episodes", "1", "--fitting.max-epochs", "1", "--quiet"]
+    own = ["algorithm:mopo", "--algorithm.agent.hidden", "16", "--algorithm.imagination.rollouts", "20"]
+    done = call(
+        *("offline", "--dataset", str(pendulum), "--out", str(run), "--seeds", "1"), *options, *own,
+        "dynamics:mine", "--dynamics.size.width", "6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Run.open(run).config["arguments"]["dynamics"] == {
+        "_type": "MineConfig", "size": {"_type": "Size", "width": 6},
+    }  # fmt: skip
+    (run / "result.json").unlink()
+    (run / "checkpoints/agent.safetensors").unlink()
+    for args in (["offline", "--resume", str(run)], ["eval", str(run), "--episodes", "1", "--plan"]):
+        done = call(*args)
+        assert done.returncode == 0, done.stderr
+    assert "1, planned" in done.stdout
 
 
 def tiny(config):

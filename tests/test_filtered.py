@@ -451,6 +451,49 @@ def auc(above, below):
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def test_the_gradient_penalty_is_a_squared_slope():
+    """Of a linear logit |w|^2, in units of the change, wherever between the two."""
+    config = dataclasses.replace(LEARN, anchors=0)
+    game = Game(Biased(0.3), linear_data(500), config, gen(1), torch.zeros(()))
+    game.player.change.std.copy_(torch.tensor([2.0, 0.5]))
+    w, seen = torch.tensor([3.0, -4.0]), []
+    game.player.features = lambda obs, act, after: (seen.append(after), after)[1]
+    game.player.heads = torch.nn.Linear(2, 1, bias=False)
+    game.player.heads.weight = torch.nn.Parameter(w[None])
+    real, fake = ((torch.zeros(64, 2), torch.zeros(64, 1), torch.full((64, 2), x)) for x in (0.0, 1.0))
+    assert game._penalty(real, fake, gen(2)).item() == pytest.approx((3 * 2) ** 2 + (4 * 0.5) ** 2)
+    assert (seen[0][:, 0] == seen[0][:, 1]).all()
+    assert seen[0][:, 0].std().item() == pytest.approx(12**-0.5, rel=0.2)
+
+
+def test_the_gradient_penalty_flattens_the_discriminator():
+    slopes = []
+    for penalty in (0.0, 1.0):
+        config = dataclasses.replace(LEARN, anchors=0, penalty=penalty)
+        game = Game(Biased(0.3), linear_data(2_000), config, gen(1), torch.zeros(()))
+        for _ in range(150):
+            game.update(gen(3))
+        real = game._flat(game._batch(gen(4)))
+        slopes.append(game._penalty(real, real, gen(2)).item())
+    assert slopes[1] < 0.5 * slopes[0]
+
+
+def test_the_generators_spread_is_in_units_of_what_the_anchors_leave():
+    """Noise of a size that is uniform from nothing to `spread` of these."""
+    config = dataclasses.replace(LEARN, anchors=1, anchor_updates=1, spread=3.0, batch=4_000)
+    game = Game(Biased(0.0), linear_data(5_000), config, gen(1), torch.zeros(()))
+    game.update(gen(3))  # the anchors' turn
+    seen, inner = [], game.player.features
+    game._generate = lambda segment, generator: game._flat(segment)
+    game.player.features = lambda obs, act, after: (seen.append(after), inner(obs, act, after))[1]
+    game.update(gen(4))
+    real, fake = seen[0].chunk(2)
+    unit = (fake - real) / (game.reward.scale * game.reward.change.std)
+    assert unit.var().item() == pytest.approx(3.0**2 / 3, rel=0.1)
+    size = unit.square().mean(1)
+    assert (size < 0.1).float().mean() > 0.02, "some of next to nothing"
+
+
 @pytest.mark.parametrize("anchors", [0, 1])
 def test_learns_the_likelihood_ratio(anchors):
     """Two Gaussians a distance 0.3 sqrt(2) apart at a standard deviation of 0.3: the log ratio is linear in s', and the

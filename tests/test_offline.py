@@ -45,6 +45,42 @@ def test_starts_are_observations_of_the_data():
     assert len(t.obs.unique()) > 100
 
 
+def test_rows_that_have_ended_are_dropped():
+    """Every few steps, `block`, so that the model is asked for no more than those that live."""
+    asked = []
+
+    class Counted(Line):
+        def step(self, state, inp, cond):
+            asked.append(len(state))
+            return super().step(state, inp, cond)
+
+    end = lambda obs, act, after: after[:, 0] > 1.0
+    config = Imagination(horizon=12, rollouts=40, block=3)
+    t, _ = imagined(config, model=Counted(), agent=Constant(0.4), terminal=end)
+    assert asked[:3] == [40] * 3
+    assert len(t.obs) <= sum(asked) < 12 * 40
+    assert asked == sorted(asked, reverse=True)
+    assert all(len(set(asked[i : i + 3])) == 1 for i in range(0, len(asked), 3))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_targets_have_a_floor_where_rewards_are_positive(sign):
+    """MOBILE's; of negative rewards 0 would be a ceiling."""
+    data = line_data()
+    data = replace(data, reward=sign * data.reward.abs())
+    config = small(updates=1)
+    assert config.imagination is not None
+    config = replace(config, imagination=replace(config.imagination, floor=True))
+    result = offline.train(config, data, models=[Line()], terminal=never)
+    assert result.agent.config.target_min == (0.0 if sign > 0 else None)
+
+
+def test_the_last_ten_are_ten():
+    result = offline.Result(None, [], [(n, [[float(n), n + 2.0], [0.0, 0.0]]) for n in range(12)], {})
+    assert result.last().tolist() == [sum(range(2, 12)) / 10 + 1, 0.0]
+    assert result.last(1).tolist() == [12.0, 0.0]
+
+
 @pytest.mark.parametrize("chunk", [7, 100])
 @pytest.mark.parametrize("block", [1, 4, 10])
 def test_blocks_and_chunks_change_no_number(block, chunk):
@@ -282,7 +318,7 @@ def test_every_rollout_cut_at_its_start_is_an_error():
         offline.train(config, line_data(), models=[Line()], terminal=never)
 
 
-@pytest.mark.parametrize("name", ["morec-mopo", "morec-mobile", "morec-published", "mopo", "morel", "mobile"])
+@pytest.mark.parametrize("name", sorted({*offline.PRESETS} - {"bc", "td3-bc"}))
 def test_presets_are_settings_of_one_loop(name):
     """Each runs, from the fit of its model to a policy, on a small set and at a small size."""
     preset = offline.PRESETS[name]
@@ -451,6 +487,10 @@ def test_the_value_after_a_cut_is_that_of_the_mean_reward():
         ("morec-published", "17a09edb5e8a"),
         ("mopo", "6cf31a790261"),
         ("bc", "a446081fbc0d"),
+        ("morel", "f0b794bc8b4a"),
+        ("mobile", "7e03e24bcf22"),
+        ("morec-mobile", "26fc6ad59b79"),
+        ("td3-bc", "cc3c412a40b4"),
     ],
 )
 def test_a_setting_that_came_later_leaves_the_names_of_what_was_fitted(name, want):

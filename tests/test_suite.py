@@ -47,6 +47,9 @@ def test_the_interval_of_the_mean_is_stratified():
 
 def test_an_algorithm_that_lacks_a_dataset_is_left_out():
     assert set(suite.aggregate({"a": {"x": [1.0], "y": [2.0]}, "b": {"x": [1.0]}}, resamples=50)) == {"a"}
+    assert set(suite.aggregate({"a": {"x": [1.0], "y": [2.0]}, "b": {"x": [1.0, 3.0], "y": [2.0]}}, resamples=50)) == {
+        "a"
+    }
     assert suite.aggregate({}) == {}
 
 

@@ -167,8 +167,8 @@ class Evaluator:
                 kw["continuing_task"] = False  # D4RL's ends at the goal
             if isinstance(self.source, str) and (hand := re.fullmatch(FLAWED, self.source)):
                 warnings.warn(
-                    f"{self.source}: gymnasium-robotics, from 1.2.1 on, rewards the hand's distance there where nearness "
-                    f"was meant; mbrl_envs.d4rl:D4RL/{hand[1].lower()}-expert-v1 is the same environment without that",
+                    f"{self.source}: gymnasium-robotics, from 1.2.1 on, rewards a distance there where nearness was "
+                    f"meant; mbrl_envs.d4rl:D4RL/{hand[1].lower()}-expert-v1 is the same environment without that",
                     stacklevel=2,
                 )
             envs = [_make(self.source, **kw) for _ in range(self.copies)]
