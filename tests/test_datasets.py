@@ -391,6 +391,7 @@ def valid(path, tmp_path):
             data = load(path)
     except DataError as error:
         assert path.name in str(error)  # noqa: PT017
+        assert {*";?"} & {*str(error).partition(": ")[2]}, "and what to do"  # noqa: PT017
         return None
     finally:
         assert sorted(tmp_path.iterdir()) == before

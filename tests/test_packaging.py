@@ -130,6 +130,10 @@ def test_the_command_line_is_installed(installed, tmp_path):
     text = call(command, "--help", cwd=tmp_path)
     for verb in ("offline", "eval", "data", "collect", "list", "suite", "demo"):
         assert verb in text
+    options = ("--updates", 2, "--episodes", 1, "--seeds", 0, "--quiet", "algorithm:bc", "--algorithm.agent.hidden", 8)
+    call(command, "offline", "--dataset", "embedded:pendulum", *options, cwd=tmp_path)
+    (result,) = tmp_path.glob("runs/*/bc-0/result.json")
+    assert json.loads(result.read_text())["updates"] == 2
 
 
 def test_every_import_is_a_declared_requirement():

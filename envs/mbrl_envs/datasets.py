@@ -179,7 +179,7 @@ def _path(source: str | os.PathLike, strict: bool, progress: Progress | None) ->
     with open(path, "rb") as file:
         magic = file.read(4)
     if not magic:
-        raise DataError(f"{label}: the file is empty; expected D4RL's HDF5 or NeoRL's .npz")
+        raise DataError(f"{label}: the file is empty, expected D4RL's HDF5 or NeoRL's .npz; download or write it again")
     if path.suffix == ".npz" and not magic.startswith(b"PK"):
         raise DataError(f"{label}: not NumPy's .npz, which is a zip archive; download or write it again")
     if magic.startswith(b"PK"):
@@ -242,7 +242,9 @@ def _attributes(source: Source, attrs: Mapping[str, Any]) -> None:
     if "dt" in plain:
         source.dt = float(_numbers(source.label, "attribute dt", plain["dt"]).ravel()[0])
         if source.dt <= 0:
-            raise DataError(f"{source.label}: attribute dt is {source.dt}, expected seconds a step, above 0")
+            raise DataError(
+                f"{source.label}: attribute dt is {source.dt}, expected seconds a step, above 0; correct it"
+            )
     if plain:
         source.meta["attributes"] = {k: v for k, v in plain.items() if isinstance(v, str | int | float | list)}
 
@@ -251,9 +253,9 @@ def _numbers(label: str, key: str, value: Any) -> np.ndarray:
     try:
         value = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise DataError(f"{label}: {key} is {value!r}, expected numbers") from None
+        raise DataError(f"{label}: {key} is {value!r}, expected numbers; correct it") from None
     if value.size == 0 or np.isnan(value).any():
-        raise DataError(f"{label}: {key} is {value.tolist()!r}, expected numbers")
+        raise DataError(f"{label}: {key} is {value.tolist()!r}, expected numbers; correct it")
     return value
 
 
@@ -303,7 +305,7 @@ def _columns(source: Source, found: Mapping[str, Any], legend: Mapping[str, str]
         found = {k: v for k, v in found.items() if k != legend["index"]}
     for key, column in found.items():
         if not hasattr(column, "shape") or column.shape is None:
-            raise DataError(f"{label}: key {key!r} is a {type(column).__name__}, expected an array")
+            raise DataError(f"{label}: key {key!r} is a {type(column).__name__}, expected an array; write one there")
     act = found[legend["act"]]
     if act.dtype.kind in "iub":
         raise DataError(
@@ -329,10 +331,15 @@ def _columns(source: Source, found: Mapping[str, Any], legend: Mapping[str, str]
                 "was the file cut while it was written?"
             )
     if steps == 0:
-        raise DataError(f"{label}: key {legend['obs']!r} has 0 steps, expected at least 1; the dataset is empty")
+        raise DataError(
+            f"{label}: key {legend['obs']!r} has 0 steps, expected at least 1; record episodes into it, it is empty"
+        )
     if legend["next_obs"] in found and found[legend["next_obs"]].shape != found[legend["obs"]].shape:
         got, want = found[legend["next_obs"]].shape, found[legend["obs"]].shape
-        raise DataError(f"{label}: key {legend['next_obs']!r} has shape {list(got)}, expected {list(want)}")
+        raise DataError(
+            f"{label}: key {legend['next_obs']!r} has shape {list(got)}, expected {list(want)}, as the observations; "
+            "repair the key, or leave it out"
+        )
 
     read = lambda ours: _floats(label, legend[ours], found[legend[ours]])
     flag = lambda ours: _flags(label, legend[ours], found[legend[ours]])
@@ -347,7 +354,9 @@ def _columns(source: Source, found: Mapping[str, Any], legend: Mapping[str, str]
 def _floats(label: str, key: str, column: Any) -> np.ndarray:
     """As float32, straight into the array that stays."""
     if column.dtype.kind not in "fiub":
-        raise DataError(f"{label}: key {key!r} has dtype {column.dtype}, expected floating point numbers")
+        raise DataError(
+            f"{label}: key {key!r} has dtype {column.dtype}, expected floating point numbers; write it anew as float32"
+        )
     if isinstance(column, h5py.Dataset) and column.dtype.kind != "b":
         out = np.empty(column.shape, np.float32)
         column.read_direct(out)
@@ -368,11 +377,15 @@ def _floats(label: str, key: str, column: Any) -> np.ndarray:
 
 def _flags(label: str, key: str, column: Any) -> np.ndarray:
     if column.dtype.kind not in "biuf":
-        raise DataError(f"{label}: key {key!r} has dtype {column.dtype}, expected true or false for each step")
+        raise DataError(
+            f"{label}: key {key!r} has dtype {column.dtype}, expected true or false a step; write it anew as bool"
+        )
     values = np.asarray(column[()]).reshape(-1)
     if values.dtype.kind != "b" and not ((values == 0) | (values == 1)).all():
         bad = values[~((values == 0) | (values == 1))][0]
-        raise DataError(f"{label}: key {key!r} holds {bad}, expected only 0 and 1 (false and true)")
+        raise DataError(
+            f"{label}: key {key!r} holds {bad}, expected only 0 and 1 (false and true); write it anew as bool"
+        )
     return values.astype(bool)
 
 
@@ -380,9 +393,15 @@ def _index(label: str, key: str, index: np.ndarray, steps: int) -> np.ndarray:
     """NeoRL's index holds where episodes end (one past the last row); a list of first rows says the same."""
     values = index.reshape(-1)
     if values.dtype.kind not in "iuf" or (values != np.floor(values)).any():
-        raise DataError(f"{label}: key {key!r} is not a list of row numbers (dtype {values.dtype})")
+        raise DataError(
+            f"{label}: key {key!r} is not a list of row numbers (dtype {values.dtype}), expected where episodes end; "
+            "write it anew as integers"
+        )
     if values.size and (values.min() < 0 or values.max() > steps):
-        raise DataError(f"{label}: key {key!r} holds {values.max()}, expected row numbers between 0 and {steps}")
+        raise DataError(
+            f"{label}: key {key!r} holds {values.max()}, expected row numbers between 0 and {steps}; was the file cut "
+            "while it was written?"
+        )
     ends = np.unique(np.append(values.astype(np.int64), steps))
     return ends[ends > 0]
 
@@ -522,7 +541,9 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
     label, known, low, high = source.label, source.known, source.low, source.high
     dt = source.dt or (known.dt if known is not None else None)
     if (low is None) != (high is None):
-        raise DataError(f"{label}: only one of action_low and action_high is stated, expected both or neither")
+        raise DataError(
+            f"{label}: only one of action_low and action_high is stated, expected both or neither; add the other"
+        )
     if low is None and known is not None and known.bound is not None:
         low, high = np.full(width, -known.bound), np.full(width, known.bound)
     elif source.env and (low is None or dt is None) and (found := _environment(source.env)) is not None:
@@ -719,11 +740,13 @@ def _episodes(
         act = _floats(at, "actions", raw.reshape(steps, -1))
         if width not in (None, (obs.shape[1], act.shape[1])):
             got = (obs.shape[1], act.shape[1])
-            raise DataError(f"{at}: observations and actions are {got} wide, expected {width} as in episode 0")
+            raise DataError(
+                f"{at}: observations and actions are {got} wide, expected {width} as in episode 0; leave it out"
+            )
         width = (obs.shape[1], act.shape[1])
         found.append((_floats(at, "observations", obs), act, reward, *flags))
     if not found or width is None:
-        raise DataError(f"{label}: 0 steps, expected at least 1; the dataset is empty")
+        raise DataError(f"{label}: 0 steps, expected at least 1; the dataset is empty, record episodes into it")
     ends = np.cumsum([len(e[2]) for e in found])
     obs, after = (np.empty((ends[-1], width[0]), np.float32) for _ in range(2))
     for e, end in zip(found, ends, strict=True):
@@ -738,20 +761,22 @@ def _flatten(at: str, value: Any, space: spaces.Space | None) -> np.ndarray:
     `gymnasium.spaces.flatten` does."""
     if isinstance(space, spaces.Dict) or (space is None and isinstance(value, Mapping)):
         if not isinstance(value, Mapping):
-            raise DataError(f"{at}: 'observations' is a {type(value).__name__}, expected the keys of {space}")
+            raise DataError(
+                f"{at}: 'observations' is a {type(value).__name__}, expected the keys of {space}; record those"
+            )
         parts: Any = space.spaces if space is not None else dict.fromkeys(value)
         if missing := [k for k in parts if k not in value]:
-            raise DataError(f"{at}: 'observations' lacks {missing[0]!r}, expected {list(parts)}")
+            raise DataError(f"{at}: 'observations' lacks {missing[0]!r}, expected {list(parts)}; record it too")
         return np.concatenate([_flatten(at, value[k], s) for k, s in parts.items()], 1)
     if isinstance(space, spaces.Tuple) or (space is None and isinstance(value, tuple)):
         parts = space.spaces if space is not None else [None] * len(value)
         if len(parts) != len(value):
-            raise DataError(f"{at}: 'observations' has {len(value)} parts, expected {len(parts)}")
+            raise DataError(f"{at}: 'observations' has {len(value)} parts, expected {len(parts)}; record all of them")
         return np.concatenate([_flatten(at, v, s) for v, s in zip(value, parts, strict=True)], 1)
     if space is not None and not isinstance(
         space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
     ):
-        raise DataError(f"{at}: observations in the space {space} cannot be flattened to numbers")
+        raise DataError(f"{at}: observations in the space {space} cannot be flattened to numbers; record numbers")
     value = np.asarray(value)
     if value.ndim == 0 or value.dtype.kind not in "fiub":
         raise DataError(f"{at}: 'observations' has shape {list(value.shape)} of {value.dtype}, expected [T + 1, ...]")
