@@ -61,13 +61,13 @@ class Online(Driving):
 # ---------------------------------------------------------------- what is known of an environment
 
 
-def opened(env_id: str | None) -> Any:
+def opened(env_id: str | None, **kw: Any) -> Any:
     """The environment. Raises ValueError for a name that is none."""
     from mbrl_envs import evaluate as worlds
 
     if env_id is None:
         raise ValueError("--env is missing; expected a gymnasium id, e.g. Pendulum-v1")
-    return worlds.make(env_id)
+    return worlds.make(env_id, **kw)
 
 
 def functions(env_id: str, obs: int, reward: str) -> tuple[Any, Any]:

@@ -83,7 +83,8 @@ def run_plan(args: Plan) -> Run:
     assert args.env is not None
     assert args.seed is not None
     device = devices.pick(args.device)
-    env = opened(args.env)
+    draws = {"render_mode": "rgb_array"} if args.video and args.model == "true" else {}
+    env = opened(args.env, **draws)
     try:
         reward, terminal = functions(args.env, spec_of(env).obs, args.reward)
         began = time.perf_counter()
@@ -117,7 +118,7 @@ def run_plan(args: Plan) -> Run:
             console.print(words)
             console.print(f"{wall:.0f} s; figure: {run.folder / 'report.png'}")
         if args.video:
-            _film(args, controller, device)
+            _film(args, controller, env, device)
     finally:
         env.close()
     return run
@@ -139,9 +140,7 @@ def _check_plan(args: Plan, env: Any) -> None:
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1 where nothing is learned")
     reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
-    controller = _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
-    if args.video and isinstance(controller, ByValue):
-        raise ValueError("--video: a plan in the true simulator is of one environment alone; leave --video out")
+    _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
 
 
 def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.device) -> Any:
@@ -255,10 +254,12 @@ def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.devic
     return returns
 
 
-def _film(args: Plan, controller: Any, device: torch.device) -> None:
+def _film(args: Plan, controller: Any, env: Any, device: torch.device) -> None:
+    """In an environment of its own, or, of a plan that is valued in this one's simulator, in this one."""
     from mbrl_envs import evaluate as worlds
 
     controller.begin(1)
     assert args.video is not None
-    total = worlds.video(lambda obs: controller(torch.as_tensor(obs).to(device)), str(args.env), args.video)
+    source = env if isinstance(controller, ByValue) else str(args.env)
+    total = worlds.video(lambda obs: controller(torch.as_tensor(obs).to(device)), source, args.video)
     console.print(f"video: {args.video}, return {total:.1f}")

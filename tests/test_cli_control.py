@@ -46,7 +46,7 @@ def short(monkeypatch):
     """Episodes of 25 steps."""
     make = cli_control.opened
     for module in (cli_control, cli_plan):
-        monkeypatch.setattr(module, "opened", lambda env: gym.wrappers.TimeLimit(make(env).unwrapped, 25))
+        monkeypatch.setattr(module, "opened", lambda env, **kw: gym.wrappers.TimeLimit(make(env, **kw).unwrapped, 25))
 
 
 def result(folder):
@@ -111,6 +111,30 @@ def test_driving_resumes_to_the_same_numbers_and_no_episode_is_another_again(tmp
     cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
     assert result(tmp_path / "cut")["returns"] == result(tmp_path / "whole")["returns"]
     assert seeds[0] != seeds[1]
+
+
+def test_a_plan_in_the_truth_is_filmed_where_it_is_valued(tmp_path, monkeypatch):
+    """In the environment whose simulator it is, from a new plan; another one would go another way."""
+    shown = []
+
+    def video(act, env, path):
+        obs, _ = env.reset(seed=0)
+        env.step(np.asarray(act(torch.as_tensor(obs[None], dtype=torch.float32))[0]))
+        shown.append((env.render_mode, env.unwrapped))
+        return 0.0
+
+    begun, given = [], cli_plan._given
+    keep = lambda *a: (begun.append(given(*a)), begun[-1])[1]
+    monkeypatch.setattr(cli_plan, "_given", keep)
+    monkeypatch.setattr("mbrl_envs.evaluate.video", video)
+    cli.main(["plan", "--env", "InvertedPendulum-v5", "--seed", "0", "--model", "true", "--episodes", "1", "--quiet",
+              "--threads", "1", "--out", str(tmp_path / "t"), "--video", str(tmp_path / "x.gif"), "planner:icem",
+              "--planner.horizon", "5"])  # fmt: skip
+    ((mode, env),) = shown
+    assert mode == "rgb_array"
+    simulator = begun[-1].value.__closure__
+    assert any(getattr(c.cell_contents, "envs", [None])[0] is env for c in simulator)
+    assert any(getattr(c.cell_contents, "threads", 0) == 1 for c in simulator)
 
 
 def test_each_driven_episode_has_a_stream_of_its_own(tmp_path, monkeypatch):
@@ -293,7 +317,6 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (["plan", "--env", "Pendulum-v1", "planner:cem", "--planner.elites", "600"], "elites"),
         (["plan", "--env", "Pendulum-v1", "dynamics:single", "--dynamics.hidden", "8"], "weight_decay"),
         (["plan", "--env", "Pendulum-v1", "planner:tdmpc", "--planner.proposals", "24"], "no policy"),
-        (["plan", "--env", "HalfCheetah-v5", "--model", "true", "--video", "x.gif"], "--video"),
         (
             ["plan", "--env", "HalfCheetah-v5", "--model", "true", "planner:cem", "--planner.gradient-steps", "1"],
             "gradient",

@@ -94,9 +94,10 @@ class _World(gym.Env):
             self.renderer = mujoco.Renderer(self.model, 240, 320)
             self.camera = mujoco.MjvCamera()
             mujoco.mjv_defaultFreeCamera(self.model, self.camera)
-            self.camera.elevation, self.camera.distance = -89.0, 1.6 * self.model.stat.extent
             walls = self.model.geom_pos[self.model.geom_type == mujoco.mjtGeom.mjGEOM_BOX]
-            self.camera.lookat[:] = (walls.min(0) + walls.max(0)) / 2
+            low, high = walls.min(0), walls.max(0)
+            self.camera.elevation, self.camera.distance = -89.0, 1.5 * (high - low).max()
+            self.camera.lookat[:] = (low + high) / 2
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
 
