@@ -132,7 +132,7 @@ def test_the_command_line_is_installed(installed, tmp_path):
         assert verb in text
     options = ("--updates", 2, "--episodes", 1, "--seeds", 0, "--quiet", "algorithm:bc", "--algorithm.agent.hidden", 8)
     call(command, "offline", "--dataset", "embedded:pendulum", *options, cwd=tmp_path)
-    (result,) = tmp_path.glob("runs/*/bc-0/result.json")
+    (result,) = tmp_path.glob("runs/*/bc-*/result.json")
     assert json.loads(result.read_text())["updates"] == 2
 
 
