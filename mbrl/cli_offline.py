@@ -1,5 +1,6 @@
 """The command `mbrl offline`."""
 
+import itertools
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -311,9 +312,21 @@ def planned_over(
             agent, i, model, generator=stream, planner=OVER[by], critics="mean" if by == "tdmpc" else "least",
             terminal=terminal, reward=reward, dt=dt,
         )  # fmt: skip
-        act = lambda obs, control=control: control(obs).to(obs.device)
-        found.append([float(x) for x in evaluate(act, rows=lambda kept, begun, c=control: c.rows(kept, begun))])
+        with console.status("planning") as status:
+            act = _watched(control, f"seed {seed}: planning over its policy", status)
+            found.append([float(x) for x in evaluate(act, rows=lambda kept, begun, c=control: c.rows(kept, begun))])
     return found
+
+
+def _watched(control: Any, what: str, status: Any) -> Any:
+    """The controller, with a line on the terminal that says how far it is."""
+    steps = itertools.count(1)
+
+    def act(obs: torch.Tensor) -> torch.Tensor:
+        status.update(f"{what}, step {next(steps)}, {len(obs)} episodes under way")
+        return control(obs).to(obs.device)
+
+    return act
 
 
 def _start(path: Path, args: Offline, data: Any) -> dict[str, torch.Tensor]:
