@@ -98,7 +98,7 @@ def run_plan(args: Plan) -> Run:
                 returns, controller = result.returns, result.mpc
             else:
                 controller = _given(args, env, reward, terminal, device)
-                if (of := _kind(args)) not in (None, args.env) and not args.quiet:
+                if (of := _kind(args)) not in (None, "none", args.env) and not args.quiet:
                     console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
             wall = time.perf_counter() - began
