@@ -13,7 +13,7 @@ from mbrl import device as devices
 from mbrl import offline, online
 from mbrl.choices import KNOWN, console
 from mbrl.cli_control import KINDS, Online, functions
-from mbrl.cli_offline import Offline, fitted, learned_end, planned_over
+from mbrl.cli_offline import Offline, check_by, fitted, learned_end, planned_over
 from mbrl.core import Spec
 from mbrl.run import Run, RunError, from_plain
 from mbrl.sac import SacConfig
@@ -69,8 +69,7 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     with."""
     from mbrl_envs import evaluate as worlds
 
-    if args.plan_by != "loop" and not args.plan:
-        raise ValueError(f"--plan-by {args.plan_by}: says how --plan plans, which is not given; pass --plan too")
+    check_by(args)
     settings = settings_of(run)
     env = args.env or (run.result or {}).get("env") or settings.env
     if env in (None, "none"):

@@ -268,11 +268,16 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
     return run
 
 
+def check_by(args: Any) -> None:
+    """Raises ValueError where --plan-by is given for a plan that is not."""
+    if args.plan_by != "loop" and not args.plan:
+        raise ValueError(f"--plan-by {args.plan_by}: says how --plan plans, which is not given; pass --plan too")
+
+
 def _check_plan(args: Offline, world: "World") -> None:
     """Before anything is learned. Raises ValueError for what --plan cannot plan over."""
+    check_by(args)
     if not args.plan:
-        if args.plan_by != "loop":
-            raise ValueError(f"--plan-by {args.plan_by}: says how --plan plans, which is not given; pass --plan too")
         return
     if args.algorithm.imagination is None or not isinstance(args.algorithm.agent, SacConfig):
         raise ValueError(f"--plan: {name_of(args.algorithm)} has no model or no critic to plan with; leave --plan out")

@@ -98,7 +98,7 @@ def run_plan(args: Plan) -> Run:
                 returns, controller = result.returns, result.mpc
             else:
                 controller = _given(args, env, reward, terminal, device)
-                if (of := _kind(args)) not in (None, "none", args.env) and not args.quiet:
+                if (of := _world_of(args)) not in (None, "none", args.env) and not args.quiet:
                     console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
             wall = time.perf_counter() - began
@@ -215,7 +215,7 @@ def _same_bounds(args: Plan, env: Any, low: Any, high: Any) -> None:
         )
 
 
-def _kind(args: Plan) -> str | None:
+def _world_of(args: Plan) -> str | None:
     """The environment of the run that gives the model, where it is one that drives an environment."""
     return None if args.model == "true" else (Run.open(Path(str(args.model))).config.get("arguments") or {}).get("env")
 

@@ -182,6 +182,12 @@ def group(x: Tensor, g: int) -> Tensor:
     return x.reshape(g, x.shape[0] // g, *x.shape[1:])
 
 
+@torch.no_grad()
+def first_context(model: Dynamics, device: torch.device) -> Tensor:
+    """[1, C]: the context of the first system that a learner was fitted to, for who names none."""
+    return model.context(torch.zeros(1, dtype=torch.int64, device=device))
+
+
 def repeat(tree: Tree, n: int) -> Tree:
     """[B, ...] -> [B * n, ...], contiguous by row: for states and inputs. A condition needs no such thing."""
     return pytree.tree_map(lambda x: x.repeat_interleave(n, 0), tree)

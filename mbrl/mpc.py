@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from mbrl import device as devices
 from mbrl.adapt import adapt, known
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, repeat, rows
+from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, first_context, repeat, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.offline import Forget, Record
@@ -77,10 +77,7 @@ class Mpc:
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
         self.like = next(itertools.chain(model.parameters(), model.buffers()))
         self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
-        if ctx is None:
-            with torch.no_grad():
-                ctx = model.context(torch.zeros(1, dtype=torch.int64, device=self.like.device))
-        self.ctx = ctx.to(self.like)
+        self.ctx = (first_context(model, self.like.device) if ctx is None else ctx).to(self.like)
         self.pins = worth.pinned and model.parts > 1
         if worth.limit < math.inf:
             self._check_limit()

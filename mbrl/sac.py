@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mbrl.core import Dynamics, Spec, StepInput
+from mbrl.core import Dynamics, Spec, StepInput, first_context
 from mbrl.data import Transitions
 from mbrl.nets import power_iteration
 
@@ -845,7 +845,7 @@ def value_aware_error(
     """[S]: the mean of |V(s'_model) - V(s'_real)| over transitions [B] that the model was not fitted to, with
     V(s) = min Q(s, pi(s)) under the policy's mean action. s'_model is one draw of the model. Transitions that end the
     task, whose value after it nobody asks for, are left out; NaN where there is no other."""
-    cond = model.condition(model.context(torch.zeros(1, dtype=torch.int64, device=batch.obs.device)))
+    cond = model.condition(first_context(model, batch.obs.device))
     noise = model.draw(len(batch.obs), 1, generator)
     inp = StepInput(batch.act, noise, torch.full_like(batch.reward, dt)[:, None])
     guess = model.step(model.init(batch.obs, cond), inp, cond)[1].obs

@@ -30,7 +30,7 @@ from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from mbrl.core import Dynamics, Spec, StepInput, choose
+from mbrl.core import Dynamics, Spec, StepInput, choose, first_context
 from mbrl.sac import Layers, Sac, SacConfig
 from mbrl_envs.evaluate import EnvError, flatten_obs, make, quiet
 
@@ -73,10 +73,7 @@ class _Rows:
         spec = model.spec
         floats = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
         like = floats[0] if floats else starts
-        if ctx is None:
-            with torch.no_grad():
-                ctx = model.context(torch.zeros(1, dtype=torch.int64, device=like.device))
-        ctx = ctx.to(like)
+        ctx = (first_context(model, like.device) if ctx is None else ctx).to(like)
         problems = [
             ("num_envs", num_envs, "at least 1", num_envs >= 1),
             ("horizon", horizon, "at least 1", horizon >= 1),
@@ -216,8 +213,7 @@ class ModelVectorEnv(VectorEnv):
     truncated. reward, terminal: functions of (obs [B, O], act [B, A], next obs [B, O]), as the loops take them; by
     default the model's own reward, and no end but the horizon. seed: of starts and the model's noise, until `reset` is
     given another. ctx [G, C]: the contexts of the rows, contiguous, G dividing num_envs; by default that of the
-    first system that the model was fitted to. dt: the
-    length of a step, as stored with the model's data.
+    first system that the model was fitted to. dt: the length of a step, as stored with the model's data.
 
     Actions are in [-1, 1], what leaves that is clipped; observations are raw, in float32. A prediction (observation or
     reward) that is not finite truncates its row's episode: the row keeps its last observation, earns nothing, is
