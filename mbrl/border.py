@@ -75,6 +75,7 @@ class World:
         if not np.isfinite(act).all():
             raise ValueError(f"step {self.steps}: the action is {act}, expected finite numbers; what acts has diverged")
         raw = self.low + (act.astype(np.float64) + 1) / 2 * (self.high - self.low)
+        raw = np.clip(raw, self.low, self.high)  # rounding may lead out of the box
         obs, reward, terminated, truncated, _ = self.env.step(raw.astype(self.dtype))
         if not math.isfinite(float(reward)):
             raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite one")

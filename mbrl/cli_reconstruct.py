@@ -27,8 +27,10 @@ from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, 
 
 SAVE_EVERY = 10.0  # seconds between checkpoints of a fit
 LONGEST = 100_000  # steps of a series that scores are taken from
+WINDOW = 20_000  # of these, by which a prediction error is taken
 EXPONENTS = 10_000  # steps
 ORBITS = 10  # of a known system, each of half as many steps
+FINEST = 5  # parts of such a step, a hundredth of a period or so, that are enough
 SHOWN = 1000  # steps of a series that the figure shows
 DRAWN = 10_000  # of an attractor
 STILL = 0.01  # of the truth's range: a run that ends in a point spans less in its last quarter
@@ -117,7 +119,16 @@ def load(args: Reconstruct) -> tuple[Dataset, Dataset, Any]:
 
 def longest(data: Dataset) -> tuple[Tensor, Tensor]:
     """The longest episode: obs [T, N], at most `LONGEST` steps, and act [T, A]."""
-    e = int(data.lengths.argmax())
+    return _episode(data, int(data.lengths.argmax()))
+
+
+def episodes(data: Dataset) -> list[tuple[Tensor, Tensor]]:
+    """The same of every episode that has two observations, the longest first."""
+    order = data.lengths.argsort(descending=True, stable=True)
+    return [_episode(data, int(e)) for e in order if data.lengths[e] > 1]
+
+
+def _episode(data: Dataset, e: int) -> tuple[Tensor, Tensor]:
     part = slice(int(data.starts[e]), min(int(data.starts[e + 1]), int(data.starts[e]) + LONGEST))
     return data.obs[part], data.act[part]
 
@@ -213,7 +224,7 @@ def judge(model: Dynamics, test: Dataset, ahead: int, seed: int) -> tuple[dict[s
     driven = test.spec.act > 0
     free = go(length - 1, act) if driven else metrics.settled(lambda steps: go(steps, None), length)
     truth = obs[1:] if driven else obs
-    window = obs[: min(length, 20_000)]
+    window = obs[:WINDOW]
     predict = lambda x, n: metrics.forecast(model, x, n, cond=cond, act=act[: len(x)], dt=dt)
     found: dict[str, Any] = metrics.scores(truth, free, None, ahead, generator=stream)
     found["ends"] = ends(free, truth, driven)
@@ -263,18 +274,18 @@ def fixed_points(model: Plrnn, free: Tensor, cond: Any) -> list[dict[str, Any]]:
     return piecewise.report(found)[:20]
 
 
-def true_exponents(system: Any, dt: float, seed: int = 0) -> list[float]:
-    """The Lyapunov spectrum of a system that is known, per unit of time, the mean over ORBITS orbits; at most ten. None
-    of a stiff one: explicit steps of its tangents would be too small."""
+def true_exponents(system: Any, seed: int = 0) -> list[float]:
+    """The Lyapunov spectrum of a system that is known, per unit of time, the mean over ORBITS orbits of so many of its
+    usual steps; at most ten. None of a stiff one: explicit steps of its tangents would be too small."""
     from mbrl_envs.systems import Flow, integrate
 
-    start = system.starts(ORBITS, devices.generator(seed)).double()
+    start, dt = system.starts(ORBITS, devices.generator(seed)).double(), system.dt
     if isinstance(system, Flow):
         if system.stiff:
             return []
         if system.transient:
             start = integrate(system, start, 1, system.transient)[:, -1]
-        walk = metrics.flow_step(system.field, system.jacobian, dt, max(1, round(dt / 0.01)))
+        walk = metrics.flow_step(system.field, system.jacobian, dt, min(max(2, round(dt / 0.01)), FINEST))
     else:
         walk = lambda x: (system.step(x), system.jacobian(x))
     k, steps = min(10, system.dim), EXPONENTS // 2
@@ -298,9 +309,15 @@ def run_reconstruct(args: Reconstruct) -> Run:
         only_its_own(run, given, args, dynamics=RECONSTRUCTORS)
         args = replace(args, device=local.get("device", given.device), quiet=given.quiet)
         train_set, test_set, system = load(args)
-        if train_set.sha256 != config["data"]["sha256"]:
+        its, own = config["data"], args.test or args.data
+        if train_set.sha256 != its["sha256"]:
             raise RunError(
                 f"{args.data}: not the data of {run.folder}; pass --data with the file that it was begun with"
+            )
+        if test_set.sha256 != its.get("test_sha256", test_set.sha256):
+            option = "--data" if args.test is None else "--test"
+            raise RunError(
+                f"{own}: not what {run.folder} is judged by; pass {option} with the file that it was begun with"
             )
         run.rewind()
         return _go(run, args, train_set, test_set, system)
@@ -315,6 +332,7 @@ def run_reconstruct(args: Reconstruct) -> Run:
     local = {"data": file(args.data), "test": file(args.test), "threads": torch.get_num_threads()}
     local["device"] = str(devices.pick(args.device))
     facts = {"name": train_set.name, "sha256": train_set.sha256, "steps": len(train_set), "dt": train_set.dt}
+    facts["test_sha256"] = test_set.sha256
     plain = to_plain(replace(args, data=train_set.name, test=None, out=None))
     run = Run.create(out, {"algorithm": label, "data": facts, "arguments": plain}, local, quiet=args.quiet)
     return _go(run, args, train_set, test_set, system)
@@ -324,6 +342,9 @@ COUNTS = ("epochs", "batches", "batch", "length", "holdout-max", "patience", "ma
           "heads", "bases", "every", "interval")  # at least 1  # fmt: skip
 POSITIVE = ("lr", "lr-end", "clip")
 SIZES = ("noise", "gain", "latent-decay", "readout-decay", "rectified")  # at least 0
+
+
+FILES, SYSTEMS = ("test", "holdout", "columns", "inputs"), ("steps", "noise")  # options of the one kind of data
 
 
 def _numbers(option: str, config: Any) -> Iterator[tuple[str, float]]:
@@ -356,6 +377,13 @@ def _check_settings(args: Reconstruct) -> None:
         raise ValueError(f"--steps {args.steps}: expected at least 2")
     if not 0 <= args.noise < math.inf:
         raise ValueError(f"--noise {args.noise}: expected a share of the standard deviation, 0 or more")
+    mine, whose = (FILES, "an integrated system") if str(args.data).startswith("system:") else (SYSTEMS, "a file")
+    if idle := [f"--{name}" for name in mine if getattr(args, name) != getattr(Reconstruct, name)]:
+        raise ValueError(f"{', '.join(idle)}: not for {whose}; leave it out")
+    if args.test is not None and args.holdout != Reconstruct.holdout:
+        raise ValueError(
+            f"--holdout {args.holdout}: not beside --test, which is judged by whole; leave one of the two out"
+        )
     parts = {"--schedule": args.schedule, "--fitting": args.fitting, "--dynamics": args.dynamics}
     for option, value in (x for at, config in parts.items() for x in _numbers(at, config)):
         name, least = option.rpartition(".")[2], None
@@ -375,9 +403,11 @@ def _check(args: Reconstruct, train: Dataset, test: Dataset) -> None:
     """Raises ValueError for what would fail in the course of a run."""
     from mbrl_envs.series import dimensions
 
-    have = len(longest(test)[0])
+    have = min(len(longest(test)[0]), WINDOW)
     if args.ahead < 1 or have <= args.ahead + 1:
-        what = f"expected at least 1, and at most {have - 2} for the test's longest stretch of {have} observations"
+        what = (
+            f"expected at least 1, and at most {have - 2} for the {have} observations of the test that it is taken over"
+        )
         raise ValueError(f"--ahead {args.ahead}: {what}")
     for part, x in (("training", longest(train)[0]), ("test", longest(test)[0])):
         still = (x == x[:1]).all(0).nonzero()[:, 0].tolist()
@@ -462,16 +492,18 @@ def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) 
             each = [judge(m, test, args.ahead, seed) for m, seed in zip(models, args.seeds, strict=True)]
             found[name] = [{**scores, "finite_fit": ok} for (scores, _), ok in zip(each, finite, strict=True)]
             runs[name] = each[0][1].cpu()
-        known, floor = longest(data)[0].cpu(), longest(test)[0].cpu()
         run.progress("nulls", 0, 1, {})
-        stream = devices.generator(0)
+        known, (floor, drive), stream = episodes(data.to("cpu")), longest(test.to("cpu")), devices.generator(0)
         if data.spec.act == 0:
-            table = nulls.null_table(known, floor, args.ahead, generator=stream)
+            table = nulls.null_table([x for x, _ in known], floor, args.ahead, generator=stream)
         else:
-            drive = longest(data)[1].cpu(), longest(test)[1].cpu()
-            table = nulls.driven_table((known, drive[0]), (floor, drive[1]), args.ahead, generator=stream)
+            table = nulls.driven_table(known[0], (floor, drive), args.ahead, generator=stream, more=known[1:])
         run.progress("nulls", 1, 1, {})
-    true = true_exponents(system, data.dt) if system is not None and data.spec.act == 0 else None
+        true = None
+        if system is not None and data.spec.act == 0:
+            run.progress("exponents", 0, 1, {})
+            true = true_exponents(system)
+            run.progress("exponents", 1, 1, {})
     result = {
         "command": "reconstruct", "dataset": data.name, "test": scored, "sha256": data.sha256,
         "seeds": list(args.seeds), "dimensions": dims, "steps": len(data), "test_steps": len(floor), "dt": data.dt,

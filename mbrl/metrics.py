@@ -182,7 +182,8 @@ def d_h(true: Tensor, generated: Tensor, sigma: float = 20.0) -> Tensor:
     Every dimension is standardised by its own moments; |rfft|^2 is smoothed by a Gaussian of `sigma` frequency bins
     (cut at 4 sigma, reflected at the ends) and made to sum to 1. A generated dimension that stands still (a standard
     deviation below 1e-6 of the truth's) shares nothing with the truth and counts 1, as does a series that is not
-    finite. Raises ValueError where the lengths differ: the bins would be other frequencies."""
+    finite, or so large that its spectrum is not. Raises ValueError where the lengths differ: the bins would be other
+    frequencies."""
     true, generated, finite = _pair(true, generated, "d_h")
     if len(true) != generated.shape[-2]:
         raise ValueError(
@@ -191,7 +192,7 @@ def d_h(true: Tensor, generated: Tensor, sigma: float = 20.0) -> Tensor:
     still = generated.std(-2, correction=0) <= STILL * _spread(true, "d_h")  # [..., N]
     p, q = _spectrum(true, sigma), _spectrum(generated, sigma)
     distance = ((p.sqrt() - q.sqrt()).square().sum(-2) / 2).sqrt()
-    return torch.where(finite[..., None] & ~still, distance, 1.0).mean(-1)
+    return torch.where(finite[..., None] & ~still & distance.isfinite(), distance, 1.0).mean(-1)
 
 
 def _spectrum(x: Tensor, sigma: float) -> Tensor:

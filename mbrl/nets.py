@@ -130,15 +130,15 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """x [..., D]: a column that hardly moves (a standard deviation below 1e-6 of its size, or 1e-8) is only
-        centred. Computed in float64."""
+        """x [..., D]: a column that hardly moves (a standard deviation below 1e-6 of its size, or below 1e-12 of the
+        largest column's, which is rounding) is only centred. Computed in float64."""
         if x.shape[-1] == 0:
             return
         x = x.detach().reshape(-1, x.shape[-1]).double()
         if len(x) == 0:
             raise ValueError("Normalizer: got no rows, expected at least one")
         mean, std = x.mean(0), x.std(0, correction=0)
-        still = std <= (1e-6 * x.abs().amax(0)).clamp(min=1e-8)
+        still = std <= torch.maximum(1e-6 * x.abs().amax(0), 1e-12 * std.amax()).clamp(min=1e-30)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(still, 1.0, std))
 

@@ -1,11 +1,12 @@
 """Baselines that stand beside every score of a reconstruction and tell whether it means anything.
 
-Settings are fitted to a training series [T, N] and give a `Null`, which runs freely and, where it can, predicts. All in
-float64.
+Settings are fitted to a training series [T, N], or to several of one system, and give a `Null`, which runs freely and,
+where it can, predicts. All in float64.
 """
 
 import abc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -43,11 +44,20 @@ class Null(abc.ABC):
         return torch.cat([self.predict(part, n) for part in windows.split(chunk)])
 
 
+Series = Tensor | Sequence[Tensor]  # [T, N], or several such
+
+
 def _training(train: Tensor, where: str) -> Tensor:
     train = train.detach().double()
     if train.ndim != 2 or len(train) < 2 or not bool(train.isfinite().all()):
         raise ValueError(f"{where}: got a series {list(train.shape)}, expected [T >= 2, N] of finite numbers")
     return train
+
+
+def _parts(train: Series, where: str) -> list[Tensor]:
+    """The longest first."""
+    every = [train] if isinstance(train, Tensor) else train
+    return sorted((_training(x, where) for x in every), key=len, reverse=True)
 
 
 def _normal(like: Tensor, generator: torch.Generator, *shape: int) -> Tensor:
@@ -67,8 +77,8 @@ def _root(cov: Tensor) -> Tensor:
 class GaussianConfig:
     """Independent draws of a Gaussian with the data's mean and covariance; predicts the mean."""
 
-    def fit(self, train: Tensor) -> "Gaussian":
-        train = _training(train, "GaussianConfig")
+    def fit(self, train: Series) -> "Gaussian":
+        train = torch.cat(_parts(train, "GaussianConfig"))
         return Gaussian(train.mean(0), train.T.cov().reshape(train.shape[1], train.shape[1]))
 
 
@@ -88,11 +98,11 @@ class Gaussian(Null):
 
 @dataclass(frozen=True)
 class PersistenceConfig:
-    """Nothing changes any more: predicts the last observation; runs freely as the last of the training data, a fixed
-    point."""
+    """Nothing changes any more: predicts the last observation; runs freely as the last of the longest training series,
+    a fixed point."""
 
-    def fit(self, train: Tensor) -> "Persistence":
-        return Persistence(_training(train, "PersistenceConfig")[-1])
+    def fit(self, train: Series) -> "Persistence":
+        return Persistence(_parts(train, "PersistenceConfig")[0][-1])
 
 
 @final
@@ -116,39 +126,48 @@ class VarConfig:
     """x_t = c + A_1 x_{t-1} + ... + A_p x_{t-p} + e_t by least squares, e of the residuals' covariance.
 
     order: p, or None: the one of 1 .. max_order (and what the data can carry) with the least Akaike or Bayes criterion,
-    all judged on the same rows."""
+    all judged on the same rows. Of several series all are fitted that are longer than the order; a free run begins
+    where the longest ends."""
 
     order: int | None = None
     max_order: int = 20
     criterion: Literal["aic", "bic"] = "bic"
 
-    def fit(self, train: Tensor) -> "Var":
+    @staticmethod
+    def most(train: Series) -> int:
+        """The largest order that the data can carry: with more rows than coefficients, and residuals of full rank."""
+        lengths = [len(x) for x in ([train] if isinstance(train, Tensor) else train)]
+        width = (train if isinstance(train, Tensor) else train[0]).shape[1]
+        carried = lambda p: sum(max(n - p, 0) for n in lengths) - p * width >= width + 2
+        return next((p for p in range(max(lengths) - 1, 0, -1) if carried(p)), 0)
+
+    def fit(self, train: Series) -> "Var":
         """Data whose dimensions depend on each other exactly (delay embeddings do) are no trouble: of all best
-        coefficients the smallest are taken. Raises ValueError for a series too short for the order."""
-        train = _training(train, "VarConfig")
-        length, width = train.shape
-        most = (length - width - 2) // (width + 1)  # more rows than coefficients, residuals of full rank
-        order = self._select(train, min(self.max_order, most)) if self.order is None else self.order
+        coefficients the smallest are taken. Raises ValueError for series too short for the order."""
+        parts = _parts(train, "VarConfig")
+        length, width = sum(map(len, parts)), parts[0].shape[1]
+        most = self.most(parts)
+        order = self._select(parts, min(self.max_order, most)) if self.order is None else self.order
         if not 1 <= order <= most:
             raise ValueError(
                 f"VarConfig: got {length} steps of {width} dimensions and order {self.order}, max_order "
                 f"{self.max_order}; expected an order of 1 .. {most}, which the data can carry"
             )
-        r = _triangle(train, order)
+        r, rows = _triangle(parts, order)
         k = 1 + width * order
         coef = torch.linalg.pinv(r[:k, :k]) @ r[:k, k:]  # [k, N]
         rest = r[:, k:] - r[:, :k] @ coef
-        cov = rest.T @ rest / (length - order - k)
+        cov = rest.T @ rest / (rows - k)
         lags = coef[1:].reshape(order, width, width).mT  # A_1 .. A_p
-        return Var(coef[0], lags, cov, train[-order:].clone())
+        return Var(coef[0], lags, cov, parts[0][-order:].clone())
 
-    def _select(self, train: Tensor, most: int) -> int:
+    def _select(self, parts: list[Tensor], most: int) -> int:
         if most < 1:
             return 0
-        width, rows = train.shape[1], len(train) - most
-        r = _triangle(train, most)
+        width = parts[0].shape[1]
+        r, rows = _triangle(parts, most)
         price = {"aic": 2.0, "bic": math.log(rows)}[self.criterion] / rows
-        values, least = [], EXACT * float(train.var(0, correction=0).sum())
+        values, least = [], EXACT * float(torch.cat(parts).var(0, correction=0).sum())
         for p in range(1, most + 1):
             rest = r[1 + width * p :, -width:]  # what the first columns leave: the factorisation is nested
             spread = torch.linalg.eigvalsh(rest.T @ rest / rows).clamp(min=least)  # what is exact stays out of it
@@ -156,11 +175,14 @@ class VarConfig:
         return int(torch.stack(values).argmin()) + 1
 
 
-def _triangle(x: Tensor, order: int) -> Tensor:
+def _triangle(parts: list[Tensor], order: int) -> tuple[Tensor, int]:
     """R of the regression's columns and its targets side by side, [1, x_{t-1}, ..., x_{t-p}, x_t]: all that least
-    squares needs of the data, without squaring their condition number."""
-    lags = [x[order - i : len(x) - i] for i in range(1, order + 1)]
-    return torch.linalg.qr(torch.cat([torch.ones_like(x[order:, :1]), *lags, x[order:]], 1), mode="r").R
+    squares needs of the data, without squaring their condition number; and how many rows there are."""
+    rows = []
+    for x in (x for x in parts if len(x) > order):
+        lags = [x[order - i : len(x) - i] for i in range(1, order + 1)]
+        rows.append(torch.cat([torch.ones_like(x[order:, :1]), *lags, x[order:]], 1))
+    return torch.linalg.qr(torch.cat(rows), mode="r").R, sum(map(len, rows))
 
 
 @final
@@ -205,10 +227,11 @@ class Var(Null):
 @dataclass(frozen=True)
 class SurrogateConfig:
     """The data with random phases (Prichard & Theiler 1994): each frequency is turned by one angle in all dimensions,
-    which keeps power and cross spectra, hence all that is linear, and destroys the rest. It makes no predictions."""
+    which keeps power and cross spectra, hence all that is linear, and destroys the rest. Of several series the longest.
+    It makes no predictions."""
 
-    def fit(self, train: Tensor) -> "Surrogate":
-        return Surrogate(_training(train, "SurrogateConfig"))
+    def fit(self, train: Series) -> "Surrogate":
+        return Surrogate(_parts(train, "SurrogateConfig")[0])
 
 
 @final
@@ -237,7 +260,7 @@ NullConfig = GaussianConfig | VarConfig | SurrogateConfig | PersistenceConfig
 
 
 def null_table(
-    train: Tensor,
+    train: Series,
     test: Tensor,
     n: int = 20,
     *,
@@ -246,18 +269,23 @@ def null_table(
     truth: Tensor | None = None,
 ) -> dict[str, dict[str, float]]:
     """The scores of every null, by the protocol of a model's: {name: `mbrl.metrics.scores`}; pe_n is absent where one
-    makes no predictions.
+    makes no predictions. train [T, N], or several such; test [T, N].
 
-    order: the VAR's, chosen by the Bayes criterion where None. "truth" compares the truth with itself, the floor:
-    the first T steps of a second stretch, `truth`, or of the training series; the row is absent where these are fewer
-    than the test's T steps. It is a floor only where they are independent of the test series, and of noise."""
-    configs: list[NullConfig] = [GaussianConfig(), VarConfig(order), SurrogateConfig(), PersistenceConfig()]
+    order: the VAR's, chosen by the Bayes criterion, so that the test series has enough before n steps of it, where
+    None; its row is absent where the training series are too short for any. "truth" compares the truth with itself,
+    the floor: the first T steps of a second stretch, `truth`, or of the longest training series; the row is absent
+    where these are fewer than the test's T steps. It is a floor only where they are independent of the test series,
+    and of noise."""
+    linear = VarConfig(order, max(1, min(VarConfig.max_order, len(test) - n)))
+    configs: list[NullConfig] = [GaussianConfig(), linear, SurrogateConfig(), PersistenceConfig()]
+    if order is None and VarConfig.most(train) < 1:
+        configs.remove(linear)
     table = {}
     for config in configs:
         null: Null = config.fit(train)
         run = settled(lambda steps, null=null: null.free_run(steps, generator), len(test))
         table[null.name] = scores(test, run, null.forecast if null.history else None, n, generator=generator)
-    truth = train if truth is None else truth
+    truth = _parts(train, "null_table")[0] if truth is None else truth
     if len(truth) >= len(test):
         table["truth"] = scores(test, truth[: len(test)], generator=generator)
     return table
@@ -285,27 +313,40 @@ class VarxConfig:
     order: int | None = None
     max_order: int = 10
 
-    def fit(self, obs: Tensor, act: Tensor) -> "Varx":
-        """obs [T, N]; act [T - 1 or more, A]: act[t] leads from obs[t] to obs[t + 1]. Of all best coefficients the
-        smallest are taken, in units of the regressors' spreads. Raises ValueError for a series too short for the
+    def most(self, steps: int, each: int) -> int:
+        """The largest order that is tried with a series of so many steps, each: N + A. 0: it carries none."""
+        return max((p for p in range(1, self.max_order + 1) if _carries(steps // FOLDS, p, each)), default=0)
+
+    def fit(self, obs: Tensor, act: Tensor, more: Sequence[tuple[Tensor, Tensor]] = ()) -> "Varx":
+        """obs [T, N]; act [T - 1 or more, A]: act[t] leads from obs[t] to obs[t + 1]; more: further such series, which
+        the coefficients, not the order, are fitted to as well where they are longer than it. Of all best coefficients
+        the smallest are taken, in units of the regressors' spreads. Raises ValueError for a series too short for the
         order."""
         obs = _training(obs, "VarxConfig")
         act = act.detach().double()[: len(obs) - 1]
         each = obs.shape[1] + act.shape[1]  # regressors of a lag
-        carries = lambda steps, p: p >= 1 and steps > p * (each + 1) + 1
-        again = lambda p, ridge: _solved(_triangle_driven(obs, act, p), p, obs.shape[1], act.shape[1], ridge)
+        parts = [(obs, act), *((x.detach().double(), u.detach().double()[: len(x) - 1]) for x, u in more)]
+
+        def again(p: int, ridge: float) -> Varx:
+            every = [_triangle_driven(x, u, p) for x, u in parts if len(x) > p]
+            r = every[0] if len(every) == 1 else torch.linalg.qr(torch.cat(every), mode="r").R
+            return _solved(r, p, obs.shape[1], act.shape[1], ridge)
+
         if self.order is not None:
-            if not carries(len(obs), self.order):
+            if not _carries(len(obs), self.order, each):
                 want = f"expected more than {self.order * (each + 1) + 1} steps"
                 raise ValueError(f"VarxConfig: got {len(obs)} steps and order {self.order}, {want}")
             return again(self.order, 0.0)
-        fold = len(obs) // FOLDS
-        most = max((p for p in range(1, self.max_order + 1) if carries(fold, p)), default=0)
+        most = self.most(len(obs), each)
         if most == 0:
             want = f"expected max_order at least 1, and at least {FOLDS * (each + 3)} steps"
             raise ValueError(f"VarxConfig: got {len(obs)} steps and max_order {self.max_order}, {want}")
         ranked = _ranked(obs, act, most)
         return next((null for null in (again(*x) for x in ranked) if null.stable), again(*ranked[0]))
+
+
+def _carries(steps: int, order: int, each: int) -> bool:
+    return order >= 1 and steps > order * (each + 1) + 1
 
 
 def _ranked(obs: Tensor, act: Tensor, most: int) -> list[tuple[int, float]]:
@@ -406,19 +447,24 @@ def driven_table(
     *,
     generator: torch.Generator,
     order: int | None = None,
+    more: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> dict[str, dict[str, float | list[float]]]:
     """The nulls of a system with inputs, (obs [T, N], act [T - 1 or more, A]) each, as a model is judged: a free run
     under the test's inputs against what follows its beginning, and PE(n). {name: scores, with "rmse" of each dimension}
     of a VARX, begun on the test's first `order` observations, and of persistence, on the first.
 
-    order: the VARX's; chosen, as `VarxConfig` does, where None."""
+    order: the VARX's; chosen, as `VarxConfig` does, where None, and its row absent where the training series is too
+    short for any. more: its further series."""
     (obs, act), (true, drive) = train, (test[0].double(), test[1].double()[: len(test[0]) - 1])
-    linear = VarxConfig(order, max(1, min(VarxConfig.max_order, len(true) - n))).fit(obs, act)
-    p = len(linear.lags)
-    free = {linear.name: linear.run(true[None, :p], drive[None])[0]}
-    starts = len(true) - p - n + 1
-    windows, acts = true.unfold(0, p, 1).mT[:starts], drive.unfold(0, p - 1 + n, 1).mT[:starts]
-    ahead = {linear.name: linear.run(windows, acts)}
+    config = VarxConfig(order, max(1, min(VarxConfig.max_order, len(true) - n)))
+    free, ahead = {}, {}
+    if order is not None or config.most(len(obs), obs.shape[1] + act.shape[1]):
+        linear = config.fit(obs, act, more)
+        p = len(linear.lags)
+        free[linear.name] = linear.run(true[None, :p], drive[None])[0]
+        starts = len(true) - p - n + 1
+        windows, acts = true.unfold(0, p, 1).mT[:starts], drive.unfold(0, p - 1 + n, 1).mT[:starts]
+        ahead[linear.name] = linear.run(windows, acts)
     free["persistence"] = true[:1].expand(len(true) - 1, -1)
     ahead["persistence"] = PersistenceConfig().fit(obs).forecast(true, n)
     table: dict[str, dict[str, float | list[float]]] = {}

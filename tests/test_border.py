@@ -51,6 +51,14 @@ def test_actions_are_rescaled_entry_by_entry_to_the_spaces_own_type():
     assert env.acts[0].tolist() == [0.0, 10.0]
 
 
+def test_rounding_leads_no_action_out_of_the_box():
+    env = Echo()
+    env.action_space = gym.spaces.Box(np.array([-0.1, -0.1]), np.array([0.3, 0.3]), dtype=np.float64)
+    World(env).step(np.ones(2, np.float32))
+    assert env.action_space.contains(env.acts[0])
+    assert env.acts[0].tolist() == [0.3, 0.3]
+
+
 def test_observations_come_in_single_precision_and_are_the_callers_own():
     env = Echo((0.1, 2.0))
     obs = World(env).reset(0)

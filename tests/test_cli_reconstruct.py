@@ -10,7 +10,7 @@ import torch
 from mbrl_envs import systems
 from worlds import interrupted
 
-from mbrl import cli, cli_reconstruct
+from mbrl import cli, cli_reconstruct, nulls
 from mbrl.core import Diverged
 from mbrl.run import Run
 
@@ -131,7 +131,31 @@ def test_a_known_system_brings_its_exponents(tmp_path):
 
 
 def test_a_stiff_system_has_no_exponents_here():
-    assert cli_reconstruct.true_exponents(systems.system("ks-64"), 0.25) == []
+    assert cli_reconstruct.true_exponents(systems.system("ks-64")) == []
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_exponents_of_a_system_do_not_depend_on_how_it_is_sampled(tmp_path, monkeypatch, slow):
+    """A sampling far finer than the system moves, and a system whose unit of time is a thousandth."""
+    stepped = []
+    real = cli_reconstruct.metrics.flow_step
+    monkeypatch.setattr(cli_reconstruct.metrics, "flow_step", lambda *a: stepped.append(a[2:]) or real(*a))
+    monkeypatch.setattr(cli_reconstruct, "EXPONENTS", 60)
+    system = systems.system("lorenz63")
+    if slow:
+        system = replace(system)
+        object.__setattr__(system, "dt", 10.0)
+        object.__setattr__(system, "transient", 0.0)
+        monkeypatch.setattr(type(system), "field", lambda self, x, u=None: -1e-3 * x)
+        monkeypatch.setattr(
+            type(system), "jacobian", lambda self, x, u=None: -1e-3 * torch.eye(3).to(x).expand(len(x), 3, 3)
+        )
+        assert cli_reconstruct.true_exponents(system) == pytest.approx([-1e-3] * 3)
+        assert stepped == [(10.0, cli_reconstruct.FINEST)]
+        return
+    go("--data", "system:lorenz63", "--dt", "0.002", "--steps", "400", "--out", tmp_path / "a", epochs=1)
+    assert sum(result(tmp_path / "a")["true_lyapunov"]) == pytest.approx(-41 / 3, rel=1e-3)
+    assert stepped == [(0.01, 2)]
 
 
 def test_medians_count_seeds_that_diverged():
@@ -361,6 +385,51 @@ def test_other_data_or_a_finished_run_are_not_gone_on_with(tmp_path, spiral, cap
     assert "has finished" in said(capsys)
 
 
+def test_another_test_file_is_not_judged_by(tmp_path, spiral, capsys, monkeypatch):
+    first, second = tmp_path / "one.npy", tmp_path / "two.npy"
+    np.save(first, np.load(spiral)[:300])
+    np.save(second, np.load(spiral)[300:])
+    monkeypatch.setattr(cli_reconstruct, "judge", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        go("--data", spiral, "--test", first, "--out", tmp_path / "a", epochs=1)
+    monkeypatch.undo()
+    again = ["reconstruct", "--resume", str(tmp_path / "a"), "--quiet"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main([*again, "--test", str(second)])
+    assert "two.npy: not what" in said(capsys)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(SystemExit):
+        cli.main(again)
+    assert "pass --test with the file that it was begun with" in said(capsys)
+    np.save(first, np.load(spiral)[:300])
+    cli.main(again)
+    assert result(tmp_path / "a")["test"] == "one"
+
+
+def test_nulls_are_fitted_to_every_episode(tmp_path, spiral):
+    data, path = np.load(spiral), tmp_path / "parts.npz"
+    np.savez(path, obs=np.stack([data[:200], data[200:400], data[400:]]))
+    np.save(tmp_path / "test.npy", data[:150])
+    go("--data", path, "--test", tmp_path / "test.npy", "--out", tmp_path / "a", epochs=1)
+    got = result(tmp_path / "a")["nulls"]
+    parts = [torch.from_numpy(x).float() for x in (data[:200], data[200:400], data[400:])]
+    floor = torch.from_numpy(data[:150]).float()
+    assert got == nulls.null_table(parts, floor, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_short_and_wide_series_are_judged_to_the_end(tmp_path):
+    rng, wide = np.random.default_rng(0), tmp_path / "wide.npy"
+    np.save(wide, rng.standard_normal((130, 30)).cumsum(0))
+    go("--data", wide, "--out", tmp_path / "a", epochs=1)
+    assert "persistence" in result(tmp_path / "a")["nulls"]
+    delayed, short = rng.standard_normal((600, 1)).cumsum(0), tmp_path / "short.npy"
+    delayed[15:] += delayed[:-15].copy()
+    np.save(short, delayed)
+    go("--data", short, "--holdout", "0.05", "--ahead", "20", "--out", tmp_path / "b", epochs=1)
+    assert "pe_20" in result(tmp_path / "b")["nulls"]["persistence"]
+
+
 # ---------------------------------------------------------------- what it refuses
 
 
@@ -387,6 +456,13 @@ def test_other_data_or_a_finished_run_are_not_gone_on_with(tmp_path, spiral, cap
         (["--data", "{spiral}", "--dt", "inf"], "--dt inf: expected a time"),
         (["--data", "system:henon", "--steps", "1"], "--steps 1: expected at least 2"),
         (["--data", "system:henon", "--noise", "nan"], "--noise nan: expected"),
+        (
+            ["--data", "system:henon", "--columns", "0", "--test", "x.npy"],
+            "--test, --columns: not for an integrated system",
+        ),
+        (["--data", "{spiral}", "--steps", "50", "--noise", "0.5"], "--steps, --noise: not for a file; leave it out"),
+        (["--data", "{spiral}", "--test", "{spiral}", "--holdout", "0.5"], "--holdout 0.5: not beside --test"),
+        (["--data", "{spiral}", "--dynamics.forcing.decay", "2"], "--dynamics.forcing.decay 2.0: expected 0 to 1"),
         (["--data", "{spiral}", "--device", "abacus"], "device: got 'abacus'"),
         (["--data", "{spiral}", "--schedule.lr", "nan"], "--schedule.lr nan: expected a number above 0"),
         (["--data", "{spiral}", "--schedule.lr", "inf"], "--schedule.lr inf: expected a finite number"),

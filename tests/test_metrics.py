@@ -178,6 +178,11 @@ def test_d_h_is_the_one_of_scipys_filter(length, sigma):
         close(metrics.d_h(true, generated), got)
 
 
+def test_d_h_counts_a_series_whose_spectrum_overflows_as_wholly_wrong():
+    true = torch.randn(200, 1, generator=gen(), dtype=F64)
+    assert metrics.d_h(true, torch.linspace(0, 398, 200, dtype=F64).exp()[:, None]).item() == 1
+
+
 def test_d_h_ignores_units_and_counts_a_still_dimension_as_wholly_wrong():
     true = smooth(500, 4)
     units = torch.tensor([2.0, -3.0, 1e-3, 50.0], dtype=F64)

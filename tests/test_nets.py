@@ -175,3 +175,12 @@ def test_a_column_that_does_not_move_is_only_centred():
     close(norm(x[:1] + 1).isfinite().all(), torch.tensor(True))
     with pytest.raises(ValueError, match="no rows"):
         norm.fit(x[:0])
+
+
+def test_small_units_are_signal_and_the_dust_of_float64_is_none():
+    signal = torch.randn(300, 3, generator=gen(), dtype=torch.float64)
+    norm = Normalizer(3)
+    norm.fit(1e-9 * signal)
+    close(norm((1e-9 * signal).float()).std(0, correction=0), torch.ones(3), rtol=1e-4, atol=0)
+    norm.fit(signal * torch.tensor([1.0, 1e-15, 1e-9]))
+    close(norm.std, torch.tensor([1.0, 1.0, 1e-9]), rtol=0.2, atol=0)

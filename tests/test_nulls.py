@@ -188,6 +188,37 @@ def test_the_table_gives_every_null_the_same_scores_by_the_same_protocol():
     assert other["truth"] == metrics.scores(test, train[50:450], generator=gen())
 
 
+def test_series_apart_are_one_fit_without_pairs_across_their_ends():
+    parts = [series(60, seed=2), series(300), series(5, seed=3), series(2, seed=4)]
+    null = VarConfig(3).fit(parts)
+    rows = [(torch.cat([torch.ones(1), *x[t - 3 : t].flip(0)]), x[t]) for x in parts for t in range(3, len(x))]
+    past, now = (torch.stack(x).to(F64) for x in zip(*rows, strict=True))
+    want = torch.linalg.lstsq(past, now)
+    close(null.intercept, want.solution[0])
+    close(null.lags, want.solution[1:].reshape(3, 3, 3).mT)
+    close(null.cov, (now - past @ want.solution).T @ (now - past @ want.solution) / (len(now) - 10))
+    close(null.last, parts[1][-3:], rtol=0, atol=0)
+    assert VarConfig().fit([x[:20] for x in [series()] * 9]).history >= 1
+    close(GaussianConfig().fit(parts).mean, torch.cat(parts).mean(0))
+    table = null_table(parts, series(200, seed=1), 3, generator=gen(), order=3)
+    assert table["persistence"] == null_table(parts[1], series(200, seed=1), 3, generator=gen())["persistence"]
+    assert table["truth"] == null_table(parts[1], series(200, seed=1), 3, generator=gen())["truth"]
+
+
+def test_the_order_leaves_room_in_the_test_and_a_series_too_short_has_no_linear_row():
+    delayed = normal(400, 1)
+    for t in range(8, 400):  # x_t = 0.9 x_{t-8} + e_t
+        delayed[t] += 0.9 * delayed[t - 8]
+    assert VarConfig().fit(delayed).history == 8
+    (name,) = (x for x in null_table(delayed, delayed[:23], 19, generator=gen()) if x.startswith("var("))
+    assert int(name[4:-1]) <= 4
+    wide = normal(60, 30)
+    assert VarConfig.most(wide) == 0
+    assert list(null_table(wide, normal(50, 30, seed=1), 3, generator=gen())) == [
+        "iid_gaussian", "phase_surrogate", "persistence", "truth"
+    ]  # fmt: skip
+
+
 def test_wide_series_are_scored_by_the_mixture():
     wide = torch.cat([series(300), series(300, seed=1)], 1)
     table = null_table(wide[:150], wide[150:], 2, generator=gen())
@@ -380,3 +411,16 @@ def test_a_series_too_short_for_a_varx_is_refused():
     assert VarxConfig().fit(*pushed(18)[:2]).name == "varx(1)"
     with pytest.raises(ValueError, match="max_order 0"):
         VarxConfig(max_order=0).fit(*pushed(200)[:2])
+    short, long = pushed(14)[:2], pushed(60)[:2]
+    assert list(driven_table(short, long, 3, generator=gen())) == ["persistence"]
+
+
+def test_further_driven_series_are_fitted_without_pairs_across_their_ends():
+    parts = [(x + 0.1 * normal(*x.shape, seed=9), u) for x, u in (pushed(n, seed=n)[:2] for n in (60, 40, 2))]
+    null = VarxConfig(2).fit(*parts[0], parts[1:])
+    lagged = lambda x, u, t: torch.cat([torch.ones(1, dtype=F64), x[t], u[t], x[t - 1], u[t - 1]])
+    rows = [(lagged(x, u, t), x[t + 1]) for x, u in parts for t in range(1, len(x) - 1)]
+    past, now = (torch.stack(x) for x in zip(*rows, strict=True))
+    want = torch.linalg.lstsq(past, now).solution
+    close(null.intercept, want[0])
+    close(torch.cat([null.lags, null.inputs], 2).mT.flatten(0, 1), want[1:])

@@ -1,6 +1,7 @@
 """PLRNNs: closed forms, and that every way to a forced trajectory is the plain loop."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,6 +207,43 @@ def test_adaptive_strength_rises_at_once_and_falls_slowly():
     assert torch.equal(plrnn.estimate(kind, forcing, p, alpha, 11, signal), alpha)
     calm = {"A": torch.full((2, 3), 0.5), "W": torch.zeros(2, 3, 3)}  # contracts: nothing to force
     torch.testing.assert_close(plrnn.estimate(kind, forcing, calm, alpha, 0, signal), torch.tensor([0.09, 0.9]))
+
+
+def test_adaptive_strength_is_that_of_the_sequence_that_grows_most():
+    """z' = |z| W: a sequence where W doubles, and one where nothing comes through."""
+    kind, forcing = AlmostLinear(1), Adaptive(decay=0.0, every=1)
+    p = {"A": torch.zeros(1, 2), "W": torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])}
+    p["A"] = torch.tensor([[0.5, 0.5]])
+    p["W"] = torch.tensor([[[0.0, 0.0], [0.0, 3.5]]])
+    signal = torch.tensor([1.0, -1.0])[None, :, None, None].expand(1, 2, 6, 2)
+    each = growth(jacobian(kind, p, signal.flatten(1, 2)).unflatten(1, (2, 6)), "product")[0]
+    torch.testing.assert_close(each, torch.tensor([4.0, 0.5]))
+    got = plrnn.estimate(kind, forcing, p, torch.zeros(1), 0, signal)
+    torch.testing.assert_close(got, torch.tensor([0.75]))
+
+
+def test_the_regularisers_are_their_formulae():
+    model = build(Shallow(7), latent=5, readout="affine", latent_decay=0.3, readout_decay=0.2)
+    p = {k: v.detach() for k, v in model.theta.items()}
+    shrunk = sum((p[k] ** 2).sum() for k in ("W1", "W2", "h1", "h2", "C")) + ((1 - p["A"]) ** 2).sum()
+    s = torch.linalg.eigvalsh(p["B"].T @ p["B"]).clamp(min=0).sqrt()[-3:]  # of rank 3, the least first
+    want = 0.3 * shrunk + 0.2 * (1 - s[-1] / s[0]) ** 2
+    torch.testing.assert_close(plrnn.decay(model.config, model.params()), want[None])
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_each_seeds_gradient_is_clipped_by_its_own_norm(clip):
+    p = {"A": torch.zeros(2, 3, requires_grad=True), "W": torch.zeros(2, 2, 2, requires_grad=True)}
+    trainer = plrnn._Trainer(
+        build(AlmostLinear(0), Spec(3)), p, torch.optim.SGD(p.values()), PlrnnFit(clip=clip), torch.ones(2)
+    )
+    given = {"A": torch.tensor([[3.0, 0, 0], [0.1, 0, 0]]), "W": torch.tensor([[[4.0, 0], [0, 0]], [[0.2, 0], [0, 0]]])}
+    for k, x in p.items():
+        x.grad = given[k].clone()
+    trainer._guard()
+    scale = torch.tensor([0.1 if clip else 1.0, 1.0])  # norms of 5 and 0.22
+    torch.testing.assert_close(p["A"].grad, given["A"] * scale[:, None])
+    torch.testing.assert_close(p["W"].grad, given["W"] * scale[:, None, None])
 
 
 def test_annealed_strength_falls_exponentially_and_stays():
@@ -556,6 +594,28 @@ def test_a_strength_that_falls_to_nothing_is_refused():
     for bad in (Annealed(0.0, 0.1, 5), Annealed(1.0, 0.0, 5)):
         with pytest.raises(ValueError, match="expected both to be positive"):
             build(Shallow(7), forcing=bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (Annealed(1, 3, 1), "Annealed: end is 3, expected 0 to 1"),
+        (Adaptive(decay=2), "Adaptive: decay is 2, expected 0 to 1"),
+        (Adaptive(decay=-1), "Adaptive: decay is -1"),
+        (Adaptive(start=1.5), "Adaptive: start is 1.5"),
+        (Adaptive(every=0), "Adaptive: every is 0, expected at least 1"),
+    ],
+)
+def test_strengths_are_shares(bad, says):
+    with pytest.raises(ValueError, match=says):
+        build(Shallow(7), forcing=bad)
+
+
+def test_intervals_of_several_lengths_are_refused():
+    data = dataset(60)
+    data = replace(data, dts=torch.where(torch.arange(60) < 30, 0.1, 0.5))
+    with pytest.raises(ValueError, match="several lengths dt"):
+        fit_plrnn([build(Shallow(7))], data, PlrnnFit(1, 1, 4, 5), [gen()])
 
 
 def test_constant_noise_needs_every_state_observed():

@@ -306,8 +306,12 @@ class Plrnn(Dynamics):
                 f"Annealed: the strength goes from {forcing.start} to {forcing.end}, expected both to be positive: the "
                 "way between is exponential"
             )
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"{type(forcing).__name__}: {first} is {alpha}, expected 0 to 1")
+        others = {Annealed: ("end",), Adaptive: ("decay",)}.get(type(forcing), ())
+        for name in (() if first is None else (first,)) + others:
+            if not 0 <= getattr(forcing, name) <= 1:
+                raise ValueError(f"{type(forcing).__name__}: {name} is {getattr(forcing, name)}, expected 0 to 1")
+        if isinstance(forcing, Adaptive) and forcing.every < 1:
+            raise ValueError(f"Adaptive: every is {forcing.every}, expected at least 1")
         self.spec, self.config, self.width = spec, config, m
         self.noise_dim = spec.obs + 1 if config.noise else 0
         p = config.kind.init(m, generator)
@@ -583,9 +587,9 @@ def fit_plrnn(
 
     progress: (epoch, epochs, figures) after each epoch. checkpoint: after each epoch, a dict of live tensors, to be
     saved before it returns; such a dict as `resume`, with the same data and config, gives the numbers of an
-    uninterrupted fit. Raises ValueError for models of different configs, for data without a window of `length` steps,
-    and for a compiled solver where it cannot serve; Diverged where a seed's parameters are not finite at an epoch's
-    end."""
+    uninterrupted fit. Raises ValueError for models of different configs, for data without a window of `length` steps or
+    with intervals of several lengths, and for a compiled solver where it cannot serve; Diverged where a seed's
+    parameters are not finite at an epoch's end."""
     began = time.perf_counter()
     model = models[0]
     if any(m.config != model.config or m.spec != model.spec for m in models) or len(models) != len(generators):
@@ -595,6 +599,8 @@ def fit_plrnn(
         )
     if data.spec != model.spec:
         raise ValueError(f"fit_plrnn: the data are of {data.spec}, the models of {model.spec}")
+    if data.dts is not None and len(data.dts.unique()) > 1:
+        raise ValueError("fit_plrnn: the data hold intervals of several lengths dt, expected one")
     track = Track(data, config.length, model.theta["A"])
     for m in models:
         m.observed.fit(track.obs)
