@@ -462,7 +462,6 @@ def test_short_and_wide_series_are_judged_to_the_end(tmp_path):
         ),
         (["--data", "{spiral}", "--steps", "50", "--noise", "0.5"], "--steps, --noise: not for a file; leave it out"),
         (["--data", "{spiral}", "--test", "{spiral}", "--holdout", "0.5"], "--holdout 0.5: not beside --test"),
-        (["--data", "{spiral}", "--dynamics.forcing.decay", "2"], "--dynamics.forcing.decay 2.0: expected 0 to 1"),
         (["--data", "{spiral}", "--device", "abacus"], "device: got 'abacus'"),
         (["--data", "{spiral}", "--schedule.lr", "nan"], "--schedule.lr nan: expected a number above 0"),
         (["--data", "{spiral}", "--schedule.lr", "inf"], "--schedule.lr inf: expected a finite number"),
@@ -491,6 +490,12 @@ def test_bad_input_is_one_error_and_no_folder(tmp_path, spiral, capsys, words, s
         go(*[w.format(**named) for w in words], "--out", tmp_path / "a")
     assert says.format(**{k: v.stem for k, v in named.items()}) in said(capsys)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_strength_that_is_no_share_is_named_by_its_option(tmp_path, spiral, capsys):
+    with pytest.raises(SystemExit):
+        go("--data", spiral, "--out", tmp_path / "a", options=("--dynamics.forcing.decay", "2"))
+    assert "--dynamics.forcing.decay 2.0: expected 0 to 1" in said(capsys)
 
 
 def test_a_window_longer_than_the_data_says_so(tmp_path, spiral, capsys):
