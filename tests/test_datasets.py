@@ -736,6 +736,31 @@ def test_minari_without_reference_scores_takes_the_environments(minari_home, mon
     assert datasets.reference_scores("minari:test/walk-v0") == (-1200.0, -150.0)
 
 
+def test_minari_evaluates_where_its_metadata_say(minari_home):
+    space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    e = [episode(5, np.random.default_rng(0))]
+    store(minari_home, "test/walk-v0", e, space, env="MountainCarContinuous-v0", eval_env="Pendulum-v1")
+    assert load("minari:test/walk-v0").env == datasets.evaluation_env("minari:test/walk-v0") == "Pendulum-v1"
+
+
+def test_an_environment_of_other_arguments_is_not_taken_for_its_id(minari_home, recwarn):
+    space, e = spaces.Box(-np.inf, np.inf, (3,), np.float64), [episode(5, np.random.default_rng(0))]
+    moon = gymnasium.make("Pendulum-v1", g=1.6)
+    store(minari_home, "test/moon-v0", e, space, env=moon, ref_min_score=1, ref_max_score=3)
+    held = SimpleNamespace(iterate_episodes=lambda: e, action_space=BOX, env_spec=moon.spec)
+    for source in ("minari:test/moon-v0", held):
+        with pytest.warns(UserWarning, match="Pendulum-v1 with another g than"):
+            data = check(load(source))
+        assert (data.env, data.dt) == ("", 0.05)
+    assert "max_score" not in data.meta
+    assert datasets.evaluation_env("minari:test/moon-v0") is None
+    assert datasets.reference_scores("minari:test/moon-v0") == (1.0, 3.0)  # its own
+    recwarn.clear()
+    held.env_spec = gymnasium.make("Pendulum-v1", g=10, render_mode="rgb_array").spec  # as by default, and drawn
+    assert load(held).env == "Pendulum-v1"
+    assert not recwarn
+
+
 def test_dict_observations_are_flattened_in_declared_order(minari_home):
     # OrderedDict keeps the order of the declaration in gymnasium, where a plain dict would be sorted by key
     inner = spaces.Dict(OrderedDict(y=spaces.Box(-9, 9, (1,)), x=spaces.Discrete(3)))

@@ -42,12 +42,13 @@ from mbrl_envs.scores import (
     WIDTHS,
     DataError,
     Known,
+    altered,
     close_matches,
     d4rl_table,
     evaluation_env,
     identify,
-    minari_env,
     minari_scores,
+    minari_spec,
     normalized_score,
     reference_scores,
     score_scale,
@@ -118,6 +119,9 @@ def load(source: Any, *, strict: bool = False, device: Any = "cpu", progress: Pr
     - an object with gymnasium-style episodes: an iterable of things with `observations` (T + 1), `actions`, `rewards`,
       `terminations`, `truncations` as attributes or keys; its `action_space`, `observation_space` and `env_spec` are
       used where it has them. Or a mapping with D4RL's columns.
+
+    An environment whose spec has other arguments than its id (a Pendulum of other gravity) is named by no id: `env` is
+    "", with a warning.
 
     Actions become [-1, 1] by the bounds that the source states, else its environment's, else they are taken to be
     there. Finite actions beyond the bounds are clipped, as the simulator does, with a warning and a count in
@@ -587,12 +591,12 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
     return clipped, rows, low, high, float(dt or 1.0)
 
 
-def _environment(env: str) -> tuple[np.ndarray, np.ndarray, float | None] | None:
+def _environment(env: str, **kw: Any) -> tuple[np.ndarray, np.ndarray, float | None] | None:
     """Action bounds and time step of an environment that can be made here."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = gymnasium.make(env)
+            made = gymnasium.make(env, **kw)
     except Exception:  # not installed, or not registered: the file's own word is all there is
         return None
     try:
@@ -656,8 +660,8 @@ def _download_minari(name: str, place: Path) -> None:
 def _minari(dataset: Any, label: str, strict: bool) -> Dataset:
     with _reading(label, "a Minari dataset", "is it complete? Delete its folder and download it again"):
         metadata = dataset.storage.metadata
-        env = minari_env(metadata) or ""
-        source = Source(label, "minari", f"minari:{dataset.id}", env=env, known=identify(env) if env else None)
+        source = Source(label, "minari", f"minari:{dataset.id}")
+        _world(source, *minari_spec(metadata))
         source.scores = minari_scores(metadata)
         folder = Path(dataset.storage.data_path)
         source.sha256 = _sha256(*sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "metadata.json"))
@@ -689,16 +693,30 @@ def _objects(objects: Any, strict: bool) -> Dataset:
             "and truncations"
         )
     spec = getattr(objects, "env_spec", None) or getattr(objects, "spec", None)
-    env = getattr(spec, "id", "") or ""
     name = getattr(objects, "name", None) or getattr(objects, "id", None)
-    source = Source(label, "episodes", name if isinstance(name, str) else "episodes", env=env)
-    source.known = identify(env) if env else None
+    source = Source(label, "episodes", name if isinstance(name, str) else "episodes")
+    _world(source, getattr(spec, "id", "") or "", getattr(spec, "kwargs", {}))
     with _reading(label, "episodes", "expected gymnasium-style arrays"):
         each = objects if iterate is None else iterate()
         space = getattr(objects, "observation_space", None)
         columns = _episodes(source, each, space, getattr(objects, "action_space", None))
         source.sha256 = _sha256_arrays(columns)
     return _finish(source, columns, strict)
+
+
+def _world(source: Source, env: str, kwargs: Mapping[str, Any]) -> None:
+    """The environment of a spec, and what is known of it. One that its id does not make is left unnamed, lest another
+    world evaluate, score and end what was recorded in it."""
+    if not (own := altered(env, kwargs)):
+        source.env, source.known = env, identify(env) if env else None
+        return
+    found = _environment(env, **own)
+    source.dt = None if found is None else found[2]
+    warnings.warn(
+        f"{source.label}: recorded in {env} with another {', '.join(own)} than that id has, so that no id names its "
+        "environment: policies are evaluated, and tasks known, only in one that is passed (--env)",
+        stacklevel=4,
+    )
 
 
 def _get(episode: Any, key: str) -> Any:
