@@ -279,7 +279,8 @@ def _environment(env: str) -> Known | None:
         limit = gymnasium.spec(env).max_episode_steps
     except Exception:  # gymnasium's errors and, for ids it cannot parse or import, others
         return None
-    family = env.rpartition("-v")[0].rpartition("/")[2].lower()
+    # another namespace stays a part of it: what is called as a task of ours there need not be that
+    family = env.rpartition("-v")[0].removeprefix("mbrl_envs/").lower()
     entry = v5_scores().get(env)
     scores = None if entry is None else (float(entry["min"]), float(entry["max"]))
     if scores is None and env == MUJOCO_ENV.get(family, "") + "-v4":
