@@ -360,8 +360,18 @@ def test_a_policy_of_another_task_or_of_none_is_refused(expert, tmp_path):
         c.collect(tiny(tmp_path, env="Hopper-v5", quality="expert", policy=expert[1]))
     broken = tmp_path / "broken.zip"
     broken.write_bytes(expert[1].read_bytes()[:1000])
-    with pytest.raises(c.CollectError, match=r"broken\.zip is no stable-baselines3 SAC checkpoint"):
+    with pytest.raises(c.CollectError, match=r"broken\.zip: cannot be read as a stable-baselines3 checkpoint"):
         c.collect(tiny(tmp_path, quality="expert", policy=broken))
+
+
+def test_a_policy_of_other_layers_is_refused(tmp_path):
+    from stable_baselines3 import SAC
+
+    layers = {"net_arch": [4], "activation_fn": torch.nn.Tanh}
+    path = tmp_path / "tanh.zip"
+    SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=layers, buffer_size=1, device="cpu").save(path)
+    with pytest.raises(c.CollectError, match=r"tanh\.zip: its activation is .*Tanh.*, expected ReLU"):
+        c.load_actor(path, "Pendulum-v1")
 
 
 @pytest.mark.parametrize("minari", [False, True])

@@ -28,13 +28,11 @@ import random
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import metadata
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -431,19 +429,24 @@ def _load(config: CollectConfig, path: Path, attrs: dict[str, Any]) -> Actor:
 
 
 def load_actor(path: Path, env_id: str) -> Actor:
-    """The actor of a stable-baselines3 SAC checkpoint; only its tensors are read, nothing is unpickled."""
+    """The actor of a stable-baselines3 SAC checkpoint; only its tensors are read, nothing is unpickled. Raises
+    CollectError for one that is not of plain ReLU layers, or does not fit the environment."""
+    from mbrl_envs import adapters  # late: stable-baselines3 is slow to load
+
     env = make(env_id)
     low, high = bounds(env)
     width = spaces.flatdim(env.observation_space)
     env.close()
+    if not path.is_file():
+        raise CollectError(f"collect: no policy {path}; it is written by an earlier collect under --runs")
     try:
-        with zipfile.ZipFile(path) as z:
-            state = torch.load(BytesIO(z.read("policy.pth")), map_location="cpu", weights_only=True)
+        data, state, _ = adapters._read(path)
+        adapters._check_kind(path, data, state)
         actor = Actor(state, low, high)
-    except FileNotFoundError:
-        raise CollectError(f"collect: no policy {path}; it is written by an earlier collect under --runs") from None
-    except Exception as e:
-        raise CollectError(f"collect: {path} is no stable-baselines3 SAC checkpoint with an MlpPolicy: {e!r}") from None
+    except adapters.AdapterError as e:
+        raise CollectError(f"collect: {e}") from None
+    except KeyError as e:
+        raise CollectError(f"collect: {path} lacks {e}, expected stable-baselines3's SAC with an MlpPolicy") from None
     if (actor.obs, len(actor.mu[1])) != (width, len(low)):
         raise CollectError(
             f"collect: {path} maps {actor.obs} observations to {len(actor.mu[1])} actions, expected {width} to "
