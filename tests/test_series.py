@@ -348,6 +348,15 @@ def test_split_in_time():
         split(data, 0.05)
 
 
+def test_a_cut_keeps_whose_an_episode_is():
+    parts = [from_arrays(np.full((2, 10, 1), i)) for i in range(3)]
+    for start, stop, want in ((0, 30, [0, 0, 1]), (30, None, [1, 2, 2]), (15, 45, [0, 1, 1, 2]), (20, 40, [1, 1])):
+        part = cut(mixed(parts, "m", {}), start, stop)
+        assert part.system.tolist() == want
+        assert torch.equal(part.system[part.episode], part.obs[:, 0].long())
+        assert part.systems == 3
+
+
 def test_a_cut_keeps_the_ends_of_episodes():
     data = from_arrays(X, lengths=[4, 4, 4])
     part = cut(data, 2, 10)

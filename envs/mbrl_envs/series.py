@@ -156,6 +156,7 @@ def cut(data: Dataset, start: int, stop: int | None = None) -> Dataset:
     if stop - start < 2:
         raise ValueError(f"cut: rows {start} to {stop} of {len(data)}, expected at least 2")
     inside = data.starts[(data.starts > start) & (data.starts < stop)]
+    of = None if data.system is None else data.system[(data.starts[:-1] < stop) & (data.starts[1:] > start)]
     rows = {k: x[start:stop].clone() for k, x in data.rows.items()}
     if not (data.starts == stop).any():
         rows["paired"][-1] = False
@@ -165,6 +166,7 @@ def cut(data: Dataset, start: int, stop: int | None = None) -> Dataset:
             data,
             **rows,
             starts=torch.cat([inside.new_tensor([start]), inside, inside.new_tensor([stop])]) - start,
+            system=of,
             name=f"{data.name}[{start}:{stop}]",
             meta=dict(data.meta, rows=[start, stop]),
         )
