@@ -27,6 +27,7 @@ import platform
 import random
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,14 @@ from gymnasium import spaces
 Quality = Literal["random", "medium", "medium-replay", "expert"]
 Progress = Callable[[int, int | None, dict[str, float]], None]
 SCORES = Path(__file__).parent / "data" / "v5_scores.json"
+TRAINING = {"train_steps", "width", "eval_every", "eval_episodes"}
+ACTING = {"deterministic", "noise"}
+UNREAD = {
+    "random": TRAINING | ACTING | {"target_return"},
+    "medium": set(),
+    "medium-replay": ACTING,
+    "expert": {"target_return"},
+}
 PACKAGES = ("mbrl-suite", "gymnasium", "mujoco", "stable-baselines3", "torch", "numpy", "h5py")
 
 
@@ -304,7 +313,6 @@ def collect(config: CollectConfig, progress: Progress | None = None) -> Path:
     returns = steps.returns()
     attrs |= {"episodes": len(returns), "return_mean": float(returns.mean()), "return_max": float(returns.max())}
     attrs |= {"return_min": float(returns.min()), "terminated": int(steps.terminal.sum())}
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as tmp:
         write(tmp, steps, attrs, config)
         if config.minari:
@@ -475,6 +483,14 @@ def _check(config: CollectConfig, out: Path) -> None:
         raise say("--target-return", config.target_return, "a finite number")
     if config.policy and config.quality not in ("medium", "expert"):
         raise say("--quality", config.quality, "medium or expert where --policy is given")
+    unread = UNREAD[config.quality] | (TRAINING | {"target_return"} if config.policy else set())
+    for f in fields(config):
+        if f.name in unread and getattr(config, f.name) != f.default:
+            reader = f"--quality {config.quality}" + (" with --policy" if config.policy else "")
+            raise CollectError(
+                f"collect: --{f.name.replace('_', '-')} is {getattr(config, f.name)}, which {reader} does not read; "
+                "leave it out"
+            )
     if out.is_dir() or (out.exists() and not config.overwrite):
         raise CollectError(f"collect: {out} exists already; choose another --out, or pass --overwrite")
     env = make(config.env)
@@ -489,6 +505,16 @@ def _check(config: CollectConfig, out: Path) -> None:
             env.spec.to_json() if env.spec else None
         except ValueError as e:
             raise CollectError(f"collect: {config.env} cannot be stored with a Minari dataset: {e}") from None
+    trained = config.quality != "random" and not config.policy
+    for name, folder in {"out": out.parent, **({"runs": config.runs} if trained else {})}.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise CollectError(
+                f"collect: nothing can be written to {folder} ({e.strerror}), expected a folder; pass another --{name}"
+            ) from None
 
 
 def command(config: CollectConfig) -> str:
