@@ -947,6 +947,18 @@ def test_info_says_what_is_there(tmp_path):
     assert "obs 24-38" in shown(load(write(tmp_path / "door-human-v0.hdf5", door(np.random.default_rng(0))[0])))
 
 
+def test_info_says_names_as_they_are(tmp_path):
+    data = load(write(tmp_path / "a[old]:door:.hdf5", columns()))
+    assert shown(data).count("a[old]:door:") == 2
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "is a folder"), ("none/figure.png", "there is no folder .*none;")])
+def test_draw_says_where_it_cannot_write(name, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        datasets.draw(load(columns()), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_draw_writes_one_whole_figure(tmp_path):
     from matplotlib import image
 

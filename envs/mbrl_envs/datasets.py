@@ -884,6 +884,7 @@ def info(data: Dataset) -> Any:
     """A rich renderable: where the data are from, their episodes and returns, and the range of every coordinate."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     meta, returns, lengths = data.meta, data.returns.cpu().double().numpy(), data.lengths.cpu().numpy()
     five = lambda x: " / ".join(f"{v:.4g}" for v in np.quantile(x, [0, 0.25, 0.5, 0.75, 1]))
@@ -915,7 +916,7 @@ def info(data: Dataset) -> Any:
     else:
         rows["score"] = "no scale is known for this source"
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, Text(value))  # no markup: names come from outside
     ranges = Table(title="ranges", title_justify="left", box=None, pad_edge=False)
     for column in ("", "min", "mean", "sd", "max"):
         ranges.add_column(column, justify="right")
@@ -939,11 +940,15 @@ def _ranges(x: torch.Tensor) -> np.ndarray:
 
 
 def draw(data: Dataset, path: str | os.PathLike) -> Path:
-    """A figure of returns, lengths and ranges, written to `path` (its ending chooses the format)."""
+    """A figure of returns, lengths and ranges, written to `path` (its ending chooses the format). Raises DataError for
+    a path that is no file's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise DataError(f"the figure cannot be written: {what}; pass the name of a file in one (--figure)")
     returns, lengths = data.returns.cpu().numpy(), data.lengths.cpu().numpy()
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
