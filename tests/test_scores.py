@@ -197,6 +197,15 @@ def test_v5_answers_from_our_own_table_or_not_at_all(v5):
         reference_scores("Ant-v5")
 
 
+def test_whatever_is_listed_with_scores_has_some(v5):
+    v5(**{"Hopper-v5": {"min": 10, "max": 3500}})
+    assert {"Hopper-v5", "hopper-medium-v2", "Hopper-v3-low"} < {*scores.names()}
+    for name in scores.names():
+        reference_scores(name)
+    with pytest.raises(DataError, match=r"did you mean .*Walker2d-v5"):
+        evaluation_env("Walker2-v5")
+
+
 def test_an_environment_of_another_namespace_is_not_taken_for_a_task_of_the_same_name(monkeypatch):
     for env in ("lab/Reacher-v0", "mbrl_envs/Reacher-v0"):
         monkeypatch.setitem(gymnasium.registry, env, EnvSpec(env, "lab:Reacher", max_episode_steps=50))

@@ -297,14 +297,16 @@ def close_matches(name: str, among: Iterable[str]) -> str:
 
 
 def names() -> list[str]:
+    """The ids with reference scores."""
     neorl = [f"{t}-v3-{q}" for t in NEORL_SCORES for q in ("low", "medium", "high")]
-    return [*d4rl_table(), *neorl, *NEORL2_SCORES, *v5_scores(), *(f"{t}-v5" for t in MUJOCO_ENV.values())]
+    return [*d4rl_table(), *neorl, *NEORL2_SCORES, *v5_scores()]
 
 
 def _need(name: str) -> Known:
     known = identify(name)
     if known is None:
-        raise DataError(f"{name!r} is no id of D4RL, NeoRL or gymnasium{close_matches(name, names())}")
+        known_by_name = [*names(), *(f"{t}-v5" for t in MUJOCO_ENV.values())]
+        raise DataError(f"{name!r} is no id of D4RL, NeoRL or gymnasium{close_matches(name, known_by_name)}")
     return known
 
 
