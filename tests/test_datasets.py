@@ -227,6 +227,20 @@ def test_v5_data_take_our_scores_or_none(tmp_path, monkeypatch):
     assert (load(other).env, load(other).meta["max_score"]) == ("Hopper-v5", 3500)
 
 
+@pytest.mark.parametrize(
+    ("stated", "env"),
+    [
+        ("hopper-medium-v2", "Hopper-v4"),
+        ("hopper-medium-v5", "Hopper-v5"),
+        ("Hopper-v3", "Hopper-v3"),
+        ("NeoRL/Hopper-v3", "mbrl_envs.scores:NeoRL/Hopper-v3"),
+        ("nobodys/Hopper-v5", "nobodys/Hopper-v5"),
+    ],
+)
+def test_a_file_that_states_a_datasets_id_evaluates_where_that_does(stated, env, tmp_path):
+    assert load(write(tmp_path / "a.hdf5", columns(obs=11, act=3), env_id=stated)).env == env
+
+
 def test_embedded_datasets(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "EMBEDDED", tmp_path)
     write(tmp_path / "pendulum.hdf5", columns(act=1), env_id="Pendulum-v1", action_low=[-2.0], action_high=[2.0])
@@ -263,6 +277,19 @@ def test_actions_are_rescaled_by_the_bounds_of_the_environment(tmp_path):
         load(write(tmp_path / "c.hdf5", raw, env_id="CartPole-v1"))
 
 
+def test_a_bound_that_is_infinite_leaves_the_others(tmp_path):
+    raw = columns(act=3)
+    raw["actions"] *= np.float32([2, 1, 4])
+    bounds = {"action_low": [-2.0, -np.inf, -4.0], "action_high": [2.0, np.inf, 4.0]}
+    data = check(load(write(tmp_path / "a.hdf5", raw, **bounds)))
+    assert data.act_low.tolist() == [-2, -1, -4]
+    assert data.act_high.tolist() == [2, 1, 4]
+    np.testing.assert_allclose(data.act.numpy(), raw["actions"] / [2, 1, 4], atol=1e-6)
+    raw["actions"][3, 1] = 1.5
+    with pytest.raises(DataError, match=r"no finite bounds in the coordinates \[1\], where actions reach 1.5"):
+        load(write(tmp_path / "a.hdf5", raw, **bounds))
+
+
 def test_actions_beyond_the_bounds_are_clipped_counted_and_warned_of(tmp_path):
     raw = columns()
     raw["actions"][[1, 1, 7], [0, 1, 0]] = [1.5, -3.0, 1.01]
@@ -288,6 +315,7 @@ def test_actions_beyond_the_bounds_are_clipped_counted_and_warned_of(tmp_path):
         ({"action_low": "x", "action_high": "y"}, "expected numbers"),
         ({"action_low": [np.nan, 0], "action_high": [1.0, 1.0]}, "expected numbers"),
         ({"dt": -1.0}, "above 0"),
+        ({"dt": np.inf}, "dt is inf, expected finite seconds"),
     ],
 )
 def test_bad_attributes(tmp_path, attrs, message):

@@ -237,6 +237,8 @@ def _attributes(source: Source, attrs: Mapping[str, Any]) -> None:
     env = plain.get("env_id")
     if isinstance(env, str) and env:
         stated = identify(env)
+        if stated is not None and ("/" in env or env not in gymnasium.registry):
+            env = stated.env or ""  # of a dataset's id, too
         source.env = env
         if source.known is None or source.known.env != env:
             source.known = stated  # the file knows better than its name
@@ -245,9 +247,9 @@ def _attributes(source: Source, attrs: Mapping[str, Any]) -> None:
             setattr(source, side, _numbers(source.label, f"attribute action_{side}", plain[f"action_{side}"]).ravel())
     if "dt" in plain:
         source.dt = float(_numbers(source.label, "attribute dt", plain["dt"]).ravel()[0])
-        if source.dt <= 0:
+        if not 0 < source.dt < np.inf:
             raise DataError(
-                f"{source.label}: attribute dt is {source.dt}, expected seconds a step, above 0; correct it"
+                f"{source.label}: attribute dt is {source.dt}, expected finite seconds a step, above 0; correct it"
             )
     if plain:
         source.meta["attributes"] = {k: v for k, v in plain.items() if isinstance(v, str | int | float | list)}
@@ -563,13 +565,13 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
             )
     if not (high > low).all():
         raise DataError(f"{label}: action bounds {low.tolist()}, {high.tolist()}; expected low < high")
-    if not (np.isfinite(low) & np.isfinite(high)).all():
-        if np.abs(c.act).max() > 1:
+    if (free := ~(np.isfinite(low) & np.isfinite(high))).any():
+        if (furthest := np.abs(c.act[:, free]).max()) > 1:
             raise DataError(
-                f"{label}: the action space has no finite bounds and the actions reach {np.abs(c.act).max():.3g}; "
-                "expected bounds to rescale by; state action_low and action_high"
+                f"{label}: the action space has no finite bounds in the coordinates {np.flatnonzero(free).tolist()}, "
+                f"where actions reach {furthest:.3g}; expected bounds to rescale by; state action_low and action_high"
             )
-        low, high = np.full(width, -1.0), np.full(width, 1.0)
+        low, high = np.where(free, -1.0, low), np.where(free, 1.0, high)
     if not ((low == -1).all() and (high == 1).all()):
         c.act -= ((low + high) / 2).astype(np.float32)
         c.act /= ((high - low) / 2).astype(np.float32)
