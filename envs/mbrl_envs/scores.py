@@ -20,6 +20,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 V5_FILE = Path(__file__).with_name("data") / "v5_scores.json"
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
@@ -370,7 +371,7 @@ def altered(env: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
             gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
     try:
         own = gymnasium.spec(env)
-        made: Any = gymnasium.envs.registration.load_env_creator(own.entry_point or "")
+        made: Any = own.entry_point if callable(own.entry_point) else load_env_creator(own.entry_point or "")
         usual = {k: p.default for k, p in inspect.signature(made).parameters.items()} | own.kwargs
     except Exception:  # not installed, or not registered: it cannot be made, with or without them
         return {}
