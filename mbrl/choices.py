@@ -39,7 +39,7 @@ from mbrl.run import Run, RunError, types_of
 from mbrl.sac import SacConfig
 from mbrl.solvers import RK4, Dopri5, Tsit5
 
-console = Console()
+console = Console(emoji=False)  # minari:door: is a name
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # for a path, which stays whole
 
 

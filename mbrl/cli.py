@@ -196,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"\ninterrupted; `{again}` continues it to the same numbers", **PLAIN)
         sys.exit(130)
     except (ValueError, Diverged, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
 
 

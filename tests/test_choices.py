@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mbrl import cli, cli_offline, offline
+from mbrl.choices import console
 from mbrl.cli_control import Online
 from mbrl.cli_plan import Plan
 from mbrl.cli_reconstruct import RECONSTRUCTORS, Reconstruct
@@ -45,6 +46,10 @@ CASES = [
     ("reconstruct", ["--schedule.epochs", "7"], "--schedule.epochs 7 (its own is 500)"),
     ("reconstruct", ["dynamics:ode"], "dynamics:ode (its own is dynamics:plrnn-gtf)"),
 ]
+
+
+def test_a_name_with_colons_is_no_emoji():
+    assert console.render_str("minari:door:").plain == "minari:door:"
 
 
 @pytest.fixture

@@ -300,6 +300,7 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "bc@3"], "no penalty"),
         (["suite", "--datasets", "embedded:pendulum", "--algorithms", "mopo@x"], "'x' is not a number"),
         (["data", "scores", "no-such-id"], "no-such-id"),
+        (["data", "scores", "no:door:id"], "no:door:id"),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "algorithm:bc"], "bc has no model"),
         (["offline", "--dataset", "embedded:pendulum", "--plan-by", "tdmpc"], "pass --plan too"),
         (["offline", "--dataset", "embedded:pendulum", "--seeds", "0", "0"], "no two alike"),

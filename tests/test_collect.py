@@ -57,7 +57,8 @@ def tiny(tmp_path, **kw):
 
 def learned(tmp_path, **kw):
     given = {"steps": 250, "train_steps": 200, "eval_every": 100, "eval_episodes": 2, "width": 16}
-    return tiny(tmp_path, **given | {"target_return": -1e4} | kw)
+    given |= {} if kw["quality"] == "expert" else {"target_return": -1e4}
+    return tiny(tmp_path, **given | kw)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_the_actors_noise_is_its_gaussians(expert):
 
 def test_a_saved_policy_stands_in_for_training(expert, tmp_path):
     config, path = expert
-    again = replace(config, out=tmp_path / "again.hdf5", policy=path, runs=tmp_path / "none")
+    again = tiny(tmp_path, quality="expert", steps=250, policy=path, deterministic=True, runs=tmp_path / "none")
     data, attrs = read(c.collect(again))
     trained, _ = read(config.out)
     for name in data:
@@ -337,12 +338,25 @@ def test_minari_holds_the_same_steps(env_id, tmp_path, monkeypatch):
         ({"quality": "good"}, "--quality is 'good', expected one of random, medium, medium-replay, expert"),
         ({"policy": Path("x.zip")}, "--quality is random, expected medium or expert"),
         ({"policy": Path("no/such.zip"), "quality": "expert"}, r"no policy no/such\.zip"),
+        ({"noise": 0.1}, "--noise is 0.1, which --quality random does not read; leave it out"),
+        ({"deterministic": True, "quality": "medium-replay"}, "--deterministic is True, which --quality medium-replay"),
+        ({"target_return": 0.0, "quality": "expert"}, "--target-return is 0.0, which --quality expert does"),
+        ({"width": 8, "policy": Path("x.zip"), "quality": "medium"}, "--width is 8, .* medium with --policy does not"),
     ],
 )
 def test_errors(change, message, tmp_path):
     with pytest.raises(c.CollectError, match=message):
         c.collect(tiny(tmp_path, **change))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["out", "runs"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_trained(option, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(c, "train", None)
+    place = tmp_path / "file" / "x"
+    with pytest.raises(c.CollectError, match=rf"nothing can be written to .*file.* pass another --{option}"):
+        c.collect(learned(tmp_path, quality="medium", **{option: place}))
 
 
 def test_an_existing_file_is_kept(tmp_path):
@@ -360,8 +374,18 @@ def test_a_policy_of_another_task_or_of_none_is_refused(expert, tmp_path):
         c.collect(tiny(tmp_path, env="Hopper-v5", quality="expert", policy=expert[1]))
     broken = tmp_path / "broken.zip"
     broken.write_bytes(expert[1].read_bytes()[:1000])
-    with pytest.raises(c.CollectError, match=r"broken\.zip is no stable-baselines3 SAC checkpoint"):
+    with pytest.raises(c.CollectError, match=r"broken\.zip: cannot be read as a stable-baselines3 checkpoint"):
         c.collect(tiny(tmp_path, quality="expert", policy=broken))
+
+
+def test_a_policy_of_other_layers_is_refused(tmp_path):
+    from stable_baselines3 import SAC
+
+    layers = {"net_arch": [4], "activation_fn": torch.nn.Tanh}
+    path = tmp_path / "tanh.zip"
+    SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=layers, buffer_size=1, device="cpu").save(path)
+    with pytest.raises(c.CollectError, match=r"tanh\.zip: its activation is .*Tanh.*, expected ReLU"):
+        c.load_actor(path, "Pendulum-v1")
 
 
 @pytest.mark.parametrize("minari", [False, True])

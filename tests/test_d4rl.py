@@ -132,6 +132,7 @@ def test_an_ant_starts_in_one_corner_and_its_goal_lies_in_the_other(name, anew):
         assert np.abs(obs[:2]).max() <= 0.1
         assert obs[2] == pytest.approx(0.75, abs=0.1)
         goals.append(tuple(env.goal))
+        np.testing.assert_array_equal(env.reset(seed=seed)[0], obs)
     assert len(set(goals)) == (20 if anew else 1)
     goals = np.array(goals)
     assert ((goals >= 20) & (goals <= 21.5)).all(), "cell 6, 6 is five cells of 4 m from cell 1, 1"

@@ -227,6 +227,20 @@ def test_v5_data_take_our_scores_or_none(tmp_path, monkeypatch):
     assert (load(other).env, load(other).meta["max_score"]) == ("Hopper-v5", 3500)
 
 
+@pytest.mark.parametrize(
+    ("stated", "env"),
+    [
+        ("hopper-medium-v2", "Hopper-v4"),
+        ("hopper-medium-v5", "Hopper-v5"),
+        ("Hopper-v3", "Hopper-v3"),
+        ("NeoRL/Hopper-v3", "mbrl_envs.scores:NeoRL/Hopper-v3"),
+        ("nobodys/Hopper-v5", "nobodys/Hopper-v5"),
+    ],
+)
+def test_a_file_that_states_a_datasets_id_evaluates_where_that_does(stated, env, tmp_path):
+    assert load(write(tmp_path / "a.hdf5", columns(obs=11, act=3), env_id=stated)).env == env
+
+
 def test_embedded_datasets(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "EMBEDDED", tmp_path)
     write(tmp_path / "pendulum.hdf5", columns(act=1), env_id="Pendulum-v1", action_low=[-2.0], action_high=[2.0])
@@ -263,6 +277,19 @@ def test_actions_are_rescaled_by_the_bounds_of_the_environment(tmp_path):
         load(write(tmp_path / "c.hdf5", raw, env_id="CartPole-v1"))
 
 
+def test_a_bound_that_is_infinite_leaves_the_others(tmp_path):
+    raw = columns(act=3)
+    raw["actions"] *= np.float32([2, 1, 4])
+    bounds = {"action_low": [-2.0, -np.inf, -4.0], "action_high": [2.0, np.inf, 4.0]}
+    data = check(load(write(tmp_path / "a.hdf5", raw, **bounds)))
+    assert data.act_low.tolist() == [-2, -1, -4]
+    assert data.act_high.tolist() == [2, 1, 4]
+    np.testing.assert_allclose(data.act.numpy(), raw["actions"] / [2, 1, 4], atol=1e-6)
+    raw["actions"][3, 1] = 1.5
+    with pytest.raises(DataError, match=r"no finite bounds in the coordinates \[1\], where actions reach 1.5"):
+        load(write(tmp_path / "a.hdf5", raw, **bounds))
+
+
 def test_actions_beyond_the_bounds_are_clipped_counted_and_warned_of(tmp_path):
     raw = columns()
     raw["actions"][[1, 1, 7], [0, 1, 0]] = [1.5, -3.0, 1.01]
@@ -288,6 +315,7 @@ def test_actions_beyond_the_bounds_are_clipped_counted_and_warned_of(tmp_path):
         ({"action_low": "x", "action_high": "y"}, "expected numbers"),
         ({"action_low": [np.nan, 0], "action_high": [1.0, 1.0]}, "expected numbers"),
         ({"dt": -1.0}, "above 0"),
+        ({"dt": np.inf}, "dt is inf, expected finite seconds"),
     ],
 )
 def test_bad_attributes(tmp_path, attrs, message):
@@ -736,6 +764,31 @@ def test_minari_without_reference_scores_takes_the_environments(minari_home, mon
     assert datasets.reference_scores("minari:test/walk-v0") == (-1200.0, -150.0)
 
 
+def test_minari_evaluates_where_its_metadata_say(minari_home):
+    space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    e = [episode(5, np.random.default_rng(0))]
+    store(minari_home, "test/walk-v0", e, space, env="MountainCarContinuous-v0", eval_env="Pendulum-v1")
+    assert load("minari:test/walk-v0").env == datasets.evaluation_env("minari:test/walk-v0") == "Pendulum-v1"
+
+
+def test_an_environment_of_other_arguments_is_not_taken_for_its_id(minari_home, recwarn):
+    space, e = spaces.Box(-np.inf, np.inf, (3,), np.float64), [episode(5, np.random.default_rng(0))]
+    moon = gymnasium.make("Pendulum-v1", g=1.6)
+    store(minari_home, "test/moon-v0", e, space, env=moon, ref_min_score=1, ref_max_score=3)
+    held = SimpleNamespace(iterate_episodes=lambda: e, action_space=BOX, env_spec=moon.spec)
+    for source in ("minari:test/moon-v0", held):
+        with pytest.warns(UserWarning, match="Pendulum-v1 with another g than"):
+            data = check(load(source))
+        assert (data.env, data.dt) == ("", 0.05)
+    assert "max_score" not in data.meta
+    assert datasets.evaluation_env("minari:test/moon-v0") is None
+    assert datasets.reference_scores("minari:test/moon-v0") == (1.0, 3.0)  # its own
+    recwarn.clear()
+    held.env_spec = gymnasium.make("Pendulum-v1", g=10, render_mode="rgb_array").spec  # as by default, and drawn
+    assert load(held).env == "Pendulum-v1"
+    assert not recwarn
+
+
 def test_dict_observations_are_flattened_in_declared_order(minari_home):
     # OrderedDict keeps the order of the declaration in gymnasium, where a plain dict would be sorted by key
     inner = spaces.Dict(OrderedDict(y=spaces.Box(-9, 9, (1,)), x=spaces.Discrete(3)))
@@ -920,6 +973,18 @@ def test_info_says_what_is_there(tmp_path):
     assert "-777" in lines["obs 4"]
     assert "no scale is known" in shown(load(write(tmp_path / "walk.hdf5", columns())))
     assert "obs 24-38" in shown(load(write(tmp_path / "door-human-v0.hdf5", door(np.random.default_rng(0))[0])))
+
+
+def test_info_says_names_as_they_are(tmp_path):
+    data = load(write(tmp_path / "a[old]:door:.hdf5", columns()))
+    assert shown(data).count("a[old]:door:") == 2
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "is a folder"), ("none/figure.png", "there is no folder .*none;")])
+def test_draw_says_where_it_cannot_write(name, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        datasets.draw(load(columns()), tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_draw_writes_one_whole_figure(tmp_path):

@@ -40,6 +40,14 @@ def call(*command, cwd, **env):
     return done.stdout
 
 
+def test_whatever_is_asked_for_is_pinned():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = asked["project"]
+    needs = [*asked["build-system"]["requires"], *project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    assert {re.match(r"[\w-]+", x)[0] for x in needs} <= {*pins}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")

@@ -5,6 +5,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
 from mbrl_envs import scores
 from mbrl_envs.scores import (
     DataError,
@@ -194,6 +195,26 @@ def test_v5_answers_from_our_own_table_or_not_at_all(v5):
     assert reference_scores("Hopper-v4") == reference_scores("hopper-medium-v2")
     with pytest.raises(DataError):
         reference_scores("Ant-v5")
+
+
+def test_whatever_is_listed_with_scores_has_some(v5):
+    v5(**{"Hopper-v5": {"min": 10, "max": 3500}})
+    assert {"Hopper-v5", "hopper-medium-v2", "Hopper-v3-low"} < {*scores.names()}
+    for name in scores.names():
+        reference_scores(name)
+    with pytest.raises(DataError, match=r"did you mean .*Walker2d-v5"):
+        evaluation_env("Walker2-v5")
+
+
+def test_an_environment_of_another_namespace_is_not_taken_for_a_task_of_the_same_name(monkeypatch):
+    for env in ("lab/Reacher-v0", "mbrl_envs/Reacher-v0"):
+        monkeypatch.setitem(gymnasium.registry, env, EnvSpec(env, "lab:Reacher", max_episode_steps=50))
+    known = identify("lab/Reacher-v0")
+    assert (known.env, known.limit) == ("lab/Reacher-v0", 50)
+    assert (known.endless, known.dt, known.bound) == (False, None, None)
+    for env in ("mbrl_envs/Reacher-v0", "Reacher-v5"):
+        known = identify(env)
+        assert (known.endless, known.dt, known.bound) == (True, 0.02, 1.0)
 
 
 def test_bounds_and_seconds_are_those_of_the_environments():

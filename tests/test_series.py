@@ -150,6 +150,27 @@ def test_csv_with_remarks_a_mark_and_one_column(save):
     assert read_series(save("z.dat", "temp\n1e-3\n2\n")).meta["columns"] == ["temp"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_in_any_way(save, end):
+    data = read_series(save("x.csv", end.join(["a,b", "# pause", "1,2", "", "3,4", "5,6", ""])))
+    assert data.obs.tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    with pytest.raises(DataError, match="column 'b' holds 'x' in line 3"):
+        read_series(save("x.csv", end.join(["a,b", "1,2", "3,x"])))
+
+
+def test_the_index_of_pandas_is_not_observed(save, recwarn):
+    path = save("x.csv", ",a,b\n3,1,2\n4,3,4\n5,5,6\n")
+    with pytest.warns(UserWarning, match="first column has no name and counts the rows"):
+        data = read_series(path, inputs="b")
+    assert (data.obs.tolist(), data.meta["columns"]) == ([[1.0], [3.0], [5.0]], ["a"])
+    recwarn.clear()
+    assert read_series(path, columns=[0, 1]).obs[:, 0].tolist() == [3.0, 4.0, 5.0]
+    assert read_series(path, columns="a", inputs=[0]).obs.shape == (3, 1)
+    assert read_series(save("y.csv", ",a\n0,1\n2,3\n4,5\n")).obs.shape == (3, 2)
+    assert read_series(save("z.csv", "n,a\n0,1\n1,3\n2,5\n")).obs.shape == (3, 2)
+    assert not recwarn
+
+
 def test_csv_whose_episodes_a_column_tells(save):
     path = save("x.csv", "run,y\na,1\na,2\na,3\nb,4\nb,5\n")
     data = read_series(path, episode="run")
@@ -230,6 +251,7 @@ class Evil:
         ("x.npy", X, dict(columns=[3]), "no column 3; it has numbers from 0 to 2"),
         ("x.npy", X, dict(columns=[-1]), "no column -1"),
         ("x.npy", X, dict(columns=["y"]), "no column 'y'"),
+        ("x.npy", X, dict(columns="²"), "no column '²'"),
         ("x.npy", X, dict(columns=[0, 0]), "column 0 is asked for twice"),
         ("x.npy", X, dict(columns=[0], inputs=[0]), "column 0 is asked for twice"),
         ("x.npy", X, dict(inputs=[0, 1, 2]), "no column is left to observe"),
@@ -276,6 +298,7 @@ class Evil:
         ),
         ("x.csv", "run,y\na,1\na,2\nb,4\n", dict(episode="run"), "an episode has 1 samples"),
         ("x.csv", b"a,b\n\xff,2\n", {}, "not text in UTF-8"),
+        ("x.csv", f"{'1' * 140_000},2\n3,4\n", {}, r"cannot be read as CSV \(field larger than field limit"),
     ],
 )
 def test_one_clear_error(save, name, content, kw, match):
@@ -346,6 +369,15 @@ def test_split_in_time():
             split(data, fraction)
     with pytest.raises(ValueError, match="rows 0 to 1 of 12, expected at least 2"):
         split(data, 0.05)
+
+
+def test_a_cut_keeps_whose_an_episode_is():
+    parts = [from_arrays(np.full((2, 10, 1), i)) for i in range(3)]
+    for start, stop, want in ((0, 30, [0, 0, 1]), (30, None, [1, 2, 2]), (15, 45, [0, 1, 1, 2]), (20, 40, [1, 1])):
+        part = cut(mixed(parts, "m", {}), start, stop)
+        assert part.system.tolist() == want
+        assert torch.equal(part.system[part.episode], part.obs[:, 0].long())
+        assert part.systems == 3
 
 
 def test_a_cut_keeps_the_ends_of_episodes():

@@ -315,6 +315,12 @@ def test_tasks_that_never_end(name):
         ("Hopper-v3", "Hopper-v4"),
         ("hopper-medium-v5", "Hopper-v5"),
         ("Pendulum-v1", "Pendulum-v1"),
+        ("ant-medium-replay-v2", "Ant-v4"),
+        ("walker2d-random-expert-v0", "Walker2d-v4"),
+        ("Hopper-v3-medium-1000-train-noise", "Hopper-v4"),
+        ("D4RL/kitchen/complete-v2", "FrankaKitchen-v1"),
+        ("AdroitHandPenSparse-v1", "AdroitHandPen-v1"),
+        ("PointMaze_Medium_Diverse_GDense-v3", ""),
     ],
 )
 def test_ids(name, env):
@@ -325,6 +331,26 @@ def test_ids(name, env):
     "name", ["CartPole-v1", "D4RL/minigrid/fourrooms-v0", "mine/Hopper-v5", "", "/", "FetchReach-v3"]
 )
 def test_unknown_ids(name):
+    assert task(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Pendulum-Sparse-v0",
+        "PendulumSparse-v0",
+        "my_envs:Reacher-Hard-v0",
+        "Ant-Dir-v0",
+        "Hopper-Medium-v0",
+        "hopper-heavy-v0",
+        "Hopper_Heavy-v5",
+        "Hopper-v3-Heavy",
+        "mbrl_envs/Pendulum-Sparse-v0",
+        "Door-v0",
+        "Pen-v1",
+    ],
+)
+def test_a_variant_is_not_taken_for_the_task_whose_name_it_begins_with(name):
     assert task(name) is None
 
 

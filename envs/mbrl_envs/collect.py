@@ -27,14 +27,13 @@ import platform
 import random
 import re
 import shutil
+import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import metadata
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,6 +46,14 @@ from gymnasium import spaces
 Quality = Literal["random", "medium", "medium-replay", "expert"]
 Progress = Callable[[int, int | None, dict[str, float]], None]
 SCORES = Path(__file__).parent / "data" / "v5_scores.json"
+TRAINING = {"train_steps", "width", "eval_every", "eval_episodes"}
+ACTING = {"deterministic", "noise"}
+UNREAD = {
+    "random": TRAINING | ACTING | {"target_return"},
+    "medium": set(),
+    "medium-replay": ACTING,
+    "expert": {"target_return"},
+}
 PACKAGES = ("mbrl-suite", "gymnasium", "mujoco", "stable-baselines3", "torch", "numpy", "h5py")
 
 
@@ -306,7 +313,6 @@ def collect(config: CollectConfig, progress: Progress | None = None) -> Path:
     returns = steps.returns()
     attrs |= {"episodes": len(returns), "return_mean": float(returns.mean()), "return_max": float(returns.max())}
     attrs |= {"return_min": float(returns.min()), "terminated": int(steps.terminal.sum())}
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as tmp:
         write(tmp, steps, attrs, config)
         if config.minari:
@@ -431,19 +437,24 @@ def _load(config: CollectConfig, path: Path, attrs: dict[str, Any]) -> Actor:
 
 
 def load_actor(path: Path, env_id: str) -> Actor:
-    """The actor of a stable-baselines3 SAC checkpoint; only its tensors are read, nothing is unpickled."""
+    """The actor of a stable-baselines3 SAC checkpoint; only its tensors are read, nothing is unpickled. Raises
+    CollectError for one that is not of plain ReLU layers, or does not fit the environment."""
+    from mbrl_envs import adapters  # late: stable-baselines3 is slow to load
+
     env = make(env_id)
     low, high = bounds(env)
     width = spaces.flatdim(env.observation_space)
     env.close()
+    if not path.is_file():
+        raise CollectError(f"collect: no policy {path}; it is written by an earlier collect under --runs")
     try:
-        with zipfile.ZipFile(path) as z:
-            state = torch.load(BytesIO(z.read("policy.pth")), map_location="cpu", weights_only=True)
+        data, state, _ = adapters._read(path)
+        adapters._check_kind(path, data, state)
         actor = Actor(state, low, high)
-    except FileNotFoundError:
-        raise CollectError(f"collect: no policy {path}; it is written by an earlier collect under --runs") from None
-    except Exception as e:
-        raise CollectError(f"collect: {path} is no stable-baselines3 SAC checkpoint with an MlpPolicy: {e!r}") from None
+    except adapters.AdapterError as e:
+        raise CollectError(f"collect: {e}") from None
+    except KeyError as e:
+        raise CollectError(f"collect: {path} lacks {e}, expected stable-baselines3's SAC with an MlpPolicy") from None
     if (actor.obs, len(actor.mu[1])) != (width, len(low)):
         raise CollectError(
             f"collect: {path} maps {actor.obs} observations to {len(actor.mu[1])} actions, expected {width} to "
@@ -472,6 +483,14 @@ def _check(config: CollectConfig, out: Path) -> None:
         raise say("--target-return", config.target_return, "a finite number")
     if config.policy and config.quality not in ("medium", "expert"):
         raise say("--quality", config.quality, "medium or expert where --policy is given")
+    unread = UNREAD[config.quality] | (TRAINING | {"target_return"} if config.policy else set())
+    for f in fields(config):
+        if f.name in unread and getattr(config, f.name) != f.default:
+            reader = f"--quality {config.quality}" + (" with --policy" if config.policy else "")
+            raise CollectError(
+                f"collect: --{f.name.replace('_', '-')} is {getattr(config, f.name)}, which {reader} does not read; "
+                "leave it out"
+            )
     if out.is_dir() or (out.exists() and not config.overwrite):
         raise CollectError(f"collect: {out} exists already; choose another --out, or pass --overwrite")
     env = make(config.env)
@@ -486,6 +505,16 @@ def _check(config: CollectConfig, out: Path) -> None:
             env.spec.to_json() if env.spec else None
         except ValueError as e:
             raise CollectError(f"collect: {config.env} cannot be stored with a Minari dataset: {e}") from None
+    trained = config.quality != "random" and not config.policy
+    for name, folder in {"out": out.parent, **({"runs": config.runs} if trained else {})}.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise CollectError(
+                f"collect: nothing can be written to {folder} ({e.strerror}), expected a folder; pass another --{name}"
+            ) from None
 
 
 def command(config: CollectConfig) -> str:

@@ -185,9 +185,10 @@ class AntMaze(_World):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         draw = self.np_random.uniform
-        if self.anew or self.goal is None:
-            corner = SCALE * (np.array(self.goal_cell[::-1]) - self.origin)
-            self.goal = np.maximum(corner + draw(0, 0.25 * SCALE, 2) + draw(0, 0.125 * SCALE, 2), 0)
+        corner = SCALE * (np.array(self.goal_cell[::-1]) - self.origin)
+        goal = np.maximum(corner + draw(0, 0.25 * SCALE, 2) + draw(0, 0.125 * SCALE, 2), 0)
+        if self.anew or self.goal is None:  # drawn in either case, so that a seed's start is the same
+            self.goal = goal
         qvel = 0.1 * self.np_random.standard_normal(self.model.nv)
         return self.place(self.start + draw(-0.1, 0.1, self.model.nq), qvel), {}
 

@@ -42,12 +42,13 @@ from mbrl_envs.scores import (
     WIDTHS,
     DataError,
     Known,
+    altered,
     close_matches,
     d4rl_table,
     evaluation_env,
     identify,
-    minari_env,
     minari_scores,
+    minari_spec,
     normalized_score,
     reference_scores,
     score_scale,
@@ -118,6 +119,9 @@ def load(source: Any, *, strict: bool = False, device: Any = "cpu", progress: Pr
     - an object with gymnasium-style episodes: an iterable of things with `observations` (T + 1), `actions`, `rewards`,
       `terminations`, `truncations` as attributes or keys; its `action_space`, `observation_space` and `env_spec` are
       used where it has them. Or a mapping with D4RL's columns.
+
+    An environment whose spec has other arguments than its id (a Pendulum of other gravity) is named by no id: `env` is
+    "", with a warning.
 
     Actions become [-1, 1] by the bounds that the source states, else its environment's, else they are taken to be
     there. Finite actions beyond the bounds are clipped, as the simulator does, with a warning and a count in
@@ -233,6 +237,8 @@ def _attributes(source: Source, attrs: Mapping[str, Any]) -> None:
     env = plain.get("env_id")
     if isinstance(env, str) and env:
         stated = identify(env)
+        if stated is not None and ("/" in env or env not in gymnasium.registry):
+            env = stated.env or ""  # of a dataset's id, too
         source.env = env
         if source.known is None or source.known.env != env:
             source.known = stated  # the file knows better than its name
@@ -241,9 +247,9 @@ def _attributes(source: Source, attrs: Mapping[str, Any]) -> None:
             setattr(source, side, _numbers(source.label, f"attribute action_{side}", plain[f"action_{side}"]).ravel())
     if "dt" in plain:
         source.dt = float(_numbers(source.label, "attribute dt", plain["dt"]).ravel()[0])
-        if source.dt <= 0:
+        if not 0 < source.dt < np.inf:
             raise DataError(
-                f"{source.label}: attribute dt is {source.dt}, expected seconds a step, above 0; correct it"
+                f"{source.label}: attribute dt is {source.dt}, expected finite seconds a step, above 0; correct it"
             )
     if plain:
         source.meta["attributes"] = {k: v for k, v in plain.items() if isinstance(v, str | int | float | list)}
@@ -559,13 +565,13 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
             )
     if not (high > low).all():
         raise DataError(f"{label}: action bounds {low.tolist()}, {high.tolist()}; expected low < high")
-    if not (np.isfinite(low) & np.isfinite(high)).all():
-        if np.abs(c.act).max() > 1:
+    if (free := ~(np.isfinite(low) & np.isfinite(high))).any():
+        if (furthest := np.abs(c.act[:, free]).max()) > 1:
             raise DataError(
-                f"{label}: the action space has no finite bounds and the actions reach {np.abs(c.act).max():.3g}; "
-                "expected bounds to rescale by; state action_low and action_high"
+                f"{label}: the action space has no finite bounds in the coordinates {np.flatnonzero(free).tolist()}, "
+                f"where actions reach {furthest:.3g}; expected bounds to rescale by; state action_low and action_high"
             )
-        low, high = np.full(width, -1.0), np.full(width, 1.0)
+        low, high = np.where(free, -1.0, low), np.where(free, 1.0, high)
     if not ((low == -1).all() and (high == 1).all()):
         c.act -= ((low + high) / 2).astype(np.float32)
         c.act /= ((high - low) / 2).astype(np.float32)
@@ -587,12 +593,12 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
     return clipped, rows, low, high, float(dt or 1.0)
 
 
-def _environment(env: str) -> tuple[np.ndarray, np.ndarray, float | None] | None:
+def _environment(env: str, **kw: Any) -> tuple[np.ndarray, np.ndarray, float | None] | None:
     """Action bounds and time step of an environment that can be made here."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = gymnasium.make(env)
+            made = gymnasium.make(env, **kw)
     except Exception:  # not installed, or not registered: the file's own word is all there is
         return None
     try:
@@ -656,8 +662,8 @@ def _download_minari(name: str, place: Path) -> None:
 def _minari(dataset: Any, label: str, strict: bool) -> Dataset:
     with _reading(label, "a Minari dataset", "is it complete? Delete its folder and download it again"):
         metadata = dataset.storage.metadata
-        env = minari_env(metadata) or ""
-        source = Source(label, "minari", f"minari:{dataset.id}", env=env, known=identify(env) if env else None)
+        source = Source(label, "minari", f"minari:{dataset.id}")
+        _world(source, *minari_spec(metadata))
         source.scores = minari_scores(metadata)
         folder = Path(dataset.storage.data_path)
         source.sha256 = _sha256(*sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "metadata.json"))
@@ -689,16 +695,30 @@ def _objects(objects: Any, strict: bool) -> Dataset:
             "and truncations"
         )
     spec = getattr(objects, "env_spec", None) or getattr(objects, "spec", None)
-    env = getattr(spec, "id", "") or ""
     name = getattr(objects, "name", None) or getattr(objects, "id", None)
-    source = Source(label, "episodes", name if isinstance(name, str) else "episodes", env=env)
-    source.known = identify(env) if env else None
+    source = Source(label, "episodes", name if isinstance(name, str) else "episodes")
+    _world(source, getattr(spec, "id", "") or "", getattr(spec, "kwargs", {}))
     with _reading(label, "episodes", "expected gymnasium-style arrays"):
         each = objects if iterate is None else iterate()
         space = getattr(objects, "observation_space", None)
         columns = _episodes(source, each, space, getattr(objects, "action_space", None))
         source.sha256 = _sha256_arrays(columns)
     return _finish(source, columns, strict)
+
+
+def _world(source: Source, env: str, kwargs: Mapping[str, Any]) -> None:
+    """The environment of a spec, and what is known of it. One that its id does not make is left unnamed, lest another
+    world evaluate, score and end what was recorded in it."""
+    if not (own := altered(env, kwargs)):
+        source.env, source.known = env, identify(env) if env else None
+        return
+    found = _environment(env, **own)
+    source.dt = None if found is None else found[2]
+    warnings.warn(
+        f"{source.label}: recorded in {env} with another {', '.join(own)} than that id has, so that no id names its "
+        "environment: policies are evaluated, and tasks known, only in one that is passed (--env)",
+        stacklevel=4,
+    )
 
 
 def _get(episode: Any, key: str) -> Any:
@@ -866,6 +886,7 @@ def info(data: Dataset) -> Any:
     """A rich renderable: where the data are from, their episodes and returns, and the range of every coordinate."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     meta, returns, lengths = data.meta, data.returns.cpu().double().numpy(), data.lengths.cpu().numpy()
     five = lambda x: " / ".join(f"{v:.4g}" for v in np.quantile(x, [0, 0.25, 0.5, 0.75, 1]))
@@ -897,7 +918,7 @@ def info(data: Dataset) -> Any:
     else:
         rows["score"] = "no scale is known for this source"
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, Text(value))  # no markup: names come from outside
     ranges = Table(title="ranges", title_justify="left", box=None, pad_edge=False)
     for column in ("", "min", "mean", "sd", "max"):
         ranges.add_column(column, justify="right")
@@ -921,11 +942,15 @@ def _ranges(x: torch.Tensor) -> np.ndarray:
 
 
 def draw(data: Dataset, path: str | os.PathLike) -> Path:
-    """A figure of returns, lengths and ranges, written to `path` (its ending chooses the format)."""
+    """A figure of returns, lengths and ranges, written to `path` (its ending chooses the format). Raises DataError for
+    a path that is no file's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise DataError(f"the figure cannot be written: {what}; pass the name of a file in one (--figure)")
     returns, lengths = data.returns.cpu().numpy(), data.lengths.cpu().numpy()
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)

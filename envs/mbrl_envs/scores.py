@@ -7,16 +7,20 @@ constants serve v5 returns only where a caller names a D4RL id as the scale.
 
 import difflib
 import functools
+import importlib
+import inspect
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 V5_FILE = Path(__file__).with_name("data") / "v5_scores.json"
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
@@ -57,6 +61,9 @@ SECONDS = {
     **{"humanoidstandup": 0.015, "swimmer": 0.04, "pusher": 0.05, "reacher": 0.02, "invertedpendulum": 0.04},
     **{"inverteddoublependulum": 0.05, "door": 0.01, "hammer": 0.01, "relocate": 0.01, "pen": 0.01},
 }
+# Arguments that change only what is drawn.
+DRAWING = frozenset({"render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config"})
+DRAWING |= {"max_geom", "visual_options", "screen_size", "render_fps"}
 # Adroit's widths (observation, action) tell its tasks apart, so that a renamed file is still read for what it is.
 WIDTHS = {(39, 28): "door", (46, 26): "hammer", (39, 30): "relocate", (45, 24): "pen"}
 
@@ -273,7 +280,8 @@ def _environment(env: str) -> Known | None:
         limit = gymnasium.spec(env).max_episode_steps
     except Exception:  # gymnasium's errors and, for ids it cannot parse or import, others
         return None
-    family = env.rpartition("-v")[0].rpartition("/")[2].lower()
+    # another namespace stays a part of it: what is called as a task of ours there need not be that
+    family = env.rpartition("-v")[0].removeprefix("mbrl_envs/").lower()
     entry = v5_scores().get(env)
     scores = None if entry is None else (float(entry["min"]), float(entry["max"]))
     if scores is None and env == MUJOCO_ENV.get(family, "") + "-v4":
@@ -290,14 +298,16 @@ def close_matches(name: str, among: Iterable[str]) -> str:
 
 
 def names() -> list[str]:
+    """The ids with reference scores."""
     neorl = [f"{t}-v3-{q}" for t in NEORL_SCORES for q in ("low", "medium", "high")]
-    return [*d4rl_table(), *neorl, *NEORL2_SCORES, *v5_scores(), *(f"{t}-v5" for t in MUJOCO_ENV.values())]
+    return [*d4rl_table(), *neorl, *NEORL2_SCORES, *v5_scores()]
 
 
 def _need(name: str) -> Known:
     known = identify(name)
     if known is None:
-        raise DataError(f"{name!r} is no id of D4RL, NeoRL or gymnasium{close_matches(name, names())}")
+        known_by_name = [*names(), *(f"{t}-v5" for t in MUJOCO_ENV.values())]
+        raise DataError(f"{name!r} is no id of D4RL, NeoRL or gymnasium{close_matches(name, known_by_name)}")
     return known
 
 
@@ -306,8 +316,9 @@ def evaluation_env(name: str) -> str | None:
     exists (flow, carla, bullet, D4RL's minigrid, NeoRL-2). An environment id is its own answer.
 
     D4RL's MuJoCo sets evaluate in `-v4`, never `-v5`: the friction of walker2d and the healthy reward differ. Its
-    mazes, hands and kitchens are those of `mbrl_envs.d4rl`, the latter two with the extra `[robotics]`. Raises
-    DataError for an id that nobody knows."""
+    mazes, hands and kitchens are those of `mbrl_envs.d4rl`, the latter two with the extra `[robotics]`. A Minari set
+    evaluates in the environment that it states, but for one whose arguments are not its id's own: no id makes that.
+    Raises DataError for an id that nobody knows."""
     if name.startswith("minari:"):
         return minari_facts(name.removeprefix("minari:"))[0]
     return _need(name).env
@@ -332,19 +343,40 @@ def reference_scores(name: str) -> tuple[float, float]:
 
 
 def minari_facts(name: str) -> tuple[str | None, tuple[float, float] | None]:
-    """(evaluation environment, (min, max)) from the metadata of a local Minari dataset; None where it states none."""
+    """(evaluation environment, (min, max)) from the metadata of a local Minari dataset; None where it states none, or
+    one that no id makes."""
     import minari  # imported late: it is slow to load
 
     try:
         metadata = minari.load_dataset(name).storage.metadata
     except Exception as error:
         raise DataError(f"minari:{name} is not here ({error}); load it once, then ask again") from error
-    return minari_env(metadata), minari_scores(metadata)
+    env, kwargs = minari_spec(metadata)
+    return None if altered(env, kwargs) else env or None, minari_scores(metadata)
 
 
-def minari_env(metadata: Mapping[str, Any]) -> str | None:
+def minari_spec(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(id, arguments) of the environment that a Minari dataset says to evaluate in; ("", {}) where it says none."""
     spec = metadata.get("eval_env_spec") or metadata.get("env_spec")
-    return json.loads(spec).get("id") if isinstance(spec, str) else None
+    stated = json.loads(spec) if isinstance(spec, str) else {}
+    return stated.get("id") or "", stated.get("kwargs") or {}
+
+
+def altered(env: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a spec's arguments, those with which it is another world than the one that its id makes by itself."""
+    if not (kwargs := {k: v for k, v in kwargs.items() if k not in DRAWING}):
+        return {}
+    if env not in gymnasium.registry:
+        with suppress(ImportError):
+            gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    try:
+        own = gymnasium.spec(env)
+        made: Any = own.entry_point if callable(own.entry_point) else load_env_creator(own.entry_point or "")
+        usual = {k: p.default for k, p in inspect.signature(made).parameters.items()} | own.kwargs
+    except Exception:  # not installed, or not registered: it cannot be made, with or without them
+        return {}
+    plain = lambda x: json.loads(json.dumps(x, default=repr))
+    return {k: v for k, v in kwargs.items() if k not in usual or plain(v) != plain(usual[k])}
 
 
 def minari_scores(metadata: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -46,7 +47,8 @@ def read_series(
     - `.csv`, `.tsv`, `.txt`, `.dat`: a row a sample, with or without a header; separated by tab, semicolon, comma or
       white space; lines that begin with # are comments, but for a header there. A first row of numbers is data. Of a
       header's columns one named time, timestamp or t tells dt and is not observed (`meta` holds its name as time),
-      where it is evenly spaced and neither asked for nor all there is.
+      where it is evenly spaced and neither asked for nor all there is. A first column without a name that counts the
+      rows, as pandas writes it, is not observed either unless it is asked for; a warning says so.
 
     columns: which are observed, by number or, in a file with a header, by name; by default all but the inputs, the
     episode's and the time. inputs: which drive the system. episode: of a CSV, the column whose changes begin a new
@@ -65,7 +67,10 @@ def read_series(
             raise DataError(f"{label}: episode={episode!r} is for CSV; in an array episodes are the first of 3 axes")
         read = _npy(label, file, columns, inputs) if suffix == ".npy" else _npz(label, file, columns, inputs)
     elif suffix in (".csv", ".tsv", ".txt", ".dat"):
-        read = _csv(label, raw, columns, inputs, episode, dt)
+        try:
+            read = _csv(label, raw, columns, inputs, episode, dt)
+        except csv.Error as error:
+            raise DataError(f"{label}: cannot be read as CSV ({error}); save it anew, a row a line") from error
     else:
         raise DataError(f"{label}: unknown suffix {file.suffix!r}; expected .npy, .npz, .csv, .tsv, .txt or .dat")
     meta = {"kind": "series", "file": file.name, "file_sha256": hashlib.sha256(raw).hexdigest()}
@@ -156,6 +161,7 @@ def cut(data: Dataset, start: int, stop: int | None = None) -> Dataset:
     if stop - start < 2:
         raise ValueError(f"cut: rows {start} to {stop} of {len(data)}, expected at least 2")
     inside = data.starts[(data.starts > start) & (data.starts < stop)]
+    of = None if data.system is None else data.system[(data.starts[:-1] < stop) & (data.starts[1:] > start)]
     rows = {k: x[start:stop].clone() for k, x in data.rows.items()}
     if not (data.starts == stop).any():
         rows["paired"][-1] = False
@@ -165,6 +171,7 @@ def cut(data: Dataset, start: int, stop: int | None = None) -> Dataset:
             data,
             **rows,
             starts=torch.cat([inside.new_tensor([start]), inside, inside.new_tensor([stop])]) - start,
+            system=of,
             name=f"{data.name}[{start}:{stop}]",
             meta=dict(data.meta, rows=[start, stop]),
         )
@@ -361,7 +368,7 @@ def _choose(
         for column in which:
             if isinstance(column, str) and column in names:
                 out.append(names.index(column))
-            elif str(column).isdigit() and int(column) < width:
+            elif str(column).isdecimal() and int(column) < width:
                 out.append(int(column))
             else:
                 have = f"{', '.join(names)}" if names else f"numbers from 0 to {width - 1}"
@@ -388,7 +395,8 @@ def _csv(label: str, raw: bytes, columns: Any, inputs: Any, episode: Column | No
         raise DataError(
             f"{label}: not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
-    every = [(i, line.strip(" \r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    every = [(i, line.strip(" ")) for i, line in enumerate(lines, 1) if line.strip()]
     data = [(i, line) for i, line in every if not line.startswith("#")]
     if not data:
         raise DataError(f"{label}: has no rows; expected a series")
@@ -414,6 +422,13 @@ def _csv(label: str, raw: bytes, columns: Any, inputs: Any, episode: Column | No
     if clock in driving + splitting or (clock in chosen and (columns is not None or len(chosen) == 1)):
         clock = None
     chosen = [i for i in chosen if i != clock]
+    if columns is None and len(chosen) > 1 and chosen[0] == 0 and names and not names[0] and _counts(rows):
+        warnings.warn(
+            f"{label}: its first column has no name and counts the rows; it is left out (columns, --columns, asks for "
+            "what is observed)",
+            stacklevel=3,
+        )
+        chosen = chosen[1:]
     named = lambda which: [names[i] for i in which] if names else which
     table = np.array(
         [[_number(label, names, row, n, i) for i in chosen + driving] for n, row in zip(numbers, rows, strict=True)]
@@ -470,6 +485,12 @@ def _delimiter(sample: Sequence[str]) -> str | None:
     """The first that cuts every line into as many columns, more than one; else the first that cuts the first line."""
     cuts = [d for d in DELIMITERS if _width(sample[0], d) > 1]
     return next((d for d in cuts if len({_width(line, d) for line in sample}) == 1), cuts[0] if cuts else None)
+
+
+def _counts(rows: list[list[str]]) -> bool:
+    """Whether the first column goes on by 1 from row to row."""
+    first = [row[0] for row in rows]
+    return all(x.isdecimal() for x in first) and all(int(b) - int(a) == 1 for a, b in pairwise(first))
 
 
 def _is_number(cell: str) -> bool:

@@ -67,21 +67,25 @@ class Task:
 
 def task(env_id: str, obs: int | None = None) -> Task | None:
     """The task of an environment's id ("Hopper-v5", "mbrl_envs/CartPoleSwingUp-v0") or a dataset's
-    ("hopper-medium-v2", "D4RL/pen/human-v2"); None where the task is not known. obs: the observations' width; needed
-    only where they begin with the position that the task leaves out by default, since the reward of such a source is
-    determined.
+    ("hopper-medium-v2", "D4RL/pen/human-v2"); None where the task is not known, as that of "Hopper-Heavy-v0" is not.
+    obs: the observations' width; needed only where they begin with the position that the task leaves out by default,
+    since the reward of such a source is determined.
 
     Raises ValueError for a width that the task does not have; so do the functions themselves."""
-    name = (
-        env_id.lower().rpartition(":")[2].removeprefix("mbrl_envs/")
-    )  # without minari:, or the module that registers the environment
+    name = env_id.rpartition(":")[2].removeprefix("mbrl_envs/")  # without minari:, or the module that registers it
     version = re.search(r"-v(\d+)", name)
-    words = [w for w in re.split(r"[/_\-]", re.sub(r"-v\d+", "", name)) if w]
-    space = words.pop(0) if "/" in name and words else ""
+    words = [w for w in re.split(r"[/_\-]", re.sub(rf"-v\d+({_NEORL})*$", "", name)) if w]
+    space = words.pop(0).lower() if "/" in name and words else ""
     if not words or space not in ("", "d4rl", "mujoco", "neorl"):
         return None
     old = space != "mujoco" and version is not None and int(version[1]) < 5
-    family = words[0].removeprefix("adroithand").removesuffix("sparse")
+    first, *kind = words
+    first = first.lower()
+    family = re.sub(r"^adroithand(\w+?)(sparse)?$", r"\1", first)
+    if family not in ("maze2d", "pointmaze") and not set(kind) <= _KINDS:
+        return None
+    if family in _RECORDED and not kind and first == family:
+        return None
     if family in _NEVER:
         return Task(_NEVER[family], _never({}, family))
     build = _FAMILIES.get(family)
@@ -418,6 +422,11 @@ _FAMILIES: dict[str, Family] = {
     **{f"{k.lower()}physics": _as(f"mbrl_envs/{k}Physics-v0", v) for k, v in _OTHERS.items()},
 }
 
+# What follows the task in the name of a dataset, where an environment's has nothing.
+_KINDS = frozenset({"random", "medium", "expert", "full", "replay", "mixed", "simple"})
+_KINDS |= {"human", "cloned", "complete", "partial"}
+_NEORL = r"-(low|medium|high|expert|train|val|noise|\d+)"
+_RECORDED = frozenset({"door", "hammer", "relocate", "pen", "kitchen"})  # so called by datasets alone
 # Tasks that only their time limit ends. Antmaze is none: in D4RL's data it ends at a goal that is not observed.
 _NEVER = {
     "door": "AdroitHandDoor-v1",
