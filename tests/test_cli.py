@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
 import torch
 from mbrl_envs import datasets as worlds
-from mbrl_envs import tasks
+from mbrl_envs import evaluate, tasks
+from stable_baselines3 import SAC
 
 from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
 from mbrl.core import Spec
@@ -47,9 +49,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def pendulum(tmp_path_factory):
     """A D4RL file of random actions in Pendulum-v1."""
-    import gymnasium
-
-    env, rows = gymnasium.make("Pendulum-v1"), []
+    env, rows = gym.make("Pendulum-v1"), []
     env.action_space.seed(0)
     for episode in range(4):
         obs, _ = env.reset(seed=episode)
@@ -173,9 +173,38 @@ def test_eval_gives_actions_the_meaning_that_they_have_in_the_data(finished, mon
     assert cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
 
 
-def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
-    from stable_baselines3 import SAC
+def test_eval_films_and_exports_what_it_evaluates(finished, tmp_path, monkeypatch):
+    run, filmed = Run.open(finished), []
+    config = run.config
+    config["data"] |= {"act_low": [-0.5], "act_high": [0.5]}
+    monkeypatch.setattr(Run, "config", config)
+    monkeypatch.setattr(evaluate, "video", lambda policy, env, path, **kw: filmed.append((env, path, kw)))
+    export, video = tmp_path / "p.zip", tmp_path / "v.gif"
+    cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, export=export, video=video))
+    assert filmed == [("Pendulum-v1", video, {"act_low": [-0.5], "act_high": [0.5], "obs": 3})]
+    obs = torch.randn(6, 3)
+    theirs, _ = SAC.load(export, device="cpu").predict(obs.numpy(), deterministic=True)
+    ours = offline.policy_of(cli_evaluate.load_agent(run)[0])(obs)
+    np.testing.assert_allclose(0.5 * ours.numpy(), theirs, atol=1e-5)
 
+
+def test_in_another_world_the_score_is_on_its_scale(finished, monkeypatch, capsys):
+    gym.register("Pendulum-Other-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=20)
+    scales = {"Pendulum-Other-v0": (-1e6, 1e6)}
+    monkeypatch.setattr(cli_evaluate, "scale_of", scales.get)
+
+    def score(**kw):
+        cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, **kw))
+        (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("│ 5 "))
+        return row.split("│")[-2].strip()
+
+    assert abs(float(score(env="Pendulum-Other-v0")) - 50) < 0.1
+    assert abs(float(score(env="Pendulum-v1")) - 50) > 0.1
+    scales.clear()
+    assert score(env="Pendulum-Other-v0") == "-"
+
+
+def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
     path = tmp_path / "policy.zip"
     cli.main(["eval", str(finished), "--episodes", "2", "--export", str(path)])
     assert "Pendulum-v1" in capsys.readouterr().out

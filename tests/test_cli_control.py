@@ -232,7 +232,9 @@ def test_online_learns_several_seeds_side_by_side(met):
 def test_an_online_policy_is_evaluated_and_exported(met, tmp_path, capsys):
     """In the world it has learned in, for each of its seeds."""
     cli.main(["eval", str(met), "--episodes", "3", "--seed", "7", "--export", str(tmp_path / "p.zip")])
-    assert "Edge-v0, 3 episodes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Edge-v0, 3 episodes" in out
+    assert "checkpoint of seed 3: " in out
     found = cli_evaluate.run_evaluate(cli_evaluate.Evaluate(met, episodes=3, seed=7))
     agent, source = cli_evaluate.load_agent(Run.open(met))
     judge = worlds.evaluator("Edge-v0", episodes=3, seed=7)
