@@ -346,6 +346,9 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
             "cloning_end=2.0 with cloning=1.5",
         ),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "--env", "none"], "no environment to plan in"),
+        (["offline", "--dataset", "embedded:pendulum", "--seeds", "3", "-20"], "--seeds is -20, expected 0 or more"),
+        (["online", "--env", "Pendulum-v1", "--seeds", "-20"], "--seeds is -20, expected 0 or more"),
+        (["eval", "nowhere", "--seed", "-1"], "--seed is -1, expected 0 or more"),
     ],
 )
 def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):
@@ -357,6 +360,51 @@ def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypat
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir()), "found before anything is made"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "runs"), "Permission denied: 'runs'"),
+        (IsADirectoryError(21, "Is a directory", "x"), "Is a directory: 'x'"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ImportError("pip install 'mbrl-suite[dysts]'"), "pip install 'mbrl-suite[dysts]'"),
+        (gym.error.ResetNeeded("call reset"), "call reset"),
+    ],
+)
+def test_what_the_machine_or_an_environment_refuses_is_one_clear_error(error, said, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run_list", lambda args: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["list"])
+    assert stop.value.code == 2
+    assert f"{said}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["collect", "--env", "Pendulum-v1"], "interrupted"),
+        (["data", "info", "embedded:pendulum"], "interrupted"),
+        (
+            ["suite", "--datasets", "embedded:pendulum"],
+            "interrupted; the same command continues it to the same numbers",
+        ),
+        (["demo"], "interrupted; `mbrl offline --resume runs/demo` continues it to the same numbers"),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(args, said, capsys, monkeypatch):
+    name = "run_info" if args[0] == "data" else f"run_{args[0]}"
+    monkeypatch.setattr(cli, name, lambda args: (_ for _ in ()).throw(KeyboardInterrupt(Path("runs/demo"))))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 130
+    assert capsys.readouterr().out == f"\n{said}\n"
+
+
+def test_evaluations_begin_from_seeds_that_every_environment_takes():
+    data = worlds.load("embedded:pendulum")
+    seed = lambda s: cli_offline.World.of(cli_offline.Offline(seeds=(s,)), data).evaluate.seed
+    assert [seed(s) for s in (0, 7, 2**31 - 1)] == [10_000, 17_000, 9_000]
 
 
 def test_a_run_folder_is_not_written_over(finished, pendulum, capsys):

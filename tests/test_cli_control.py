@@ -196,6 +196,21 @@ def test_online_leaves_a_run(tmp_path):
     assert refused.value.code == 2
 
 
+def test_online_evaluates_from_seeds_that_every_environment_takes(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*_, evaluate, **__):
+        seen.extend(judge.seed for judge in evaluate)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_control.online, "train_together", stop)
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["online", "--env", "Edge-v0", "--seeds", "3", str(2**31 - 1), "--quiet", "--out", str(tmp_path / "o")]
+        )
+    assert seen == [13_000, 9_000]
+
+
 @pytest.fixture(scope="module")
 def met(tmp_path_factory):
     """An online run of two seeds in a world whose end is learned."""
