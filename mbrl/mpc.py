@@ -20,7 +20,7 @@ from mbrl.border import Env, World, episode_seed
 from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, first_context, repeat, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
-from mbrl.offline import Forget, Record
+from mbrl.offline import Forget, Record, digest
 from mbrl.planner import (
     ICEM,
     LOOP,
@@ -458,12 +458,17 @@ def pets(
     episode the state goes to the record; a record that holds one makes this call go on from there to the same numbers
     (episode i is reset with `episode_seed(seed, i)`, and has a random stream of its own).
 
-    Raises ValueError for spaces that do not fit, and where the environment gives what is not finite."""
+    Raises ValueError for spaces that do not fit, for a record of other settings or another seed, and where the
+    environment gives what is not finite."""
     world, record = World(env), record or Forget()
     done: list[Episode] = []
     model = dynamics.build(world.spec, devices.generator(seed)).to(device)
-    end = terminal
+    end, mine = terminal, digest(config, dynamics, seed)
     if (kept := record.load("pets")) is not None:
+        if kept[1].get("of", mine) != mine:
+            raise ValueError(
+                "record: it holds a run of other settings or seeds; continue that with its own, or take a new record"
+            )
         done = _unpacked(*kept)
         if found := weights(kept[0]):
             model.load_state_dict(found)
@@ -492,6 +497,7 @@ def pets(
         steps += len(new.act)
         figures = {"return": new.total, "length": float(len(new.act))}
         tensors, facts = _packed(done)
+        facts["of"] = mine
         if learned:
             counts = control.counts
             figures |= {"not_finite": counts["bad"] / counts["seen"], "lost": float(counts["lost"])}

@@ -404,6 +404,24 @@ def test_pets_resumes_to_the_same_numbers(saves):
     assert torch.equal(whole.data.obs, again.data.obs)
 
 
+@pytest.mark.parametrize(
+    "other", [{"seed": 2}, {"dynamics": replace(LEARNER, members=4)}, {"config": replace(PETS, worth=Worth())}]
+)
+def test_pets_refuses_the_record_of_another_run(other):
+    """One that does not say whose it is, of before it did, is gone on with."""
+    record = Memory(saves=1)
+    go = lambda **kw: pets(**{"config": PETS, "env": LineEnv(), "dynamics": LEARNER, "seed": 1, "record": record, **kw})
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    record.left = 1
+    with pytest.raises(ValueError, match="a run of other settings or seeds; continue that with its own"):
+        go(**other)
+    assert record.kept["pets"][1].pop("of")
+    with pytest.raises(KeyboardInterrupt):
+        go(**other)
+    assert record.kept["pets"][1]["lengths"] == [8, 8]
+
+
 def test_pets_plans_with_the_tasks_reward_where_it_is_given():
     seen = []
     away = lambda o, a, x: (seen.append(1), x[:, 0])[1]

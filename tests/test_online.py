@@ -200,6 +200,29 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(dynamics, agent, saves):
     assert all(torch.equal(v, memory.kept["online.partial"][0][k]) for k, v in first.kept["online.partial"][0].items())
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 5},
+        {"fitting": replace(SHORT, batch=8)},
+        {"dynamics": True_(0.1)},
+        {"config": replace(SMALL, updates=1)},
+    ],
+)
+def test_a_record_of_another_run_is_refused(other):
+    """One that does not say whose it is, of before it did, is gone on with."""
+    memory = Memory(saves=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(record=memory, seed=4)
+    memory.left = 1
+    with pytest.raises(ValueError, match="a run of other settings or seeds; continue that with its own"):
+        run(record=memory, **{"seed": 4, **other})
+    assert memory.kept["online.partial"][1].pop("of")
+    with pytest.raises(KeyboardInterrupt):
+        run(record=memory, **{"seed": 4, **other})
+    assert memory.kept["online.partial"][1]["steps"] == 60
+
+
 @pytest.mark.parametrize("seeds", [[4], [4, 8]])
 def test_learned_terminations_are_kept(seeds, monkeypatch):
     """Also by a run that is interrupted after its last refit, which comes to the same ones."""
