@@ -112,6 +112,8 @@ class _Rows:
     @torch.no_grad()
     def begin(self, fresh: np.ndarray | None = None) -> np.ndarray:
         """New episodes in the rows fresh [n], by default in all. Returns every row's observation [n, O]."""
+        if fresh is not None and self.obs is None:
+            raise AdapterError("reset: got a reset_mask before any episode has begun; call reset without one first")
         first = self.starts[torch.as_tensor(self.next, device=self.starts.device)]
         state = self.model.init(first, self.cond)
         if fresh is None:
