@@ -40,6 +40,7 @@ from mbrl.rollout import Reward, Terminal
 from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal, restored
 
 Act = Callable[[Tensor], Tensor]  # obs [E, O] -> act [E, A]
+ENDLESS = 10_000  # steps after which an environment that states no limit is taken to have none
 
 
 @final
@@ -196,8 +197,8 @@ class Mpc:
 @dataclass(frozen=True)
 class Follow:
     """How a context follows what control sees: each `every` steps of an environment, by `updates` steps of gradient
-    descent on the latest `window` transitions of its episode, from the last context and the `keep` best of the
-    learner's own."""
+    descent on the latest `window` transitions of its episode, from the `keep` best, on these, of the last
+    context and the learner's own."""
 
     window: int = 100
     every: int = 5
@@ -381,8 +382,9 @@ class Episode:
 def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
     """One episode from reset(seed=seed), to its end or for so many steps. act: obs [1, O] -> [1, A] in [-1, 1].
 
-    Raises ValueError where the environment gives an observation or a reward that is not finite."""
-    world = World(env)
+    Raises ValueError where the environment gives an observation or a reward that is not finite, or, without `steps`,
+    no end and states no limit."""
+    world, limited = World(env), getattr(getattr(env, "spec", None), "max_episode_steps", None) is not None
     seen, acts, rewards = [torch.from_numpy(world.reset(seed))], [], []
     terminated = truncated = False
     while not (terminated or truncated or len(acts) == steps):
@@ -390,6 +392,11 @@ def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
         obs, reward, terminated, truncated = world.step(acts[-1].numpy())
         rewards.append(reward)
         seen.append(torch.from_numpy(obs))
+        if len(acts) == ENDLESS and steps is None and not (limited or terminated or truncated):
+            raise ValueError(
+                f"environment: an episode took {ENDLESS} steps and the environment states no limit; wrap it in "
+                "gymnasium's TimeLimit"
+            )
     return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), terminated)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -347,6 +348,18 @@ def test_an_environment_that_is_not_finite_is_named(what):
     env.spoil = {3: what}
     with pytest.raises(ValueError, match="environment: step 3 returned"):
         episode(env, lambda obs: torch.zeros(1, 1), seed=0)
+
+
+def test_an_episode_that_has_no_end_is_an_error(monkeypatch):
+    monkeypatch.setattr("mbrl.mpc.ENDLESS", 12)
+    env = LineEnv(length=10**9)
+    still = lambda obs: torch.zeros(1, 1)
+    with pytest.raises(ValueError, match=r"an episode took 12 steps and .* no limit; wrap it in gymnasium's TimeLimit"):
+        episode(env, still, seed=0)
+    assert len(episode(env, still, seed=0, steps=20).act) == 20
+    assert len(episode(LineEnv(length=12), still, seed=0).act) == 12
+    env = gym.wrappers.TimeLimit(gym.make("Pendulum-v1").unwrapped, 25)
+    assert len(episode(env, still, seed=0).act) == 25
 
 
 def test_actions_of_another_width_are_not_broadcast():
