@@ -275,6 +275,8 @@ def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
     assert mean is not None
     torch.testing.assert_close(mean(obs), agent.q(two(obs), agent.act(two(obs)))[1].mean(0))
     assert mpc.worth == Worth(discount=0.99, particles=1, pessimism=1.0)
+    several = over(agent, 1, Line(parts=3), generator=devices.generator(0)).worth
+    assert several == Worth(discount=0.99, particles=5, pessimism=1.0)
     mpc.begin(2)
     assert mpc(torch.zeros(2, 1)).shape == (2, 1)
 

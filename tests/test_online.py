@@ -137,6 +137,14 @@ def test_rollouts_have_the_schedules_length_and_the_last_batches_are_kept():
     assert memory.kept["online.partial"][0]["buffer.size"].tolist() == [400], "the last two, of room for 500"
 
 
+def test_the_last_step_is_evaluated_and_logged_whatever_the_intervals():
+    memory = Memory()
+    result = run(replace(SMALL, steps=50, evaluate_every=20), record=memory, evaluate=earned)
+    assert [n for n, _ in result.returns] == [20, 40, 50]
+    assert [n for stage, n, _ in memory.lines if stage == "policy"] == [50]
+    assert result.returns[-1][1] == [[pytest.approx(earned(online.policy_of(result.agent))[0])]]
+
+
 def test_the_first_fit_is_after_the_random_steps():
     memory = Memory()
     run(replace(SMALL, random=50), record=memory)
