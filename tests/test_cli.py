@@ -346,8 +346,8 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
             "cloning_end=2.0 with cloning=1.5",
         ),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "--env", "none"], "no environment to plan in"),
-        (["offline", "--dataset", "embedded:pendulum", "--seeds", "3", "-20"], "--seeds is -20, expected 0 or more"),
-        (["online", "--env", "Pendulum-v1", "--seeds", "-20"], "--seeds is -20, expected 0 or more"),
+        (["offline", "--dataset", "nowhere.hdf5", "--seeds", "3", "-20"], "--seeds is -20, expected 0 or more"),
+        (["online", "--env", "Nowhere-v1", "--seeds", "-20"], "--seeds is -20, expected 0 or more"),
         (["eval", "nowhere", "--seed", "-1"], "--seed is -1, expected 0 or more"),
     ],
 )
