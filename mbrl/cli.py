@@ -161,12 +161,15 @@ def _commands() -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script `mbrl`. Exit status: 0 done, 2 for input that cannot be used, 130 when interrupted."""
+    """The console script `mbrl`. Exit status: 0 done, 2 for input, or a place for output, that cannot be used, 130 when
+    interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     devices.keep_memory()
     if argv[:1] == ["--version"]:
         print(f"mbrl-suite {mbrl.__version__}")
         return
+    from mbrl_envs import evaluate
+
     description = "Offline model-based reinforcement learning and dynamics learning."
     command = tyro.cli(_commands(), args=argv or ["--help"], prog="mbrl", description=description)
     if isinstance(command, Data):
@@ -186,16 +189,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         Demo: run_demo,
     }
     try:
+        seeds = (*getattr(command, "seeds", ()), getattr(command, "seed", None) or 0)
+        if min(seeds) < 0 and not isinstance(command, (Reconstruct, Continual, Meta)):  # which say so themselves
+            raise ValueError(f"--seed{'s' * hasattr(command, 'seeds')} is {min(seeds)}, expected 0 or more")
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt as stop:
-        if isinstance(command, Evaluate):
-            sys.exit(130)
-        named = (Plan, Online, Reconstruct, Continual, Meta)
-        name = type(command).__name__.lower() if isinstance(command, named) else "offline"
-        again = f"mbrl {name} --resume {shlex.quote(str(stop.args[0])) if stop.args else '<run folder>'}"
-        console.print(f"\ninterrupted; `{again}` continues it to the same numbers", **PLAIN)
+        words = "interrupted"
+        if isinstance(command, Suite):
+            words += "; the same command continues it to the same numbers"
+        elif isinstance(command, (Offline, Demo, Plan, Online, Reconstruct, Continual, Meta)):
+            name = "offline" if isinstance(command, Demo) else type(command).__name__.lower()
+            again = f"mbrl {name} --resume {shlex.quote(str(stop.args[0])) if stop.args else '<run folder>'}"
+            words += f"; `{again}` continues it to the same numbers"
+        console.print(f"\n{words}", **PLAIN)
         sys.exit(130)
-    except (ValueError, Diverged, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (ValueError, Diverged, OSError, ImportError, evaluate.gym.error.Error) as error:
         Console(stderr=True, emoji=False).print(
             f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
         )

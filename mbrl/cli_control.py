@@ -104,7 +104,7 @@ def run_online(args: Online) -> Run:
         with run:
             results = online.train_together(
                 args.setting, envs, seeds=args.seeds, dynamics=args.dynamics, fitting=args.fitting, terminal=terminal,
-                reward=reward, evaluate=[judge(seed=10_000 + 1_000 * seed) for seed in args.seeds],
+                reward=reward, evaluate=[judge(seed=(10_000 + 1_000 * seed) % 2**31) for seed in args.seeds],
                 device=devices.pick(args.device), record=run,
             )  # fmt: skip
             wall, seconds = time.perf_counter() - began, results[0].seconds

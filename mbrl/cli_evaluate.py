@@ -13,7 +13,7 @@ from mbrl import device as devices
 from mbrl import offline, online
 from mbrl.choices import KNOWN, console
 from mbrl.cli_control import KINDS, Online, functions
-from mbrl.cli_offline import Offline, check_by, fitted, learned_end, planned_over
+from mbrl.cli_offline import Offline, check_by, fitted, learned_end, planned_over, scale_of
 from mbrl.core import Spec
 from mbrl.run import Run, RunError, from_plain
 from mbrl.sac import SacConfig
@@ -34,9 +34,10 @@ class Evaluate:
     plan_by: Literal["loop", "tdmpc"] = "loop"
     """How: LOOP, or TD-MPC2's mixture."""
     export: Path | None = None
-    """Write the policy as a stable-baselines3 SAC checkpoint."""
+    """Write the policy as a stable-baselines3 SAC checkpoint; of several seeds the first one's."""
     video: Path | None = None
-    """Write an .mp4 or .gif of one episode (MUJOCO_GL=egl where there is no screen)."""
+    """Write an .mp4 or .gif of one episode (MUJOCO_GL=egl where there is no screen); of several seeds the first
+    one's."""
 
 
 def settings_of(run: Run) -> Offline | Online:
@@ -74,9 +75,7 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     env = args.env or (run.result or {}).get("env") or settings.env
     if env in (None, "none"):
         raise RunError(f"{args.run}: the run names no environment; pass --env")
-    bounds: dict[str, Any] = {}
-    if isinstance(settings, Offline) and args.env is None:
-        bounds = {k: run.config["data"][k] for k in ("act_low", "act_high")}
+    bounds = _bounds(run, settings, args)
     evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed, obs=agent.spec.obs, **bounds)
     seeds = settings.seeds
     found = {"policy": [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(seeds))]}
@@ -87,6 +86,12 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     ends = [terminal or end for end in ends]
     agent = copy.deepcopy(agent).to(devices.pick())
     return found | {"planned": planned_over(agent, models, seeds, evaluate, ends, reward, dt, args.plan_by)}
+
+
+def _bounds(run: Run, settings: Offline | Online, args: Evaluate) -> dict[str, Any]:
+    """What actions of -1 and 1 mean, where the run's data say so: in their own environment."""
+    own = isinstance(settings, Offline) and args.env is None
+    return {k: run.config["data"][k] for k in ("act_low", "act_high")} if own else {}
 
 
 def _models(run: Run, settings: Offline | Online, spec: Spec) -> tuple[list[Any], list[Any], float]:
@@ -112,9 +117,10 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     run = Run.open(args.run)
     agent, source = load_agent(run)
     found, settings = returns_of(run, agent, args), settings_of(run)
-    result = run.result or {}
-    env = str(args.env or result.get("env") or settings.env)
-    scale = result.get("scale")
+    result, bounds = run.result or {}, _bounds(run, settings, args)
+    own = result.get("env") or settings.env
+    env = str(args.env or own)
+    scale = result.get("scale") if env == own else scale_of(env)
     title = f"{env}, {args.episodes} episodes" + (f", {source}" if source != env else "")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=title)
     for what, rows in found.items():
@@ -125,10 +131,11 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
             name = str(seed) if what == "policy" else f"{seed}, {what}"
             words.add_row(name, *(f"{v:.1f}" for v in cells), score)
     console.print(words)
+    of = f" of seed {settings.seeds[0]}" if len(settings.seeds) > 1 else ""
     if args.export:
-        adapters.to_sb3(agent, env, args.export)
-        console.print(f"stable-baselines3 checkpoint: {args.export}")
+        path = adapters.to_sb3(agent, env, args.export, **bounds)
+        console.print(f"stable-baselines3 checkpoint{of}: {path}")
     if args.video:
-        worlds.video(offline.policy_of(agent), env, args.video)
-        console.print(f"video: {args.video}")
+        worlds.video(offline.policy_of(agent), env, args.video, obs=agent.spec.obs, **bounds)
+        console.print(f"video{of}: {args.video}")
     return found["policy"]

@@ -217,7 +217,7 @@ class World:
         evaluate = None
         if env:
             bounds = {"act_low": data.act_low.cpu().numpy(), "act_high": data.act_high.cpu().numpy()}
-            seed = 10_000 + 1_000 * args.seeds[0]
+            seed = (10_000 + 1_000 * args.seeds[0]) % 2**31  # some environments take no more than 32 bits
             evaluate = worlds.evaluator(env, episodes=args.episodes, seed=seed, obs=data.spec.obs, **bounds)
             try:
                 evaluate.open()

@@ -38,11 +38,12 @@ class Plan(Driving):
     several seeds the first one's model, without a filter); of a finished `mbrl meta`, whose context then follows each
     episode; or "true", the simulator itself."""
     random: int = 1
-    """Episodes of random actions at first."""
+    """Episodes of random actions at first; like the settings of the fit and the learner, not beside --model."""
     episodes: int = 10
     """Episodes under the planner."""
     reward: Literal["task", "learned"] = "task"
-    """The task's own reward where it is known (else, or with "learned", the learner's head)."""
+    """The task's own reward where it is known (else, or with "learned", the learner's head); the simulator's is its
+    own."""
     worth: Worth = field(default_factory=lambda: Worth(particles=5))
     fitting: FitConfig = field(default_factory=lambda: PetsConfig().fitting)
     video: Path | None = None
@@ -59,15 +60,15 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int, threads:
     from mbrl_envs.simulator import Simulator
 
     stream = devices.generator(seed)
-    if env_id in control.TRUTHS:
-        _, terminal = functions(env_id, spec_of(env).obs, "task")
-        one = replace(worth, particles=1)
-        return Mpc(planner, one, control.TRUTHS[env_id](), generator=stream, terminal=terminal)
     if worth.limit < math.inf or worth.pessimism:
         raise ValueError(
             f"--worth: got limit {worth.limit} and pessimism {worth.pessimism}, and the true simulator is not "
             "uncertain; leave both out"
         )
+    if env_id in control.TRUTHS:
+        _, terminal = functions(env_id, spec_of(env).obs, "task")
+        one = replace(worth, particles=1)
+        return Mpc(planner, one, control.TRUTHS[env_id](), generator=stream, terminal=terminal)
     simulator = Simulator(env, threads or None)
     width = env.action_space.shape[0]
 
@@ -139,6 +140,11 @@ def _check_plan(args: Plan, env: Any) -> None:
         return
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1 where nothing is learned")
+    usual = Plan()
+    idle = {"--random": "random", "--fitting": "fitting", "dynamics:NAME": "dynamics"}
+    idle |= {"--reward learned": "reward"} if args.model == "true" else {}
+    if said := [k for k, v in idle.items() if getattr(args, v) != getattr(usual, v)]:
+        raise ValueError(f"{', '.join(said)}: got beside --model {args.model}, where nothing is learned; leave out")
     reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
     _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
 

@@ -93,36 +93,39 @@ def graphed(
     leaves = [x for x in pytree.tree_leaves(example) if isinstance(x, torch.Tensor)]
     if not leaves or leaves[0].device.type != "cuda" or os.environ.get("MBRL_GRAPHS") == "0":
         return fn
+    device = leaves[0].device
     static = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example)
     before = [x.detach().clone() for x in state]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.stream(side):
-            for _ in range(warmup):
-                fn(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            out = fn(*static)
-    except RuntimeError as error:
-        if not fallback:
-            raise
-        torch.cuda.synchronize()
-        text = str(error).strip().partition("\n")[0]
-        warnings.warn(f"not captured as a graph, each operation is launched by itself: {text}", stacklevel=2)
-        return fn
-    finally:
-        with torch.no_grad():
-            for x, old in zip(state, before, strict=True):
-                x.copy_(old)
+    with torch.cuda.device(device):  # whose a new stream is
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(warmup):
+                    fn(*static)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, stream=side):  # its own would be of the device that captured first
+                out = fn(*static)
+        except RuntimeError as error:
+            if not fallback:
+                raise
+            torch.cuda.synchronize()
+            text = str(error).strip().partition("\n")[0]
+            warnings.warn(f"not captured as a graph, each operation is launched by itself: {text}", stacklevel=2)
+            return fn
+        finally:
+            with torch.no_grad():
+                for x, old in zip(state, before, strict=True):
+                    x.copy_(old)
     targets = [x for x in pytree.tree_leaves(static) if isinstance(x, torch.Tensor)]
 
     def replay(*args: Any) -> Any:
         given = [x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
-        for target, new in zip(targets, given, strict=True):
-            target.copy_(new)
-        graph.replay()
+        with torch.cuda.device(device):
+            for target, new in zip(targets, given, strict=True):
+                target.copy_(new)
+            graph.replay()
         return out
 
     replay.fn = fn  # pyright: ignore[reportFunctionMemberAccess]  keeps alive what the graph reads and writes

@@ -20,7 +20,7 @@ from mbrl.border import Env, World, episode_seed
 from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, first_context, repeat, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
-from mbrl.offline import Forget, Record
+from mbrl.offline import Forget, Record, digest
 from mbrl.planner import (
     ICEM,
     LOOP,
@@ -40,6 +40,7 @@ from mbrl.rollout import Reward, Terminal
 from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal, restored
 
 Act = Callable[[Tensor], Tensor]  # obs [E, O] -> act [E, A]
+ENDLESS = 10_000  # steps after which an environment that states no limit is taken to have none
 
 
 @final
@@ -196,8 +197,8 @@ class Mpc:
 @dataclass(frozen=True)
 class Follow:
     """How a context follows what control sees: each `every` steps of an environment, by `updates` steps of gradient
-    descent on the latest `window` transitions of its episode, from the last context and the `keep` best of the
-    learner's own."""
+    descent on the latest `window` transitions of its episode, from the `keep` best, on these, of the last
+    context and the learner's own."""
 
     window: int = 100
     every: int = 5
@@ -381,8 +382,9 @@ class Episode:
 def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
     """One episode from reset(seed=seed), to its end or for so many steps. act: obs [1, O] -> [1, A] in [-1, 1].
 
-    Raises ValueError where the environment gives an observation or a reward that is not finite."""
-    world = World(env)
+    Raises ValueError where the environment gives an observation or a reward that is not finite, or, without `steps`,
+    no end and states no limit."""
+    world, limited = World(env), getattr(getattr(env, "spec", None), "max_episode_steps", None) is not None
     seen, acts, rewards = [torch.from_numpy(world.reset(seed))], [], []
     terminated = truncated = False
     while not (terminated or truncated or len(acts) == steps):
@@ -390,6 +392,11 @@ def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
         obs, reward, terminated, truncated = world.step(acts[-1].numpy())
         rewards.append(reward)
         seen.append(torch.from_numpy(obs))
+        if len(acts) == ENDLESS and steps is None and not (limited or terminated or truncated):
+            raise ValueError(
+                f"environment: an episode took {ENDLESS} steps and the environment states no limit; wrap it in "
+                "gymnasium's TimeLimit"
+            )
     return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), terminated)
 
 
@@ -458,12 +465,17 @@ def pets(
     episode the state goes to the record; a record that holds one makes this call go on from there to the same numbers
     (episode i is reset with `episode_seed(seed, i)`, and has a random stream of its own).
 
-    Raises ValueError for spaces that do not fit, and where the environment gives what is not finite."""
+    Raises ValueError for spaces that do not fit, for a record of other settings or another seed, and where the
+    environment gives what is not finite."""
     world, record = World(env), record or Forget()
     done: list[Episode] = []
     model = dynamics.build(world.spec, devices.generator(seed)).to(device)
-    end = terminal
+    end, mine = terminal, digest(config, dynamics, seed)
     if (kept := record.load("pets")) is not None:
+        if kept[1].get("of", mine) != mine:
+            raise ValueError(
+                "record: it holds a run of other settings or seeds; continue that with its own, or take a new record"
+            )
         done = _unpacked(*kept)
         if found := weights(kept[0]):
             model.load_state_dict(found)
@@ -492,6 +504,7 @@ def pets(
         steps += len(new.act)
         figures = {"return": new.total, "length": float(len(new.act))}
         tensors, facts = _packed(done)
+        facts["of"] = mine
         if learned:
             counts = control.counts
             figures |= {"not_finite": counts["bad"] / counts["seen"], "lost": float(counts["lost"])}

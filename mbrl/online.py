@@ -32,6 +32,7 @@ from mbrl.offline import (
     Reward,
     Terminal,
     captured,
+    digest,
     group_seed,
     means_of,
     normalizer_of,
@@ -179,9 +180,9 @@ def train_together(
     there, to the same numbers. That of several seeds is saved in the midst of episodes: on going on, an episode is run
     again from its start, under the actions that it was given.
 
-    Raises ValueError where the settings do not go together, an environment is of the wrong kind, returns what is not
-    finite, or, run again, returns something else."""
-    record, fitting = record or Forget(), fitting or FitConfig()
+    Raises ValueError where the settings do not go together, the record is of other settings or seeds, an environment
+    is of the wrong kind, returns what is not finite, or, run again, returns something else."""
+    record, fitting, dynamics = record or Forget(), fitting or FitConfig(), dynamics or EnsembleConfig()
     check(config)
     if len(envs) != len(seeds) or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"online: got {len(envs)} environments and seeds {list(seeds)}; expected one each, none twice")
@@ -193,7 +194,7 @@ def train_together(
         raise ValueError(f"online: got {len(judges)} functions to evaluate by, expected one, or one for each seed")
     spec, lap, whose = worlds[0].spec, Laps(device), range(many)
     generator = devices.generator(group_seed(seeds), device)
-    models = [(dynamics or EnsembleConfig()).build(spec, generator).to(device).eval() for _ in whose]
+    models = [dynamics.build(spec, generator).to(device).eval() for _ in whose]
     agent = config.agent.build(spec, generator, seeds=many)
     rows = torch.zeros(many, config.steps, 2 * spec.obs + spec.act + 2, device=device)
     mets = [Met(spec, rows[s], env) for s, env in enumerate(envs)]
@@ -216,8 +217,13 @@ def train_together(
     sums: dict[str, Tensor] = {}  # of the figures since they were last logged, over so many updates
     counts: list[list[int]] = [[] for _ in whose]  # transitions of the last batches of rollouts, of each seed
     obs, earned, running = np.zeros((many, spec.obs)), [0.0] * many, [False] * many
+    mine = digest(config, dynamics, fitting, list(seeds))
     if kept := record.load("online.partial"):
         tensors, facts = kept
+        if facts.get("of", mine) != mine:
+            raise ValueError(
+                "record: it holds a run of other settings or seeds; continue that with its own, or take a new record"
+            )
         part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
         agent.load_state_dict(part("agent."))
         for s, model in enumerate(models):
@@ -249,7 +255,7 @@ def train_together(
         tensors |= {f"sums.{k}": v for k, v in sums.items()}
         facts = {"steps": done, "episode": list(episode), "counted": counted, "counts": [list(x) for x in counts]}
         facts |= {"seconds": dict(lap.seconds), "returns": list(returns), "starts": [list(m.starts) for m in mets]}
-        facts |= {"episodes": [list(x) for x in episodes], "probes": [list(x) for x in probes]}
+        facts |= {"episodes": [list(x) for x in episodes], "probes": [list(x) for x in probes], "of": mine}
         record.save("online.partial", tensors, facts)
 
     def probe(step: int) -> None:

@@ -5,6 +5,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -185,6 +186,29 @@ def test_dict_observations(tmp_path):
     got = sb3(path).predict({"angle": obs[:, 2:].numpy(), "speed": obs[:, :2].numpy()}, deterministic=True)[0]
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert torch.equal(act(from_sb3(path, spec, SMALL), obs), act(agent, obs))
+
+
+def test_actions_that_mean_others_than_the_environments_are_exported_as_such(tmp_path):
+    agent = trained()
+    path = to_sb3(agent, "Pendulum-v1", tmp_path / "agent.zip", act_low=[-0.5], act_high=[1.5])
+    obs, _ = inputs()
+    want = 0.5 + act(agent, obs).numpy()
+    np.testing.assert_allclose(sb3(path).predict(obs.numpy(), deterministic=True)[0], want, atol=1e-6)
+    same = to_sb3(agent, "Pendulum-v1", tmp_path / "same.zip", act_low=[-2.0], act_high=[2.0000001])
+    assert sb3(same).action_space == spaces.Box(-2.0, 2.0, (1,))
+    for low, high in (([-3.0], [1.0]), ([-1.0, -1.0], [1.0, 1.0]), ([1.0], [1.0])):
+        with pytest.raises(AdapterError, match=r"within those of Pendulum-v1, \[-2\.0\] to \[2\.0\]"):
+            to_sb3(agent, "Pendulum-v1", tmp_path / "no.zip", act_low=low, act_high=high)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "taken.zip").mkdir()
+    with pytest.raises(AdapterError, match=r"taken\.zip is a folder, expected the name of a file"):
+        to_sb3(trained(), "Pendulum-v1", tmp_path / "taken")
+    monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(PermissionError))
+    with pytest.raises(PermissionError):
+        to_sb3(trained(), "Pendulum-v1", tmp_path / "agent.zip")
+    assert [x.name for x in tmp_path.iterdir()] == ["taken.zip"]
 
 
 def test_critics_without_a_counterpart_are_left_out(tmp_path):

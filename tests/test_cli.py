@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
 import torch
 from mbrl_envs import datasets as worlds
-from mbrl_envs import tasks
+from mbrl_envs import evaluate, tasks
+from stable_baselines3 import SAC
 
 from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
 from mbrl.core import Spec
@@ -47,9 +49,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def pendulum(tmp_path_factory):
     """A D4RL file of random actions in Pendulum-v1."""
-    import gymnasium
-
-    env, rows = gymnasium.make("Pendulum-v1"), []
+    env, rows = gym.make("Pendulum-v1"), []
     env.action_space.seed(0)
     for episode in range(4):
         obs, _ = env.reset(seed=episode)
@@ -173,9 +173,38 @@ def test_eval_gives_actions_the_meaning_that_they_have_in_the_data(finished, mon
     assert cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
 
 
-def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
-    from stable_baselines3 import SAC
+def test_eval_films_and_exports_what_it_evaluates(finished, tmp_path, monkeypatch):
+    run, filmed = Run.open(finished), []
+    config = run.config
+    config["data"] |= {"act_low": [-0.5], "act_high": [0.5]}
+    monkeypatch.setattr(Run, "config", config)
+    monkeypatch.setattr(evaluate, "video", lambda policy, env, path, **kw: filmed.append((env, path, kw)))
+    export, video = tmp_path / "p.zip", tmp_path / "v.gif"
+    cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, export=export, video=video))
+    assert filmed == [("Pendulum-v1", video, {"act_low": [-0.5], "act_high": [0.5], "obs": 3})]
+    obs = torch.randn(6, 3)
+    theirs, _ = SAC.load(export, device="cpu").predict(obs.numpy(), deterministic=True)
+    ours = offline.policy_of(cli_evaluate.load_agent(run)[0])(obs)
+    np.testing.assert_allclose(0.5 * ours.numpy(), theirs, atol=1e-5)
 
+
+def test_in_another_world_the_score_is_on_its_scale(finished, monkeypatch, capsys):
+    gym.register("Pendulum-Other-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=20)
+    scales = {"Pendulum-Other-v0": (-1e6, 1e6)}
+    monkeypatch.setattr(cli_evaluate, "scale_of", scales.get)
+
+    def score(**kw):
+        cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, **kw))
+        (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("│ 5 "))
+        return row.split("│")[-2].strip()
+
+    assert abs(float(score(env="Pendulum-Other-v0")) - 50) < 0.1
+    assert abs(float(score(env="Pendulum-v1")) - 50) > 0.1
+    scales.clear()
+    assert score(env="Pendulum-Other-v0") == "-"
+
+
+def test_eval_runs_the_policy_and_exports_it(finished, tmp_path, capsys):
     path = tmp_path / "policy.zip"
     cli.main(["eval", str(finished), "--episodes", "2", "--export", str(path)])
     assert "Pendulum-v1" in capsys.readouterr().out
@@ -318,6 +347,9 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
             "cloning_end=2.0 with cloning=1.5",
         ),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "--env", "none"], "no environment to plan in"),
+        (["offline", "--dataset", "nowhere.hdf5", "--seeds", "3", "-20"], "--seeds is -20, expected 0 or more"),
+        (["online", "--env", "Nowhere-v1", "--seeds", "-20"], "--seeds is -20, expected 0 or more"),
+        (["eval", "nowhere", "--seed", "-1"], "--seed is -1, expected 0 or more"),
     ],
 )
 def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):
@@ -329,6 +361,51 @@ def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypat
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir()), "found before anything is made"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "runs"), "Permission denied: 'runs'"),
+        (IsADirectoryError(21, "Is a directory", "x"), "Is a directory: 'x'"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ImportError("pip install 'mbrl-suite[dysts]'"), "pip install 'mbrl-suite[dysts]'"),
+        (gym.error.ResetNeeded("call reset"), "call reset"),
+    ],
+)
+def test_what_the_machine_or_an_environment_refuses_is_one_clear_error(error, said, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run_list", lambda args: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["list"])
+    assert stop.value.code == 2
+    assert f"{said}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["collect", "--env", "Pendulum-v1"], "interrupted"),
+        (["data", "info", "embedded:pendulum"], "interrupted"),
+        (
+            ["suite", "--datasets", "embedded:pendulum"],
+            "interrupted; the same command continues it to the same numbers",
+        ),
+        (["demo"], "interrupted; `mbrl offline --resume runs/demo` continues it to the same numbers"),
+    ],
+)
+def test_an_interrupted_command_says_how_it_goes_on(args, said, capsys, monkeypatch):
+    name = "run_info" if args[0] == "data" else f"run_{args[0]}"
+    monkeypatch.setattr(cli, name, lambda args: (_ for _ in ()).throw(KeyboardInterrupt(Path("runs/demo"))))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 130
+    assert capsys.readouterr().out == f"\n{said}\n"
+
+
+def test_evaluations_begin_from_seeds_that_every_environment_takes():
+    data = worlds.load("embedded:pendulum")
+    seed = lambda s: cli_offline.World.of(cli_offline.Offline(seeds=(s,)), data).evaluate.seed
+    assert [seed(s) for s in (0, 7, 2**31 - 1)] == [10_000, 17_000, 9_000]
 
 
 def test_a_run_folder_is_not_written_over(finished, pendulum, capsys):

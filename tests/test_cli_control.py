@@ -13,14 +13,14 @@ from mbrl import cli, cli_control, cli_evaluate, cli_plan, mpc, offline
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, to_plain
 
-PLAN = ["plan", "--env", "Pendulum-v1", "--seed", "0", "--threads", "1", "--fitting.max-epochs", "3", "--quiet",
-        "--worth.particles", "2"]  # fmt: skip
-SMALL = ["planner:icem", "--planner.horizon", "4", "--planner.samples", "12", "--planner.elites", "4",
-         "dynamics:single", "--dynamics.hidden", "16", "--dynamics.weight-decay", "0.0", "0.0"]  # fmt: skip
+PLAN = ["plan", "--env", "Pendulum-v1", "--seed", "0", "--threads", "1", "--quiet", "--worth.particles", "2"]
+SEARCH = ["planner:icem", "--planner.horizon", "4", "--planner.samples", "12", "--planner.elites", "4"]
+LEARNER = ["dynamics:single", "--dynamics.hidden", "16", "--dynamics.weight-decay", "0.0", "0.0"]
 
 
 def plan(*options):
-    cli.main([*PLAN, *options, *SMALL])
+    learns = "--model" not in options
+    cli.main([*PLAN, *["--fitting.max-epochs", "3"] * learns, *options, *SEARCH, *LEARNER * learns])
 
 
 class Edge(gym.Env):
@@ -150,6 +150,13 @@ def test_each_driven_episode_has_a_stream_of_its_own(tmp_path, monkeypatch):
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.parametrize("env", ["Pendulum-v1", "InvertedPendulum-v5"])
+@pytest.mark.parametrize("worth", [Worth(particles=5, pessimism=2.0), Worth(limit=1.0)])
+def test_the_truth_is_not_uncertain(env, worth):
+    with pytest.raises(ValueError, match="the true simulator is not uncertain; leave both out"):
+        cli_plan.truth(env, cli_control.opened(env), ICEM, worth, 0)
+
+
 def test_the_truth_is_told_the_discount_and_the_end(monkeypatch):
     env = cli_control.opened("InvertedPendulum-v5")
     env.reset(seed=0)
@@ -196,6 +203,21 @@ def test_online_leaves_a_run(tmp_path):
     assert refused.value.code == 2
 
 
+def test_online_evaluates_from_seeds_that_every_environment_takes(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*_, evaluate, **__):
+        seen.extend(judge.seed for judge in evaluate)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_control.online, "train_together", stop)
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["online", "--env", "Edge-v0", "--seeds", "3", str(2**31 - 1), "--quiet", "--out", str(tmp_path / "o")]
+        )
+    assert seen == [13_000, 9_000]
+
+
 @pytest.fixture(scope="module")
 def met(tmp_path_factory):
     """An online run of two seeds in a world whose end is learned."""
@@ -232,7 +254,9 @@ def test_online_learns_several_seeds_side_by_side(met):
 def test_an_online_policy_is_evaluated_and_exported(met, tmp_path, capsys):
     """In the world it has learned in, for each of its seeds."""
     cli.main(["eval", str(met), "--episodes", "3", "--seed", "7", "--export", str(tmp_path / "p.zip")])
-    assert "Edge-v0, 3 episodes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Edge-v0, 3 episodes" in out
+    assert "checkpoint of seed 3: " in out
     found = cli_evaluate.run_evaluate(cli_evaluate.Evaluate(met, episodes=3, seed=7))
     agent, source = cli_evaluate.load_agent(Run.open(met))
     judge = worlds.evaluator("Edge-v0", episodes=3, seed=7)
@@ -320,6 +344,12 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (
             ["plan", "--env", "HalfCheetah-v5", "--model", "true", "planner:cem", "--planner.gradient-steps", "1"],
             "gradient",
+        ),
+        (["plan", "--env", "Pendulum-v1", "--model", "true", "--reward", "learned"], "--reward learned: got beside"),
+        (["plan", "--env", "Pendulum-v1", "--model", "runs/x", "--random", "7"], "--random: got beside --model runs/x"),
+        (
+            ["plan", "--env", "Pendulum-v1", "--model", "true", "--fitting.max-epochs", "3", "planner:cem", *LEARNER],
+            "--fitting, dynamics:NAME: got beside --model true, where nothing is learned; leave out",
         ),
         (["plan", "--env", "Pendulum-v1", "--device", "tpu"], "device"),
         (["online", "--env", "Pendulum-v1", "--reward", "task", "--steps", "0"], "steps"),

@@ -266,6 +266,15 @@ def test_a_free_pole_gains_no_energy_and_half_a_force_is_half_a_push():
     assert speed[2] == pytest.approx(0, abs=1e-12)
 
 
+def test_a_pole_that_is_put_upright_stands():
+    """In double precision, in which it would else fall from what single precision leaves of pi."""
+    env = make("mbrl_envs/CartPoleSwingUp-v0")
+    assert np.abs(env.reset(options={"state": (0, 0, 0, 0)})[0] - [0, 0, 1, 0, 0]).max() < 1e-15
+    for _ in range(250):
+        obs = env.step(np.zeros(1, np.float32))[0]
+    np.testing.assert_allclose(obs, [0, 0, 1, 0, 0], atol=1e-5)
+
+
 def test_the_swing_up_is_its_twin():
     env, model = make("mbrl_envs/CartPoleSwingUp-v0"), TrueCartPole().double()
     obs, _ = env.reset(seed=0)

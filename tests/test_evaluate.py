@@ -222,8 +222,8 @@ def test_bad_bounds():
 class Maze(Counter):
     """Observations with a goal, as gymnasium-robotics has them."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kw):
+        super().__init__(**kw)
         box = lambda n: spaces.Box(-np.inf, np.inf, (n,))
         self.observation_space = spaces.Dict(observation=box(3), achieved_goal=box(2), desired_goal=box(2))
 
@@ -288,6 +288,18 @@ def test_a_film_holds_the_episode(tmp_path):
     assert [round(x) for x in frames.mean((1, 2, 3))] == [0, 20, 40, 60, 80]
     assert [x.name for x in path.parent.iterdir()] == ["film.gif"]
     assert video(constant(0.0), Counter(render_mode="rgb_array"), path, seed=3, max_steps=2) == 10.0
+
+
+def test_a_film_is_of_what_is_evaluated(tmp_path):
+    """The policy sees as much of a goal's observations, and its actions mean the same."""
+    seen, bounds = [], {"act_low": [2.0], "act_high": [4.0], "obs": 5}
+    policy = lambda obs: (seen.append(obs[0].tolist()), torch.full((1, 1), 0.5))[1]
+    env = lambda **kw: Maze(render_mode="rgb_array", **kw)
+    assert video(policy, env, tmp_path / "film.gif", seed=3, **bounds) == 4 * 3.5
+    assert evaluator(env, episodes=1, seed=3, **bounds)(policy).tolist() == [4 * 3.5]
+    assert seen == [[4, 5, 1, 2, 3]] * 8
+    with pytest.raises(EnvError, match="7 wide, the policy's are 4"):
+        video(policy, env, tmp_path / "film.gif", obs=4)
 
 
 def test_a_film_that_cannot_be_made(tmp_path):

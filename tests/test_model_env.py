@@ -295,6 +295,8 @@ def test_a_step_before_the_first_reset_is_refused():
     for env in (ModelVectorEnv(Counter(0), ONE, 3, 1), ModelVecEnv(Counter(0), ONE, 3, 1)):
         with pytest.raises(AdapterError, match="call reset first"):
             env.step(np.ones((1, 1)))
+    with pytest.raises(AdapterError, match="reset_mask before any episode has begun; call reset without one first"):
+        ModelVectorEnv(Counter(0), ONE, 3, 2).reset(options={"reset_mask": np.array([True, True])})
 
 
 @pytest.mark.parametrize("mask", [None, np.array([True, True])])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -274,6 +275,8 @@ def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
     assert mean is not None
     torch.testing.assert_close(mean(obs), agent.q(two(obs), agent.act(two(obs)))[1].mean(0))
     assert mpc.worth == Worth(discount=0.99, particles=1, pessimism=1.0)
+    several = over(agent, 1, Line(parts=3), generator=devices.generator(0)).worth
+    assert several == Worth(discount=0.99, particles=5, pessimism=1.0)
     mpc.begin(2)
     assert mpc(torch.zeros(2, 1)).shape == (2, 1)
 
@@ -349,6 +352,18 @@ def test_an_environment_that_is_not_finite_is_named(what):
         episode(env, lambda obs: torch.zeros(1, 1), seed=0)
 
 
+def test_an_episode_that_has_no_end_is_an_error(monkeypatch):
+    monkeypatch.setattr("mbrl.mpc.ENDLESS", 12)
+    env = LineEnv(length=10**9)
+    still = lambda obs: torch.zeros(1, 1)
+    with pytest.raises(ValueError, match=r"an episode took 12 steps and .* no limit; wrap it in gymnasium's TimeLimit"):
+        episode(env, still, seed=0)
+    assert len(episode(env, still, seed=0, steps=20).act) == 20
+    assert len(episode(LineEnv(length=12), still, seed=0).act) == 12
+    env = gym.wrappers.TimeLimit(gym.make("Pendulum-v1").unwrapped, 25)
+    assert len(episode(env, still, seed=0).act) == 25
+
+
 def test_actions_of_another_width_are_not_broadcast():
     world = World(LineEnv())
     world.reset(0)
@@ -402,6 +417,25 @@ def test_pets_resumes_to_the_same_numbers(saves):
     for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(whole.data.obs, again.data.obs)
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 2}, {"dynamics": replace(LEARNER, members=4)}, {"config": replace(PETS, worth=Worth())}]
+)
+def test_pets_refuses_the_record_of_another_run(other):
+    """One that does not say whose it is, of before it did, is gone on with."""
+    record = Memory(saves=1)
+    go = lambda **kw: pets(**{"config": PETS, "env": LineEnv(), "dynamics": LEARNER, "seed": 1, "record": record, **kw})
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    record.left = 10**9
+    with pytest.raises(ValueError, match="a run of other settings or seeds; continue that with its own"):
+        go(**other)
+    assert record.kept["pets"][1].pop("of")
+    record.left = 1
+    with pytest.raises(KeyboardInterrupt):
+        go(**other)
+    assert record.kept["pets"][1]["lengths"] == [8, 8]
 
 
 def test_pets_plans_with_the_tasks_reward_where_it_is_given():

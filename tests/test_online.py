@@ -137,6 +137,14 @@ def test_rollouts_have_the_schedules_length_and_the_last_batches_are_kept():
     assert memory.kept["online.partial"][0]["buffer.size"].tolist() == [400], "the last two, of room for 500"
 
 
+def test_the_last_step_is_evaluated_and_logged_whatever_the_intervals():
+    memory = Memory()
+    result = run(replace(SMALL, steps=50, evaluate_every=20), record=memory, evaluate=earned)
+    assert [n for n, _ in result.returns] == [20, 40, 50]
+    assert [n for stage, n, _ in memory.lines if stage == "policy"] == [50]
+    assert result.returns[-1][1] == [[pytest.approx(earned(online.policy_of(result.agent))[0])]]
+
+
 def test_the_first_fit_is_after_the_random_steps():
     memory = Memory()
     run(replace(SMALL, random=50), record=memory)
@@ -198,6 +206,30 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(dynamics, agent, saves):
     tail = after(memory.lines)[-len(after(first.lines)) :]
     assert tail == after(first.lines)
     assert all(torch.equal(v, memory.kept["online.partial"][0][k]) for k, v in first.kept["online.partial"][0].items())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 5},
+        {"fitting": replace(SHORT, batch=8)},
+        {"dynamics": True_(0.1)},
+        {"config": replace(SMALL, updates=1)},
+    ],
+)
+def test_a_record_of_another_run_is_refused(other):
+    """One that does not say whose it is, of before it did, is gone on with."""
+    memory = Memory(saves=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(record=memory, seed=4)
+    memory.left = 10**9
+    with pytest.raises(ValueError, match="a run of other settings or seeds; continue that with its own"):
+        run(record=memory, **{"seed": 4, **other})
+    assert memory.kept["online.partial"][1].pop("of")
+    memory.left = 1
+    with pytest.raises(KeyboardInterrupt):
+        run(record=memory, **{"seed": 4, **other})
+    assert memory.kept["online.partial"][1]["steps"] == 60
 
 
 @pytest.mark.parametrize("seeds", [[4], [4, 8]])

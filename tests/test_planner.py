@@ -204,6 +204,20 @@ def test_momentum_pulls_mean_and_std_towards_the_old():
     torch.testing.assert_close(plan.std.item(), 0.25 * 0.5)
 
 
+def test_the_spread_of_the_next_candidates_keeps_within_its_bounds():
+    """A lone elite does not end the search, and elites at both bounds do not spread it beyond the most."""
+    seen = []
+    f = lambda a: (seen.append(a), a[..., 0, 0])[1]
+    for p, want in (
+        (Planner(horizon=1, samples=2, elites=1, iterations=2, min_std=0.05), 0.05),
+        (Planner(horizon=1, samples=2, elites=2, iterations=2, max_std=0.2, momentum=0.5), 0.2),
+    ):
+        noise = torch.tensor([[-2.0, 2.0]])[..., None, None]
+        _, plan = search(p, f, fresh(p, 1, 1, noise), [noise, noise / 2])
+        assert plan.std.item() == pytest.approx(want)
+        assert (seen[-1].max() - seen[-1].mean()).item() == pytest.approx(want if p.elites > 1 else want / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("std", [0.1, 1.0])
 def test_sigma_has_its_effect(std):
     """Candidates are spread by it, clipped at the bounds, and the plan's own spread is what the elites have."""

@@ -112,6 +112,8 @@ class _Rows:
     @torch.no_grad()
     def begin(self, fresh: np.ndarray | None = None) -> np.ndarray:
         """New episodes in the rows fresh [n], by default in all. Returns every row's observation [n, O]."""
+        if fresh is not None and self.obs is None:
+            raise AdapterError("reset: got a reset_mask before any episode has begun; call reset without one first")
         first = self.starts[torch.as_tensor(self.next, device=self.starts.device)]
         state = self.model.init(first, self.cond)
         if fresh is None:
@@ -366,23 +368,40 @@ class ModelVecEnv(VecEnv):
 # ---------------------------------------------------------------- policies as checkpoints
 
 
-def to_sb3(agent: Sac, env_id: str | gym.Env, path: str | Path, seed: int = 0) -> Path:
+def to_sb3(
+    agent: Sac,
+    env_id: str | gym.Env,
+    path: str | Path,
+    seed: int = 0,
+    act_low: Any = None,
+    act_high: Any = None,
+) -> Path:
     """Write one seed of an agent as a stable-baselines3 SAC checkpoint, which `SAC.load` reads and can train on.
     Returns its path, ending in .zip where the given one has no ending.
 
-    The environment fixes the spaces that the checkpoint states, the bounds of its actions among them. An agent's
-    normaliser goes into the first layers. Critics with layer normalisation have no counterpart: theirs are then new
-    ones, with a warning. Raises AdapterError where agent and environment do not fit, or the agent is no SAC."""
+    The environment fixes the spaces that the checkpoint states. act_low, act_high [A]: the actions that -1 and 1 stand
+    for, by default its bounds; others, which must lie within these, are what the checkpoint states, so that its policy
+    acts as the agent does (to train on, it then wants an environment with these bounds, as gymnasium's RescaleAction
+    makes one). An agent's normaliser goes into the first layers. Critics with layer normalisation have no counterpart:
+    theirs are then new ones, with a warning.
+
+    Raises AdapterError where agent and environment do not fit, the agent is no SAC, or a folder has the path."""
     from stable_baselines3 import SAC
 
     if not isinstance(agent, Sac):
         raise AdapterError(f"to_sb3: got a {type(agent).__name__}, expected a Sac; other policies have no counterpart")
     if not 0 <= seed < agent.seeds:
         raise AdapterError(f"to_sb3: got seed {seed}, expected 0 .. {agent.seeds - 1}")
+    path = Path(path)
+    path = path if path.suffix else path.with_name(path.name + ".zip")
+    if path.is_dir():
+        raise AdapterError(f"to_sb3: {path} is a folder, expected the name of a file; name another")
     config = agent.config
-    env = make(env_id) if isinstance(env_id, str) else env_id
+    env = made = make(env_id) if isinstance(env_id, str) else env_id
     try:
         _fits(agent.spec, env, str(env_id))
+        if act_low is not None or act_high is not None:
+            env = _bounded(env, act_low, act_high, str(env_id))
         with quiet():
             model = SAC(
                 "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy",
@@ -398,7 +417,7 @@ def to_sb3(agent: Sac, env_id: str | gym.Env, path: str | Path, seed: int = 0) -
             )
     finally:
         if isinstance(env_id, str):
-            env.close()
+            made.close()
     model.buffer_size = 1_000_000  # what SAC.load sets up, for who trains on
     actor = agent.fold(agent.actor_net.linears(agent.actor[seed]))
     policy: Any = model.policy
@@ -419,14 +438,15 @@ def to_sb3(agent: Sac, env_id: str | gym.Env, path: str | Path, seed: int = 0) -
                     _put(layer, w, b)
     if model.log_ent_coef is not None:
         model.log_ent_coef.data.fill_(agent.log_alpha[seed].item())
-    path = Path(path)
-    path = path if path.suffix else path.with_name(path.name + ".zip")
     path.parent.mkdir(parents=True, exist_ok=True)
     memory = io.BytesIO()
     model.save(memory)
     part = path.with_name(path.name + ".tmp")
-    part.write_bytes(memory.getvalue())
-    part.replace(path)
+    try:
+        part.write_bytes(memory.getvalue())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -505,6 +525,24 @@ def _fits(spec: Spec, env: gym.Env, name: str) -> None:
             f"to_sb3: {name} has {got[0]} observations and actions of shape {got[1]}, "
             f"the agent {want[0]} and {want[1]}; pass the environment that it was trained for"
         )
+
+
+def _bounded(env: gym.Env, low: Any, high: Any, name: str) -> gym.Env:
+    """The environment as one whose actions have these bounds [A]."""
+    box: Any = env.action_space
+    low, high = (np.asarray(x, dtype=np.float32) for x in (low, high))
+    if all(x.shape == y.shape and np.allclose(x, y) for x, y in ((low, box.low), (high, box.high))):
+        return env
+    fits = low.shape == high.shape == box.shape and (low < high).all()
+    if not (fits and (box.low <= low).all() and (high <= box.high).all()):
+        raise AdapterError(
+            f"to_sb3: got actions from {low.tolist()} to {high.tolist()}, expected bounds within those of {name}, "
+            f"{box.low.tolist()} to {box.high.tolist()}, at which a checkpoint's actions are not clipped; name another "
+            "environment"
+        )
+    env = gym.Wrapper(env)
+    env.action_space = spaces.Box(low, high, dtype=box.dtype)
+    return env
 
 
 # ---------------------------------------------------------------- reading

@@ -295,9 +295,8 @@ class CartPoleSwingUp(gym.Env):
         super().reset(seed=seed)
         off = torch.tensor(self.np_random.uniform(-0.05, 0.05, (1, 4)))
         if options and "state" in options:
-            off = torch.as_tensor(options["state"], dtype=torch.float64).reshape(1, 4) - torch.tensor(
-                [0, 0, math.pi, 0]
-            )
+            hanging = torch.tensor([0, 0, math.pi, 0], dtype=torch.float64)
+            off = torch.as_tensor(options["state"], dtype=torch.float64).reshape(1, 4) - hanging
         self.state = self.world.hanging(off)
         return self.state[0].numpy().copy(), {}
 

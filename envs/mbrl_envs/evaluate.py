@@ -162,16 +162,13 @@ class Evaluator:
     def open(self) -> list[gym.Env]:
         """The environments, made now if they were not yet; what does not fit raises EnvError."""
         if not self.envs:
-            kw = {}
-            if isinstance(self.source, str) and self.source.startswith("AntMaze") and self.width == ANTMAZE:
-                kw["continuing_task"] = False  # D4RL's ends at the goal
             if isinstance(self.source, str) and (hand := re.fullmatch(FLAWED, self.source)):
                 warnings.warn(
                     f"{self.source}: gymnasium-robotics, from 1.2.1 on, rewards a distance there where nearness was "
                     f"meant; mbrl_envs.d4rl:D4RL/{hand[1].lower()}-expert-v1 is the same environment without that",
                     stacklevel=2,
                 )
-            envs = [_make(self.source, **kw) for _ in range(self.copies)]
+            envs = [_make(self.source, self.width) for _ in range(self.copies)]
             _bounds(envs[0], *self.given, self.name)
             _view(envs[0].observation_space, self.width, self.name)
             spec = envs[0].spec
@@ -189,30 +186,33 @@ def video(
     act_low: Any = None,
     act_high: Any = None,
     gl: str | None = None,
+    obs: int | None = None,
 ) -> float:
     """Run one episode, write it as a film (.gif; .mp4 where imageio-ffmpeg is installed) and return its return.
 
-    gl: MuJoCo's backend, "egl" (a GPU, no display) or "osmesa" (no GPU); it counts only before MuJoCo first draws.
-    An environment that is given must have render_mode "rgb_array". Raises EnvError where nothing can be drawn."""
+    act_low, act_high, obs: as for `evaluator`. gl: MuJoCo's backend, "egl" (a GPU, no display) or "osmesa" (no GPU);
+    it counts only before MuJoCo first draws. An environment that is given must have render_mode "rgb_array". Raises
+    EnvError where nothing can be drawn."""
     path = Path(path)
     if gl is not None:
         os.environ["MUJOCO_GL"] = gl
     env = None
     try:
         with quiet():
-            env = _make(env_id, render_mode="rgb_array")
+            env = _make(env_id, obs, render_mode="rgb_array")
             low, high = _bounds(env, act_low, act_high, str(env_id))
+            view = _view(env.observation_space, obs, str(env_id))
             if env.render_mode != "rgb_array":
                 raise EnvError(f"video: {env_id} has render_mode {env.render_mode!r}; make it with 'rgb_array'")
-            obs, _ = env.reset(seed=seed)
+            seen, _ = env.reset(seed=seed)
             with _film(path, int(env.metadata.get("render_fps", 30))) as add:
                 total, ended, steps = 0.0, False, 0
                 add(env.render())
                 while not ended and steps < max_steps:
-                    act = ask(policy, flatten_obs(env.observation_space, obs)[None], low.shape[0])
+                    act = ask(policy, view(seen)[None], low.shape[0])
                     if not np.isfinite(act).all():
                         raise EnvError("video: the policy's action is not finite")
-                    obs, reward, terminated, truncated, _ = env.step(to_env(act, low, high, env.action_space)[0])
+                    seen, reward, terminated, truncated, _ = env.step(to_env(act, low, high, env.action_space)[0])
                     total += float(reward)
                     ended = terminated or truncated
                     steps += 1
@@ -309,8 +309,11 @@ def make(env_id: str, **kw: Any) -> gym.Env:
         raise EnvError(f"cannot make the environment {env_id!r}: {error!r}") from error
 
 
-def _make(source: str | gym.Env | Callable[[], gym.Env], **kw: Any) -> gym.Env:
+def _make(source: str | gym.Env | Callable[[], gym.Env], width: int | None, **kw: Any) -> gym.Env:
+    """For a policy that knows observations of this width."""
     if isinstance(source, str):
+        if source.startswith("AntMaze") and width == ANTMAZE:
+            kw["continuing_task"] = False  # D4RL's ends at the goal
         return make(source, **kw)
     if isinstance(source, gym.Env):
         return source

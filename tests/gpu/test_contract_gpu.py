@@ -47,6 +47,21 @@ def test_a_replayed_graph_changes_state_in_place():
     assert total.tolist() == [11.0] * 3
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one accelerator at most")
+def test_a_graph_is_of_the_device_that_its_tensors_are_on():
+    """Whichever is the current one, and whichever captured before."""
+    current = torch.cuda.current_device()
+    for number in (0, 1):
+        device = torch.device("cuda", number)
+        total = torch.zeros(3, device=device)
+        replay = devices.graphed(lambda x, total=total: total.add_(x) + 1, torch.ones(3, device=device), state=[total])
+        assert total.tolist() == [0.0] * 3
+        assert replay(torch.full((3,), 2.0, device=device)).tolist() == [3.0] * 3
+        assert replay(torch.full((3,), 3.0, device=device)).tolist() == [6.0] * 3
+        assert total.tolist() == [5.0] * 3
+    assert torch.cuda.current_device() == current
+
+
 def test_graphs_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("MBRL_GRAPHS", "0")
     fn = lambda x: x + 1
