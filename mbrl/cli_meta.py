@@ -462,6 +462,7 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     ax, table = axes[0, 0], model.contexts.detach().cpu().double()
     centre = table.mean(0)
     basis = torch.linalg.svd(table - centre, full_matrices=False).Vh[:2].T
+    basis = torch.nn.functional.pad(basis, (0, 2 - basis.shape[1]))  # of one number, a line
     plane = lambda x: ((x - centre) @ basis).numpy()
     marks, colors = "osD^v<>PX*", plt.get_cmap("tab10")
     for i, family in enumerate(families):

@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from worlds import interrupted
 
 from mbrl import cli_meta, cli_plan
+from mbrl import device as devices
 from mbrl.choices import MIXERS
 from mbrl.cli import main
+from mbrl.dynamics.mixer import FIT, Coda, MixerConfig, fit_mixer
 from mbrl.run import Run, RunError
 
 QUICK = ["--threads", "1", "--seed", "3", "--fit.outer", "6", "--fit.warm", "2",
@@ -48,6 +51,23 @@ def test_a_run_holds_errors_assignments_contexts_and_a_picture(tmp_path):
     assert len(found["new_nulls"]) == len(found["new_labels"])
     assert (tmp_path / "a" / "report.png").stat().st_size > 10_000
     assert [x["step"] for x in Run.open(tmp_path / "a").metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_contexts_of_one_number_are_drawn_on_a_line(tmp_path, monkeypatch):
+    files, kept = tuple(map(Path, series(tmp_path, (0.1, 0.2, 0.3), "abc", steps=40))), []
+    args = cli_meta.Meta(data=files[:2], new=files[2:], seed=0, adapt_updates=1)
+    data = cli_meta.load(args)
+    model = MixerConfig(Coda((4,)), 1, 1).build(data.train.spec, devices.generator(0))
+    report = fit_mixer(model, data.train, replace(FIT, outer=1, warm=0), devices.generator(1))
+    result = cli_meta.judged(args, data, model.requires_grad_(False), report)
+    monkeypatch.setattr(cli_meta, "save_figure", lambda figure, path: kept.append(figure))
+    cli_meta.draw(tmp_path / "a.png", result, data, model)
+    drawn = [x for points in kept[0].axes[0].collections for x in points.get_offsets().tolist()]
+    table = model.contexts[:, 0].double()
+    ours = torch.cat([table, torch.tensor(result["new_contexts"])[:, 0]]) - table.mean()
+    assert sorted(abs(x) for x, _ in drawn) == pytest.approx(sorted(ours.abs().tolist()))
+    assert all(y == 0 for _, y in drawn)
+    plt.close(kept[0])
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys):
