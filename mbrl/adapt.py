@@ -189,15 +189,17 @@ def windows(
 
 @torch.no_grad()
 def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
-    """[systems]: of free runs from each episode's first observation, |x' - x|^2 / |x|^2, the squares summed over times
-    and dimensions, mean over a system's episodes; ctx [systems, C]: their contexts. Infinite where a run is not finite.
-    A system's episodes are cut to the length of its shortest."""
-    like, out = next(model.parameters()), []
+    """[systems]: of free runs from each episode's first observation to its end, |x' - x|^2 / |x|^2, the squares summed
+    over times and dimensions, mean over a system's episodes; ctx [systems, C]: their contexts. Infinite where a run is
+    not finite."""
+    like, out = next(model.parameters()).detach(), []
+    data, followed = data.to(like), data.followed.to(like.device)
     for system in range(data.systems):
-        own = torch.ones_like(data.lengths) > 0 if data.system is None else data.system == system
-        segment = Rows(data, int(data.followed[own].min()), like).segment(data.starts[:-1][own].to(like.device))
+        own = torch.ones_like(followed) > 0 if data.system is None else data.system == system
+        segment = data.windows(int(followed[own].max()), data.starts[:-1][own])
         true = segment.obs[:, 1:].double()
         gap = predicted(model, segment, ctx[system : system + 1].to(like)).double() - true
-        error = gap.square().sum((1, 2)) / true.square().sum((1, 2))
+        total = lambda x, some=segment.mask[..., None]: torch.where(some, x, 0.0).square().sum((1, 2))
+        error = total(gap) / total(true)
         out.append(error.nan_to_num(torch.inf, torch.inf).mean())
     return torch.stack(out)

@@ -54,7 +54,8 @@ class Meta:
     trajectories: int = 4
     """Of each system, to learn from."""
     steps: int = 2000
-    """Transitions of each task of a sequence, to learn from; half as many to judge by."""
+    """Transitions of each task of a sequence, to learn from; half as many to judge by, in free runs over whole
+    episodes."""
     tests: int = 32
     """Trajectories of each system to judge by."""
     noise: float = 0.0
@@ -360,12 +361,14 @@ def judged(
     table = model.contexts.detach()
     errors = relative_errors(model, data.test, table)
     chosen, truth = model.chosen(table).tolist(), kinds(data.labels)
+    followed = torch.cat([x.followed for x in (data.test, *(data.new or ())[1:])])
     tells = data.sorts and len(set(truth)) > 1 and model.config.gating != "own" and model.config.experts > 1
     found: dict[str, Any] = {
         "families": args.families, "learner": name_of(args.dynamics), "experts": model.config.experts,
         "seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()), "labels": data.labels,
         "assigned": chosen, "purity": purity(chosen, truth) if tells else None, "errors": errors.tolist(),
         "nulls": nulls(data.test, data.train).tolist(),
+        "steps": [int(followed.min()), int(followed.max())],
         "loss": report.loss, "assignments": report.assigned, "solved": report.solved, "passed": report.passed,
         "skipped": report.skipped, "fit_s": round(report.seconds, 1),
     }  # fmt: skip
@@ -391,12 +394,9 @@ def judged(
 
 def nulls(test: Dataset, train: Dataset) -> Tensor:
     """[systems]: the relative squared error, as of `relative_errors`, of what does not know the system: the lesser of
-    those of staying at a trajectory's first observation and at the mean of the system's data in `train`. A system's
-    episodes are cut to the length of its shortest there too."""
+    those of staying at a trajectory's first observation and at the mean of the system's data in `train`."""
     whose = torch.zeros(test.episodes, dtype=torch.int64) if test.system is None else test.system
-    least = torch.stack([test.followed[whose == i].min() for i in range(test.systems)])
-    step = torch.arange(len(test)) - test.starts[test.episode]
-    some = (step < least[whose][test.episode])[:, None]
+    some = test.paired[:, None]
     means = [train.obs[i].double().mean(0) for i in train.of_system(torch.arange(len(train)))]
     first = test.obs[test.starts[:-1]].double()  # [E, O]
     after = torch.where(some, test.next_obs.double(), 0.0)
@@ -437,9 +437,10 @@ def tell(result: dict[str, Any]) -> None:
         served = ", ".join(str(e) for e in dict.fromkeys(adapted_by[family]))
         null = by_family(result["new_labels"], result["new_nulls"])[family]
         words.add_row(family, "new", served, "-", f"{adapted[family]:.3g}", f"{null:.3g}")
+    steps = " to ".join(str(n) for n in dict.fromkeys(result["steps"]))
     words.caption = (
-        "error: |x' - x|^2 / |x|^2 of free runs over test trajectories; adapted: of new systems, by their contexts "
-        "alone; null: of staying at the start or at the data's mean, whichever errs less"
+        f"error: |x' - x|^2 / |x|^2 of free runs over test trajectories, of {steps} steps each; adapted: of new "
+        "systems, by their contexts alone; null: of staying at the start or at the data's mean, whichever errs less"
     )
     console.print(words)
     pure = "-" if result["purity"] is None else f"{result['purity']:.3g}"

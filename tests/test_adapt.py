@@ -114,6 +114,13 @@ def test_each_systems_errors_are_over_its_own_length(fitted):
     torch.testing.assert_close(relative_errors(fitted, both, fitted.contexts[:2]), torch.stack(alone))
 
 
+def test_each_episode_runs_to_its_own_end(fitted):
+    parts = [pushed(GAINS[0], n, n, seed=83) for n in (20, 6, 1)]  # the last as a limit of steps cuts it
+    alone = torch.stack([relative_errors(fitted, x, fitted.contexts[:1])[0] for x in parts])
+    got = relative_errors(fitted, joined(parts), fitted.contexts[:1])
+    torch.testing.assert_close(got, alone.mean(0, keepdim=True))
+
+
 def test_a_prior_holds_the_context_where_little_happens(fitted):
     """Near rest the learner's own faults are all there is to see."""
     rest = pushed(0.75, 40, seed=80)

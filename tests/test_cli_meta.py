@@ -48,6 +48,7 @@ def test_a_run_holds_errors_assignments_contexts_and_a_picture(tmp_path):
     assert len(found["new_errors"]) == len(found["new_labels"]) == len(found["confidence"])
     assert all(0 < x <= 1 for x in found["confidence"])
     assert len(found["nulls"]) == 4
+    assert found["steps"] == [found["steps"][0]] * 2  # all of one length
     assert len(found["new_nulls"]) == len(found["new_labels"])
     assert (tmp_path / "a" / "report.png").stat().st_size > 10_000
     assert [x["step"] for x in Run.open(tmp_path / "a").metrics()] == [1, 2, 3, 4, 5, 6]
@@ -194,8 +195,8 @@ def test_a_model_that_knows_nothing_stays_at_the_start_or_at_the_mean():
     waves = [series.from_arrays(stack(still)), series.from_arrays(stack(away, short), lengths=[4, 2])]
     known = [series.from_arrays(np.full((2, 1), x)) for x in (9.0, 0.5)]  # the data's means
     found = cli_meta.nulls(series.mixed(waves, "x", {}), series.mixed(known, "y", {}))
-    cut = (0.5**2 / 1 + 3.5**2 / 16) / 2  # both to the one transition of the shorter
-    assert found.tolist() == pytest.approx([2.0**2 / 11, cut], rel=1e-6)
+    mean = ((0.5**2 + 1.5**2 + 0.5**2) / 3 + 3.5**2 / 16) / 2  # each episode to its end
+    assert found.tolist() == pytest.approx([2.0**2 / 11, mean], rel=1e-6)
 
 
 def test_files_of_one_name_are_told_apart(tmp_path):
@@ -324,9 +325,13 @@ def test_the_table_says_who_serves_new_systems(capsys):
     result = {"families": None, "learner": "mixer", "labels": ["a:0", "b:1"], "errors": [0.1, 0.2], "nulls": [0.5, 0.6],
               "assigned": [0, 1], "purity": None, "experts": 3, "parameters": 7, "fit_s": 1.0,
               "new_labels": ["a:0", "c:1"], "new_errors": [0.3, 0.4], "new_nulls": [0.7, 0.8],
-              "new_assigned": [2, 1]}  # fmt: skip
+              "new_assigned": [2, 1], "steps": [8, 57]}  # fmt: skip
     cli_meta.tell(result)
-    lines = capsys.readouterr().out.splitlines()
+    cli_meta.tell(result | {"steps": [24, 24]})
+    text = capsys.readouterr().out
+    assert "of 8 to 57 steps each" in " ".join(text.split())
+    assert "of 24 steps each" in " ".join(text.split())
+    lines = text.splitlines()
     row = lambda name: [x.strip() for x in next(x for x in lines if x.startswith(f"│ {name}")).split("│")[1:-1]]
     assert row("a") == ["a", "1", "0 (new: 2)", "0.1", "0.3", "0.5"]
     assert row("b") == ["b", "1", "1", "0.2", "-", "0.6"]
