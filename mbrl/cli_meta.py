@@ -140,9 +140,10 @@ def _resumed(run: Run, given: Meta) -> Meta:
     old = replace(old, **{k: tuple(Path(x) for x in run.local.get(k, ())) for k in paths})
     asked = replace(given, **{k: tuple(x.resolve() for x in getattr(given, k)) for k in paths})
     mine, its = by_option(asked), by_option(old)
-    its |= {"--device": run.local["device"], "--out": run.folder}
+    its |= {"--device": run.local["device"], "--out": run.folder.resolve()}
     kind = lambda config: (type(config.expert), config.gating)  # of one expert a mixture has another name
-    if kind(given.dynamics) != kind(old.dynamics):
+    one = given.dynamics.experts == 1 < old.dynamics.experts
+    if one or kind(given.dynamics) != kind(old.dynamics):
         mine = {k: v for k, v in mine.items() if not k.startswith("--dynamics.")}
         if given.dynamics != MIXERS["mixer"]:
             mine["dynamics:"], its["dynamics:"] = name_of(given.dynamics), name_of(old.dynamics)
@@ -178,8 +179,8 @@ def _check(args: Meta) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {got}: expected at least {low}")
     demand("--fit", ("outer", args.fit.outer, "at least 1", args.fit.outer >= 1))
     check(args.fit)
-    if args.seed is not None and args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: expected at least 0")
+    if args.seed is not None and not 0 <= args.seed <= 2**62:
+        raise ValueError(f"--seed {args.seed}: expected 0 to 2^62")
     if args.dynamics.experts != (usual := MIXERS[name_of(args.dynamics)].experts):
         raise ValueError(
             f"--dynamics.experts {args.dynamics.experts}: the number of experts is an option of the command, and not "
@@ -262,6 +263,8 @@ def load(args: Meta) -> Data:
         )
     of = lambda split, n: [e for name in names for e in families.environments(name, split, n)]
     envs, others = of("train", args.environments), of("adapt", None)
+    if len(envs) > len({e.label for e in envs}):
+        raise ValueError(f"--families {args.families}: a set holds what is named beside it; expected each family once")
     make = lambda e, n, k, **kw: families.generate(e, n, seed + k, **kw)
     seen = {"noise": args.noise, "irregular": args.irregular}
     train, test = make(envs, args.trajectories, 0, **seen), make(envs, args.tests, 1)
@@ -283,7 +286,7 @@ def _read(args: Meta) -> Data:
     """Files, each of one system: the first part to learn from or to adapt by, the last to judge by."""
     from mbrl_envs import series
 
-    number = lambda names: [int(x) if x.lstrip("-").isdigit() else x for x in names] or None
+    number = lambda names: [int(x) if x.removeprefix("-").isdecimal() else x for x in names] or None
     read = lambda path: series.read_series(path, number(args.columns), number(args.inputs), dt=args.dt)
     every = series.alike([read(x) for x in (*args.data, *args.new)])
     halves, many = [_halves(x, args.holdout) for x in every], len(args.data)

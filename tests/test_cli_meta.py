@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from mbrl_envs import series as read
 from worlds import interrupted
 
 from mbrl import cli_meta, cli_plan
@@ -71,12 +72,13 @@ def test_contexts_of_one_number_are_drawn_on_a_line(tmp_path, monkeypatch):
     plt.close(kept[0])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys):
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys, monkeypatch):
     whole = go(tmp_path / "a")
     with interrupted(2), pytest.raises(SystemExit):
         go(tmp_path / "b")
     assert f"mbrl meta --resume {tmp_path / 'b'}`" in capsys.readouterr().out
-    main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
+    monkeypatch.chdir(tmp_path)
+    main(["meta", "--resume", "b", "--out", "b", "--quiet"])
     again = json.loads((tmp_path / "b" / "result.json").read_text())
     assert timeless(again) == timeless(whole)
 
@@ -199,6 +201,15 @@ def test_a_model_that_knows_nothing_stays_at_the_start_or_at_the_mean():
     assert found.tolist() == pytest.approx([2.0**2 / 11, mean], rel=1e-6)
 
 
+def test_a_column_is_a_number_only_where_it_is_one(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(read, "read_series", lambda path, *names, dt: given.append(names) or 1 / 0)
+    args = cli_meta.Meta(data=(tmp_path / "a.npy",), seed=0, columns=("1", "-1", "--1", "\u00b2"), inputs=("x",))
+    with pytest.raises(ZeroDivisionError):
+        cli_meta.load(args)
+    assert given == [([1, -1, "--1", "\u00b2"], ["x"])]
+
+
 def test_files_of_one_name_are_told_apart(tmp_path):
     (tmp_path / "x").mkdir()
     files = [*series(tmp_path, (0.1,), "a"), *series(tmp_path / "x", (0.2,), "a")]
@@ -240,6 +251,9 @@ def test_families_are_counted_and_their_errors_averaged():
         (["--families", "harmonic", "--experts", "0"], "--experts 0: expected at least 1"),
         (["--families", "harmonic", "--threads", "-1"], "--threads -1"),
         (["--families", "harmonic,harmonic"], "--families harmonic harmonic: expected each once"),
+        (["--families", "driven,driven-pendulum"], "a set holds what is named beside it; expected each family once"),
+        (["--families", "harmonic", "--seed", str(2**70)], f"--seed {2**70}: expected 0 to 2^62"),
+        (["--families", "harmonic", "--seed", "-1"], "--seed -1: expected 0 to 2^62"),
         (["--families", "harmonic", "--steps", "9"], "--steps: not for harmonic"),
         (["--families", "harmonic", "--fit.warm", "6"], "--fit.outer 6: systems change places after the first 6"),
         (
@@ -319,6 +333,14 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path, capsys, words, says):
     with pytest.raises(SystemExit):
         main(["meta", "--resume", str(tmp_path / "a"), *words])
     assert says in said(capsys)
+
+
+def test_a_mixture_does_not_go_on_as_a_meta_learner(tmp_path, capsys):
+    with interrupted(1), pytest.raises(SystemExit):
+        go(tmp_path / "a", learner="mixer", settings=["--dynamics.expert.main", "8"])
+    with pytest.raises(SystemExit):
+        main(["meta", "--resume", str(tmp_path / "a"), "--quiet", "dynamics:meta-learner"])
+    assert "not by dynamics: meta-learner (its own is mixer)" in said(capsys)
 
 
 def test_the_table_says_who_serves_new_systems(capsys):
