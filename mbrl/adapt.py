@@ -49,7 +49,8 @@ def adapt(
     best of the starts are descended from, all at once, by `updates` steps of Adam. groups [K]: numbers that starts with
     the same expert share; the best of each group is among those kept, however many that are. share: what each would
     have of the belief if errors were normal and of unknown size, those of one window one observation of each dimension
-    (its steps err together), and the starts equally likely: e_k^(-n / 2) over their sum, of n = windows x O.
+    (its steps err together), and the starts equally likely: e_k^(-n / 2) over their sum, of n = windows x O; 0 where no
+    error is finite.
 
     scale [O]: what squared errors are divided by, by default the windows' own mean square changes. Where little happens
     these are small, and descent explains the learner's own faults: then give those of the training data, and a `prior`:
@@ -103,7 +104,7 @@ def adapt(
     lowest, found = torch.full_like(e[:, 0], torch.inf), e.detach().clone()
     for _ in range(updates):
         with torch.enable_grad():
-            errors = cost(e)
+            errors = cost(e) + 0 * e.sum(1)  # also where a gate alone reads the context, or nothing does
             (grad,) = torch.autograd.grad(errors.sum(), [e])
         better = errors.detach() < lowest
         lowest = torch.where(better, errors.detach(), lowest)
@@ -114,9 +115,9 @@ def adapt(
         better = errors < lowest
         lowest, found = torch.where(better, errors, lowest), torch.where(better[:, None], e, found)
         order = lowest.argsort()
-        lowest = error(found) if prior else lowest
+        lowest = error(found).nan_to_num(torch.inf, torch.inf) if prior else lowest
     n = segment.mask.any(1).sum() * model.spec.obs
-    share = (-0.5 * n * lowest[order].clamp(min=torch.finfo(lowest.dtype).tiny).log()).softmax(0)
+    share = (-0.5 * n * lowest[order].clamp(min=torch.finfo(lowest.dtype).tiny).log()).softmax(0).nan_to_num(0.0)
     return Adapted(found[order].detach(), lowest[order], share, best[order])
 
 
@@ -156,6 +157,9 @@ def met(model: Dynamics, ctx: Tensor) -> int:
         raise ValueError(f"met: the context is {list(ctx.shape)}, expected {[1, table.shape[1]]}")
     wide = torch.cat([table.detach(), ctx.detach().to(table)])
     model.register_parameter("contexts", nn.Parameter(wide, requires_grad=table.requires_grad))
+    near = dict(model.named_buffers()).get("neighbour")
+    if near is not None:  # of a mixture: no other system's context modulates this one
+        model.register_buffer("neighbour", torch.cat([near, near.new_tensor([len(table)])]))
     model.spec = replace(model.spec, systems=len(wide), ctx=table.shape[1])
     return len(wide) - 1
 
@@ -189,15 +193,17 @@ def windows(
 
 @torch.no_grad()
 def relative_errors(model: Dynamics, data: Dataset, ctx: Tensor) -> Tensor:
-    """[systems]: of free runs from each episode's first observation, |x' - x|^2 / |x|^2, the squares summed over times
-    and dimensions, mean over a system's episodes; ctx [systems, C]: their contexts. Infinite where a run is not finite.
-    A system's episodes are cut to the length of its shortest."""
-    like, out = next(model.parameters()), []
+    """[systems]: of free runs from each episode's first observation to its end, |x' - x|^2 / |x|^2, the squares summed
+    over times and dimensions, mean over a system's episodes; ctx [systems, C]: their contexts. Infinite where a run is
+    not finite."""
+    like, out = next(model.parameters()).detach(), []
+    data, followed = data.to(like), data.followed.to(like.device)
     for system in range(data.systems):
-        own = torch.ones_like(data.lengths) > 0 if data.system is None else data.system == system
-        segment = Rows(data, int(data.followed[own].min()), like).segment(data.starts[:-1][own].to(like.device))
+        own = torch.ones_like(followed) > 0 if data.system is None else data.system == system
+        segment = data.windows(int(followed[own].max()), data.starts[:-1][own])
         true = segment.obs[:, 1:].double()
         gap = predicted(model, segment, ctx[system : system + 1].to(like)).double() - true
-        error = gap.square().sum((1, 2)) / true.square().sum((1, 2))
+        total = lambda x, some=segment.mask[..., None]: torch.where(some, x, 0.0).square().sum((1, 2))
+        error = total(gap) / total(true)
         out.append(error.nan_to_num(torch.inf, torch.inf).mean())
     return torch.stack(out)

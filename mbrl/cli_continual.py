@@ -242,8 +242,11 @@ def _collected(tasks: list[Any], steps: int, args: Continual, part: int, device:
     return [x.to(device, torch.float32) for x in found]
 
 
-def _explored(run: Run, args: Continual, tasks: list[Any], task: int, student: Any, device: torch.device) -> Dataset:
-    """The task's data: random, then by planning with a copy of the student."""
+def _explored(
+    run: Run, args: Continual, tasks: list[Any], task: int, student: Any, device: torch.device, again: bool
+) -> Dataset:
+    """The task's data: random, then by planning with a copy of the student. again: a run that goes on within the task
+    has its returns already."""
     assert args.seed is not None
     n = max(2, round(args.random * args.steps))
     data = _collected([tasks[task]], n, replace(args, seed=args.seed + 7919 * (task + 1)), 2, device)[0]
@@ -261,7 +264,8 @@ def _explored(run: Run, args: Continual, tasks: list[Any], task: int, student: A
         e = mpc.episode(env, lambda obs: controller(obs.to(device)), seed, min(left, args.length))
         episodes.append(e)
         left, i = left - len(e.act), i + 1
-        run.log(f"explore {task}", i, {"return": e.total})
+        if not again:
+            run.log(f"explore {task}", i, {"return": e.total})
     more = mpc.gathered(episodes, World(env)).to(device, torch.float32)
     env.close()
     return joined([data, replace(more, dt=data.dt)])
@@ -272,8 +276,8 @@ def _learned(
 ) -> Course:
     """The tasks that are left, or the rest of one; judged on all and saved after each."""
     assert args.seed is not None
-    kept, resume = run.load("within"), None
-    if kept is not None and int(kept[1]["task"]) == len(course.matrix):
+    kept, resume, now = run.load("within"), None, len(course.matrix)
+    if kept is not None and int(kept[1]["task"]) == now:
         resume = {k: v.to(device) if k != "generator" else v for k, v in kept[0].items()}
 
     def keep(task: int, state: dict[str, Tensor]) -> None:
@@ -288,8 +292,9 @@ def _learned(
         run.save("course", state, {"course": so_far.__dict__})
         run.forget("within")
 
+    explored = lambda task: _explored(run, args, tasks, task, student, device, resume is not None and task == now)
     return continual.run(
-        student, lambda task: _explored(run, args, tasks, task, student, device), test, args.budget, args.seed,
+        student, explored, test, args.budget, args.seed,
         horizon=args.horizon, progress=tell, keep=keep, save=save, course=course, resume=resume,
     )  # fmt: skip
 

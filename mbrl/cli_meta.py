@@ -54,7 +54,8 @@ class Meta:
     trajectories: int = 4
     """Of each system, to learn from."""
     steps: int = 2000
-    """Transitions of each task of a sequence, to learn from; half as many to judge by."""
+    """Transitions of each task of a sequence, to learn from; half as many to judge by, in free runs over whole
+    episodes."""
     tests: int = 32
     """Trajectories of each system to judge by."""
     noise: float = 0.0
@@ -139,9 +140,10 @@ def _resumed(run: Run, given: Meta) -> Meta:
     old = replace(old, **{k: tuple(Path(x) for x in run.local.get(k, ())) for k in paths})
     asked = replace(given, **{k: tuple(x.resolve() for x in getattr(given, k)) for k in paths})
     mine, its = by_option(asked), by_option(old)
-    its |= {"--device": run.local["device"], "--out": run.folder}
+    its |= {"--device": run.local["device"], "--out": run.folder.resolve()}
     kind = lambda config: (type(config.expert), config.gating)  # of one expert a mixture has another name
-    if kind(given.dynamics) != kind(old.dynamics):
+    one = given.dynamics.experts == 1 < old.dynamics.experts
+    if one or kind(given.dynamics) != kind(old.dynamics):
         mine = {k: v for k, v in mine.items() if not k.startswith("--dynamics.")}
         if given.dynamics != MIXERS["mixer"]:
             mine["dynamics:"], its["dynamics:"] = name_of(given.dynamics), name_of(old.dynamics)
@@ -177,8 +179,8 @@ def _check(args: Meta) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {got}: expected at least {low}")
     demand("--fit", ("outer", args.fit.outer, "at least 1", args.fit.outer >= 1))
     check(args.fit)
-    if args.seed is not None and args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: expected at least 0")
+    if args.seed is not None and not 0 <= args.seed <= 2**62:
+        raise ValueError(f"--seed {args.seed}: expected 0 to 2^62")
     if args.dynamics.experts != (usual := MIXERS[name_of(args.dynamics)].experts):
         raise ValueError(
             f"--dynamics.experts {args.dynamics.experts}: the number of experts is an option of the command, and not "
@@ -261,6 +263,8 @@ def load(args: Meta) -> Data:
         )
     of = lambda split, n: [e for name in names for e in families.environments(name, split, n)]
     envs, others = of("train", args.environments), of("adapt", None)
+    if len(envs) > len({e.label for e in envs}):
+        raise ValueError(f"--families {args.families}: a set holds what is named beside it; expected each family once")
     make = lambda e, n, k, **kw: families.generate(e, n, seed + k, **kw)
     seen = {"noise": args.noise, "irregular": args.irregular}
     train, test = make(envs, args.trajectories, 0, **seen), make(envs, args.tests, 1)
@@ -282,7 +286,7 @@ def _read(args: Meta) -> Data:
     """Files, each of one system: the first part to learn from or to adapt by, the last to judge by."""
     from mbrl_envs import series
 
-    number = lambda names: [int(x) if x.lstrip("-").isdigit() else x for x in names] or None
+    number = lambda names: [int(x) if x.removeprefix("-").isdecimal() else x for x in names] or None
     read = lambda path: series.read_series(path, number(args.columns), number(args.inputs), dt=args.dt)
     every = series.alike([read(x) for x in (*args.data, *args.new)])
     halves, many = [_halves(x, args.holdout) for x in every], len(args.data)
@@ -360,12 +364,14 @@ def judged(
     table = model.contexts.detach()
     errors = relative_errors(model, data.test, table)
     chosen, truth = model.chosen(table).tolist(), kinds(data.labels)
+    followed = torch.cat([x.followed for x in (data.test, *(data.new or ())[1:])])
     tells = data.sorts and len(set(truth)) > 1 and model.config.gating != "own" and model.config.experts > 1
     found: dict[str, Any] = {
         "families": args.families, "learner": name_of(args.dynamics), "experts": model.config.experts,
         "seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()), "labels": data.labels,
         "assigned": chosen, "purity": purity(chosen, truth) if tells else None, "errors": errors.tolist(),
         "nulls": nulls(data.test, data.train).tolist(),
+        "steps": [int(followed.min()), int(followed.max())],
         "loss": report.loss, "assignments": report.assigned, "solved": report.solved, "passed": report.passed,
         "skipped": report.skipped, "fit_s": round(report.seconds, 1),
     }  # fmt: skip
@@ -391,12 +397,9 @@ def judged(
 
 def nulls(test: Dataset, train: Dataset) -> Tensor:
     """[systems]: the relative squared error, as of `relative_errors`, of what does not know the system: the lesser of
-    those of staying at a trajectory's first observation and at the mean of the system's data in `train`. A system's
-    episodes are cut to the length of its shortest there too."""
+    those of staying at a trajectory's first observation and at the mean of the system's data in `train`."""
     whose = torch.zeros(test.episodes, dtype=torch.int64) if test.system is None else test.system
-    least = torch.stack([test.followed[whose == i].min() for i in range(test.systems)])
-    step = torch.arange(len(test)) - test.starts[test.episode]
-    some = (step < least[whose][test.episode])[:, None]
+    some = test.paired[:, None]
     means = [train.obs[i].double().mean(0) for i in train.of_system(torch.arange(len(train)))]
     first = test.obs[test.starts[:-1]].double()  # [E, O]
     after = torch.where(some, test.next_obs.double(), 0.0)
@@ -437,9 +440,10 @@ def tell(result: dict[str, Any]) -> None:
         served = ", ".join(str(e) for e in dict.fromkeys(adapted_by[family]))
         null = by_family(result["new_labels"], result["new_nulls"])[family]
         words.add_row(family, "new", served, "-", f"{adapted[family]:.3g}", f"{null:.3g}")
+    steps = " to ".join(str(n) for n in dict.fromkeys(result["steps"]))
     words.caption = (
-        "error: |x' - x|^2 / |x|^2 of free runs over test trajectories; adapted: of new systems, by their contexts "
-        "alone; null: of staying at the start or at the data's mean, whichever errs less"
+        f"error: |x' - x|^2 / |x|^2 of free runs over test trajectories, of {steps} steps each; adapted: of new "
+        "systems, by their contexts alone; null: of staying at the start or at the data's mean, whichever errs less"
     )
     console.print(words)
     pure = "-" if result["purity"] is None else f"{result['purity']:.3g}"
@@ -462,6 +466,7 @@ def draw(path: Path, result: dict[str, Any], data: Data, model: Mixer) -> None:
     ax, table = axes[0, 0], model.contexts.detach().cpu().double()
     centre = table.mean(0)
     basis = torch.linalg.svd(table - centre, full_matrices=False).Vh[:2].T
+    basis = torch.nn.functional.pad(basis, (0, 2 - basis.shape[1]))  # of one number, a line
     plane = lambda x: ((x - centre) @ basis).numpy()
     marks, colors = "osD^v<>PX*", plt.get_cmap("tab10")
     for i, family in enumerate(families):

@@ -197,8 +197,8 @@ class Replay(Finetune):
 @dataclass(frozen=True)
 class Ewc(Finetune):
     """strength / 2 sum_j F_j (theta - theta_j)^2, F_j the mean square gradient of task j's loss over `batches`
-    batches, times the size of a batch: an estimate of the diagonal Fisher information. Heads are not held: other tasks
-    do not move them."""
+    batches, times the size of a batch: an estimate of the diagonal Fisher information. A task's own head is not held:
+    other tasks do not move it. One that all tasks share is."""
 
     strength: float = 3e3
     batches: int = 100
@@ -207,7 +207,7 @@ class Ewc(Finetune):
 @dataclass(frozen=True)
 class Si(Finetune):
     """strength sum_j Omega_j (theta - theta_j)^2, Omega_j the fall of task j's loss along the way of each parameter
-    over the square of that way (`damping` keeps it finite)."""
+    over the square of that way (`damping` keeps it finite). What is held is as in `Ewc`."""
 
     strength: float = 10.0
     damping: float = 1e-3
@@ -220,7 +220,8 @@ class _Shared(Student):
         _check_student(config)
         self.config, self.tasks = config, tasks
         self.model = config.learner.build(spec_of(config.learner, spec, tasks), generator)
-        self.held = {k: p for k, p in self.model.named_parameters() if k.startswith("trunk")}
+        whole = config.learner.shared
+        self.held = {k: p for k, p in self.model.named_parameters() if whole or k.startswith("trunk")}
         zeros = lambda: {k: torch.zeros_like(p) for k, p in self.held.items()}
         self.stiff, self.pull = zeros(), zeros()  # sum_j F_j and sum_j F_j theta_j
         self.kept: dict[int, Tensor] = {}  # rows of `Rows.table`, of earlier tasks

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from mbrl import device as devices
-from mbrl.adapt import adapt, known, met, relative_errors, windows
+from mbrl.adapt import adapt, known, met, predicted, relative_errors, windows
 from mbrl.core import Spec, StepInput
 from mbrl.data import Dataset, joined
+from mbrl.dynamics.experts import ExpertsConfig
+from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig
-from mbrl.dynamics.mixer import Coda, MixerConfig
+from mbrl.dynamics.mixer import Coda, Mixer, MixerConfig
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig, fit
 from mbrl.mpc import Adapting, Follow, Mpc
@@ -114,6 +116,57 @@ def test_each_systems_errors_are_over_its_own_length(fitted):
     torch.testing.assert_close(relative_errors(fitted, both, fitted.contexts[:2]), torch.stack(alone))
 
 
+def test_each_episode_runs_to_its_own_end(fitted):
+    parts = [pushed(GAINS[0], n, n, seed=83) for n in (20, 6, 1)]  # the last as a limit of steps cuts it
+    alone = torch.stack([relative_errors(fitted, x, fitted.contexts[:1])[0] for x in parts])
+    got = relative_errors(fitted, joined(parts), fitted.contexts[:1])
+    torch.testing.assert_close(got, alone.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0])
+def test_where_no_start_gives_a_finite_error_none_has_a_share(fitted, prior):
+    model = copy.deepcopy(fitted)
+    segment = windows(pushed(0.5, 20), 0, model.contexts)
+    starts = model.contexts.detach()[:2].clone()
+    starts[1] = torch.nan
+    some = adapt(model, segment, starts=starts, updates=1, prior=prior)
+    assert some.share.tolist() == [1.0, 0.0]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+    got = adapt(model, segment, starts=fitted.contexts, updates=1, prior=prior)
+    assert got.errors.isinf().all()
+    assert got.share.tolist() == [0.0] * len(GAINS)
+
+
+def test_forced_by_one_each_step_begins_at_what_was_observed(fitted):
+    segment, ctx = windows(pushed(0.5, 20), 0, fitted.contexts), fitted.contexts[1:2]
+    with torch.no_grad():
+        said = predicted(fitted, segment, ctx, alpha=1.0)[0]
+        inp = StepInput(segment.act[0], torch.zeros(20, fitted.noise_dim), torch.ones(20, 1))
+        want = fitted.step(segment.obs[0, :-1], inp, fitted.condition(ctx))[0]
+        torch.testing.assert_close(said, want)
+        assert not torch.allclose(predicted(fitted, segment, ctx)[0], want, atol=1e-3)
+    forced = adapt(fitted, segment, starts=ctx, updates=0, alpha=1.0, scale=torch.ones(1))
+    torch.testing.assert_close(forced.errors[0], (want - segment.obs[0, 1:]).square().mean())
+
+
+BLIND = {
+    "experts": ExpertsConfig(SingleConfig(hidden=(8,), weight_decay=(0.0, 0.0)), 3),
+    "shared-head": HeadsConfig((8,), shared=True),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_where_a_context_has_no_gradient_the_best_start_stays(name, frozen):
+    model = BLIND[name].build(Spec(1, 1, 3, 3), gen()).requires_grad_(not frozen)
+    got = adapt(model, windows(pushed(0.5, 20), 0, torch.zeros(1)), updates=3)
+    assert torch.equal(got.tried, known(model)[got.start])
+    assert (got.errors.diff() >= 0).all()
+    assert (len(got.errors.unique()) == 1) == (name == "shared-head")
+
+
 def test_a_prior_holds_the_context_where_little_happens(fitted):
     """Near rest the learner's own faults are all there is to see."""
     rest = pushed(0.75, 40, seed=80)
@@ -138,6 +191,13 @@ def test_a_context_is_added_to_the_table(fitted):
     assert model.spec.systems == 5
     torch.testing.assert_close(model.context(torch.tensor([4])), ctx)
     assert torch.equal(known(model)[:4], known(fitted))
+    again = type(model)(model.spec, model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.context(torch.tensor([4])), model.context(torch.tensor([4])))
+    if isinstance(model, Mixer):
+        z, act, dt = torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.ones(1, 1, 1)
+        plain, modulated = (model.moves(torch.tensor([4]), order)(z, act, dt) for order in (0, 1))
+        torch.testing.assert_close(modulated, plain)  # by itself
     with pytest.raises(ValueError, match=r"met: the context is \[1, 3\], expected \[1, 2\]"):
         met(model, torch.zeros(1, 3))
 

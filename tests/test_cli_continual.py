@@ -55,6 +55,25 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, student):
         main(["continual", "--resume", str(tmp_path / "b"), "--quiet"])
 
 
+def test_what_was_explored_is_logged_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_continual, "TEST", 60)
+    monkeypatch.setattr(cli_continual, "draw", lambda path, result: None)
+    words = ["--steps", "30", "--random", "0.5", "--length", "8", "planner:icem", "--planner.horizon", "2"]
+    with interrupted(1), pytest.raises(SystemExit):  # 10 updates into the task
+        go(
+            tmp_path / "a",
+            *words,
+            "--planner.samples",
+            "4",
+            "--planner.elites",
+            "2",
+            tasks=(*POLES, "--first", "1", "--seed", "3"),
+        )
+    main(["continual", "--resume", str(tmp_path / "a"), "--quiet"])
+    lines = [(x["stage"], x["step"]) for x in Run.open(tmp_path / "a").metrics()]
+    assert lines == [("explore 0", 1), ("explore 0", 2), *(("task 0", n) for n in (10, 20, 30)), ("errors", 0)]
+
+
 def begun(out, monkeypatch, **kw):
     """A run folder that has begun and learned nothing."""
     with monkeypatch.context() as patch:

@@ -5,14 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from mbrl_envs import series as read
 from worlds import interrupted
 
 from mbrl import cli_meta, cli_plan
+from mbrl import device as devices
 from mbrl.choices import MIXERS
 from mbrl.cli import main
+from mbrl.dynamics.mixer import FIT, Coda, MixerConfig, fit_mixer
 from mbrl.run import Run, RunError
 
 QUICK = ["--threads", "1", "--seed", "3", "--fit.outer", "6", "--fit.warm", "2",
@@ -45,17 +49,36 @@ def test_a_run_holds_errors_assignments_contexts_and_a_picture(tmp_path):
     assert len(found["new_errors"]) == len(found["new_labels"]) == len(found["confidence"])
     assert all(0 < x <= 1 for x in found["confidence"])
     assert len(found["nulls"]) == 4
+    assert found["steps"] == [found["steps"][0]] * 2  # all of one length
     assert len(found["new_nulls"]) == len(found["new_labels"])
     assert (tmp_path / "a" / "report.png").stat().st_size > 10_000
     assert [x["step"] for x in Run.open(tmp_path / "a").metrics()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys):
+def test_contexts_of_one_number_are_drawn_on_a_line(tmp_path, monkeypatch):
+    files, kept = tuple(map(Path, series(tmp_path, (0.1, 0.2, 0.3), "abc", steps=40))), []
+    args = cli_meta.Meta(data=files[:2], new=files[2:], seed=0, adapt_updates=1)
+    data = cli_meta.load(args)
+    model = MixerConfig(Coda((4,)), 1, 1).build(data.train.spec, devices.generator(0))
+    report = fit_mixer(model, data.train, replace(FIT, outer=1, warm=0), devices.generator(1))
+    result = cli_meta.judged(args, data, model.requires_grad_(False), report)
+    monkeypatch.setattr(cli_meta, "save_figure", lambda figure, path: kept.append(figure))
+    cli_meta.draw(tmp_path / "a.png", result, data, model)
+    drawn = [x for points in kept[0].axes[0].collections for x in points.get_offsets().tolist()]
+    table = model.contexts[:, 0].double()
+    ours = torch.cat([table, torch.tensor(result["new_contexts"])[:, 0]]) - table.mean()
+    assert sorted(abs(x) for x, _ in drawn) == pytest.approx(sorted(ours.abs().tolist()))
+    assert all(y == 0 for _, y in drawn)
+    plt.close(kept[0])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, capsys, monkeypatch):
     whole = go(tmp_path / "a")
     with interrupted(2), pytest.raises(SystemExit):
         go(tmp_path / "b")
     assert f"mbrl meta --resume {tmp_path / 'b'}`" in capsys.readouterr().out
-    main(["meta", "--resume", str(tmp_path / "b"), "--quiet"])
+    monkeypatch.chdir(tmp_path)
+    main(["meta", "--resume", "b", "--out", "b", "--quiet"])
     again = json.loads((tmp_path / "b" / "result.json").read_text())
     assert timeless(again) == timeless(whole)
 
@@ -174,8 +197,17 @@ def test_a_model_that_knows_nothing_stays_at_the_start_or_at_the_mean():
     waves = [series.from_arrays(stack(still)), series.from_arrays(stack(away, short), lengths=[4, 2])]
     known = [series.from_arrays(np.full((2, 1), x)) for x in (9.0, 0.5)]  # the data's means
     found = cli_meta.nulls(series.mixed(waves, "x", {}), series.mixed(known, "y", {}))
-    cut = (0.5**2 / 1 + 3.5**2 / 16) / 2  # both to the one transition of the shorter
-    assert found.tolist() == pytest.approx([2.0**2 / 11, cut], rel=1e-6)
+    mean = ((0.5**2 + 1.5**2 + 0.5**2) / 3 + 3.5**2 / 16) / 2  # each episode to its end
+    assert found.tolist() == pytest.approx([2.0**2 / 11, mean], rel=1e-6)
+
+
+def test_a_column_is_a_number_only_where_it_is_one(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(read, "read_series", lambda path, *names, dt: given.append(names) or 1 / 0)
+    args = cli_meta.Meta(data=(tmp_path / "a.npy",), seed=0, columns=("1", "-1", "--1", "\u00b2"), inputs=("x",))
+    with pytest.raises(ZeroDivisionError):
+        cli_meta.load(args)
+    assert given == [([1, -1, "--1", "\u00b2"], ["x"])]
 
 
 def test_files_of_one_name_are_told_apart(tmp_path):
@@ -219,6 +251,9 @@ def test_families_are_counted_and_their_errors_averaged():
         (["--families", "harmonic", "--experts", "0"], "--experts 0: expected at least 1"),
         (["--families", "harmonic", "--threads", "-1"], "--threads -1"),
         (["--families", "harmonic,harmonic"], "--families harmonic harmonic: expected each once"),
+        (["--families", "driven,driven-pendulum"], "a set holds what is named beside it; expected each family once"),
+        (["--families", "harmonic", "--seed", str(2**70)], f"--seed {2**70}: expected 0 to 2^62"),
+        (["--families", "harmonic", "--seed", "-1"], "--seed -1: expected 0 to 2^62"),
         (["--families", "harmonic", "--steps", "9"], "--steps: not for harmonic"),
         (["--families", "harmonic", "--fit.warm", "6"], "--fit.outer 6: systems change places after the first 6"),
         (
@@ -300,13 +335,25 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path, capsys, words, says):
     assert says in said(capsys)
 
 
+def test_a_mixture_does_not_go_on_as_a_meta_learner(tmp_path, capsys):
+    with interrupted(1), pytest.raises(SystemExit):
+        go(tmp_path / "a", learner="mixer", settings=["--dynamics.expert.main", "8"])
+    with pytest.raises(SystemExit):
+        main(["meta", "--resume", str(tmp_path / "a"), "--quiet", "dynamics:meta-learner"])
+    assert "not by dynamics: meta-learner (its own is mixer)" in said(capsys)
+
+
 def test_the_table_says_who_serves_new_systems(capsys):
     result = {"families": None, "learner": "mixer", "labels": ["a:0", "b:1"], "errors": [0.1, 0.2], "nulls": [0.5, 0.6],
               "assigned": [0, 1], "purity": None, "experts": 3, "parameters": 7, "fit_s": 1.0,
               "new_labels": ["a:0", "c:1"], "new_errors": [0.3, 0.4], "new_nulls": [0.7, 0.8],
-              "new_assigned": [2, 1]}  # fmt: skip
+              "new_assigned": [2, 1], "steps": [8, 57]}  # fmt: skip
     cli_meta.tell(result)
-    lines = capsys.readouterr().out.splitlines()
+    cli_meta.tell(result | {"steps": [24, 24]})
+    text = capsys.readouterr().out
+    assert "of 8 to 57 steps each" in " ".join(text.split())
+    assert "of 24 steps each" in " ".join(text.split())
+    lines = text.splitlines()
     row = lambda name: [x.strip() for x in next(x for x in lines if x.startswith(f"│ {name}")).split("│")[1:-1]]
     assert row("a") == ["a", "1", "0 (new: 2)", "0.1", "0.3", "0.5"]
     assert row("b") == ["b", "1", "1", "0.2", "-", "0.6"]

@@ -104,6 +104,8 @@ def test_memory_is_accounted_for():
     assert [m["transitions"] for m in found.memory] == [320, 640, 960]
     trunk = 3 * 24 + 24 + 24 * 24 + 24
     assert sizes["ewc"].memory()["extra"] == sizes["si"].memory()["extra"] == 2 * trunk
+    whole = Ewc(HeadsConfig((24, 24), shared=True)).begin(SPEC, 3, gen()).memory()
+    assert whole["extra"] == 2 * whole["parameters"]
     student, _ = course(STUDENTS["hyper-weighed"], Budget(updates=2, batch=8))
     assert student.memory()["extra"] == 3 * student.model.size
 
@@ -161,6 +163,20 @@ def test_the_importance_of_si_is_the_fall_of_the_loss_along_the_way():
         torch.testing.assert_close(student.pull[k], x)
 
 
+@pytest.mark.parametrize("config", [Ewc(NET, 1e6, 20), Si(NET, 1e6)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_head_is_held_where_all_tasks_share_it(config, shared):
+    student = replace(config, learner=replace(NET, shared=shared, gaussian=True)).begin(SPEC, 2, gen(1))
+    budget, g, moved = Budget(updates=30, batch=32, lr=5e-3), gen(3), {}
+    student.learn(0, TRAIN[0], budget, g)
+    before = {k: p.detach().clone() for k, p in student.model.named_parameters()}
+    student.learn(1, TRAIN[1], budget, g)
+    for k, p in student.model.named_parameters():
+        moved.setdefault(k.partition(".")[0], []).append((p.detach() - before[k]).abs().mean().item())
+    still = {k: max(x) < 0.01 for k, x in moved.items()}
+    assert still == {"trunk": True, "heads": shared, "bounds": shared}
+
+
 def test_strength_zero_is_fine_tuning():
     _, plain = course(STUDENTS["finetune"], tasks=2)
     for config in (Ewc(NET, 0.0, 5), Si(NET, 0.0)):
@@ -213,6 +229,10 @@ def test_errors_are_normalised_by_dimension():
     assert many == pytest.approx(0.01 / obs.var(correction=0).item() / 2, rel=1e-4)
     assert np.isnan(errors(Truth(1.0), none, TEST[0], horizon=41)[1])  # no episode is that long
     assert errors(Truth(1.0), none, TEST[0], horizon=40)[1] < 1e-10
+    gap = torch.arange(len(TEST[0])) % 40 == 20  # in each episode a step without its successor
+    holed = replace(TEST[0], paired=~gap, next_obs=torch.where(gap[:, None], TEST[0].obs, TEST[0].next_obs))
+    assert errors(Truth(1.0), none, holed, horizon=20) == pytest.approx((0.0, 0.0), abs=1e-10)
+    assert np.isnan(errors(Truth(1.0), none, holed, horizon=21)[1])  # no stretch is that long
 
 
 def test_the_summary_of_a_known_matrix():
@@ -267,6 +287,13 @@ def test_a_hypernetworks_own_rate_stands_for_the_budgets():
     heads = [course(config, Budget(updates=3, batch=8, lr=lr), tasks=1)[0].model.head for config, lr in runs]
     assert not torch.equal(heads[1], heads[2])
     torch.testing.assert_close(heads[1], heads[0], rtol=1e-2, atol=1e-4)  # contexts keep the budget's
+
+
+@pytest.mark.parametrize(("lr", "moved"), [(1e-3, 1e-2), (5e-2, 5e-2)])
+def test_embeddings_learn_at_the_larger_of_the_two_rates(lr, moved):
+    before = HYPER.begin(SPEC, 1, gen(1)).model.contexts.detach()
+    after = course(HYPER, Budget(updates=1, batch=8, lr=lr), tasks=1)[0].model.contexts.detach()
+    torch.testing.assert_close((after - before).abs(), torch.full_like(before, moved), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", STUDENTS)

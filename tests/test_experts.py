@@ -1,9 +1,12 @@
 """Experts: the chosen one is the learner itself; shifts are found, old tasks come back to their expert."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mbrl.core import Segment, Spec, StepInput
+from mbrl.core import Diverged, Segment, Spec, StepInput
 from mbrl.dynamics.experts import ExpertsConfig, Tame, TameConfig, alignment, fit_stream, select
 from mbrl.dynamics.plrnn import PlrnnConfig, Shallow
 from mbrl.dynamics.single import SingleConfig
@@ -131,6 +134,66 @@ def test_a_stream_that_does_not_change_needs_one_expert():
     assert report.errors[-1] < 0.1 * report.errors[0]
 
 
+def test_batches_that_are_not_finite_are_left_out():
+    """At the beginning, before the window is full, and after."""
+    batches, clean = stream([1.0], 44), stream([1.0], 44)
+    for at, value in ((0, torch.nan), (1, torch.inf), (9, torch.nan), (30, torch.inf), (43, torch.nan)):
+        batches[at][0].obs[0, at % 2] = value
+    model, plain = build(), build()
+    report = fit_stream(model, batches, QUICK, gen(1))
+    left = [i for i, e in enumerate(report.errors) if math.isnan(e)]
+    assert left == [0, 1, 9, 30, 43]
+    want = fit_stream(plain, [x for i, x in enumerate(clean) if i not in left], QUICK, gen(1))
+    assert [e for i, e in enumerate(report.errors) if i not in left] == want.errors
+    assert report.switched == want.switched == []
+    assert len(report.chosen) == 44
+    for k, x in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[k], x, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(Diverged, match="the errors of the last 1 batches are nan"):
+        fit_stream(build(), batches[:1], QUICK, gen())
+
+
+def test_an_expert_without_a_number_for_its_error_has_an_infinite_one():
+    model, part = build(2), batch(1.0, gen())
+    tame = Tame(model, QUICK, gen())
+    tame.update(*part)
+    theta = {k: x.detach().clone() for k, x in model.theta.items()}
+    with torch.no_grad():
+        for x in model.theta.values():
+            x[0] = torch.nan
+    assert model.errors(*part).isinf().all()
+    tame.update(*part)
+    assert int(model.seen[0]) == 1  # nothing is learned from it
+    with torch.no_grad():
+        for k, x in model.theta.items():
+            x.copy_(theta[k])
+    tame.update(*part)
+    assert model.average[0].item() == tame.errors[-1] < math.inf  # it begins anew
+
+
+def test_a_gaussian_expert_stays_in_a_world_that_does_not_change():
+    """Its error is a likelihood, below 0 once it has learned."""
+    model = build(3, replace(SMALL, gaussian=True))
+    batches = [(s, torch.zeros(48, 1, model.noise_dim, dtype=torch.float64)) for s, _ in stream([1.0], 64)]
+    report = fit_stream(model, batches, QUICK, gen(0))
+    assert report.errors[-1] < 0
+    assert report.switched == []
+
+
+def test_a_trained_model_is_loaded():
+    model, fresh = build(), build()
+    fit_stream(model, stream([1.0], 3), QUICK, gen(1))
+    fresh.load_state_dict(model.state_dict())
+    assert fresh.window.shape == (4, QUICK.window)
+    part = batch(1.0, gen(5))
+    for x in (model, fresh):
+        fit_stream(x, [part], QUICK, gen(2))
+    for k, x in model.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[k], x, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(RuntimeError, match="size mismatch for window"):
+        build(3).load_state_dict(model.state_dict())
+
+
 def test_others_are_left_alone_while_one_learns():
     model = build()
     model.prepare(batch(1.0, gen())[0])
@@ -170,6 +233,12 @@ def test_a_full_house_gives_up_the_expert_that_another_explains():
     assert tame._place() in (0, 1)
     model.active.fill_(0)
     assert tame._place() == 1
+    with torch.no_grad():  # a likelihood as of Gaussians: 50 less for each
+        model.errors, errors = lambda *x: errors(*x) - 50, model.errors
+        assert tame._place() == 1
+        del model.errors
+        model.theta["net/weights/0"][2] = torch.nan  # an expert whose error is none is explained best by any other
+    assert tame._place() == 2
     tame.last.clear()
     model.seen[:] = torch.tensor([5, 9, 7])
     assert tame._place() == 2  # the active one may not go: of the others, the one that has seen least

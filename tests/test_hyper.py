@@ -187,6 +187,7 @@ VARIANTS = [
     SMALL,
     HyperConfig(hidden=(12,), hyper=(9,), mip=True, chunk=20),
     HyperConfig(hidden=(12,), hyper=(9,), gaussian=True),
+    HyperConfig(hidden=(12,), hyper=()),
 ]
 
 
@@ -297,6 +298,16 @@ def test_the_error_tells_the_task_and_gradient_descent_finds_it_again():
         e, error = infer(model, new, torch.cat([start, start + 0.1]), steps=100)
         assert error < 0.5 * errors_of(model, new, start)[0]
         torch.testing.assert_close(error, errors_of(model, new, e)[0])
+
+
+def test_a_task_without_an_error_is_not_the_one():
+    model = build()
+    model.prepare(segment(world(1.0)))
+    with torch.no_grad():
+        model.contexts[1] = torch.nan
+    found, errors = identify(model, segment(world(1.0)), 3)
+    assert errors.isnan().tolist() == [False, True, False]
+    assert found == (0 if errors[0] < errors[2] else 2)
 
 
 def test_validate_is_the_error_of_each_system_under_its_own_network():

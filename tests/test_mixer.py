@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -251,6 +252,21 @@ def test_each_cluster_gets_the_median_of_its_systems():
     errors = torch.tensor([[1.0, 9.0], [2.0, 9.0], [9.0, 9.0], [4.0, 3.0]])
     assert mixer.costs(errors, torch.tensor([0, 0, 0, 1]), 2).tolist() == [[2.0, 9.0], [4.0, 3.0]]
     assert mixer.costs(errors, torch.tensor([0, 1, 1, 0]), 2).tolist() == [[2.5, 6.0], [5.5, 9.0]]
+
+
+def test_an_expert_that_fails_on_a_cluster_is_given_to_it_only_where_it_must_be():
+    """Of all assignments, one with the fewest failures, and of these the cheapest."""
+    g, k = gen(), 4
+    for scale in (1e-6, 1.0, 1e6) * 15:
+        errors, fails = scale * torch.rand(k, k, generator=g), torch.rand(k, k, generator=g) < 0.4
+        broken = torch.where(fails, torch.tensor([torch.inf, torch.nan, torch.inf, torch.nan]), errors)
+
+        def worth(order, errors=errors, fails=fails):
+            bad = fails[range(k), order]
+            return int(bad.sum()), errors[range(k), order][~bad].double().sum().item()
+
+        got = worth(hungarian(mixer.costs(broken, torch.arange(k), k)))
+        assert got == pytest.approx(min(worth(list(x)) for x in permutations(range(k))), rel=1e-5)
 
 
 def test_the_gate_is_least_squares_of_the_one_hot_experts():

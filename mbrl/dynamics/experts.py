@@ -5,6 +5,7 @@ The detection is that of TAME (Zhu et al., CoLLAs 2022, arXiv 2210.03869), for d
 (s, a, s'), so that an expert is chosen by its error on recent transitions, and no classifier of s is needed. Any
 learner serves as the expert."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from mbrl.core import Dynamics, Prediction, Segment, Spec, StepInput, Tree, group
+from mbrl.core import Diverged, Dynamics, Prediction, Segment, Spec, StepInput, Tree, group
 from mbrl.fit import Adam
 
 State = dict[str, Tensor]
@@ -74,6 +75,13 @@ class Experts(Dynamics):
         self.register_buffer("seen", torch.zeros(k, dtype=torch.int64, device=like.device))
         self.register_buffer("average", like.new_full((k,), torch.nan))
         self.register_buffer("window", like.new_full((k, 1), torch.nan))
+
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *rest: Any) -> None:
+        """A window of whatever length."""
+        kept = state_dict.get(f"{prefix}window")
+        if kept is not None and kept.ndim == 2:
+            self.window = self.window.new_full((self.config.most, kept.shape[1]), torch.nan)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def stacked(self) -> State:
         """Every parameter and buffer of the experts, [K, ...], by its name in one expert."""
@@ -174,12 +182,13 @@ class Experts(Dynamics):
 
     @torch.no_grad()
     def errors(self, segment: Segment, noise: Tensor) -> Tensor:
-        """[K]: the error of every expert on the same transitions; infinite for one that is not alive."""
+        """[K]: the error of every expert on the same transitions; infinite for one that is not alive, and where it is
+        not a number."""
         k = self.config.most
         wide = pytree.tree_map(lambda x: x.repeat(k, *[1] * (x.ndim - 1)), (segment[:-1], noise))
         parts = Segment._make((*wide[0], torch.arange(k, device=segment.obs.device)))
         found = self._losses(self.stacked(), parts, wide[1])
-        return torch.where(self.alive, found, torch.inf)
+        return torch.where(self.alive & ~found.isnan(), found, torch.inf)
 
     def _trained(self, segment: Segment) -> Tensor:
         return segment.system if self.spec.systems > 1 else self.active.expand(len(segment.system))
@@ -224,15 +233,16 @@ class Experts(Dynamics):
 @dataclass(frozen=True)
 class TameConfig:
     """`average`: the share of a new error in the moving average. An expert's threshold is the mean of its window plus
-    `sigmas` times its standard deviation, which counts as at least `floor` of the mean; it stays while the expert is
-    not active. Where the error still falls (the newer half's mean lies by more than `falling` of the whole's below the
-    older half's) the newer half is the window: the older one would widen the range. An expert whose window is not full
-    is not suspected. A batch whose own error is above the threshold is not learned from; a shift is where the
-    moving average is above it, too. Then the first expert takes over for whom the batch's error is usual.
+    `sigmas` times its standard deviation, which counts as at least `floor` of the mean's size (a likelihood may be
+    below 0); it stays while the expert is not active. Where the error still falls (the newer half's mean lies by more
+    than `falling` of the whole's size below the older half's) the newer half is the window: the older one would widen
+    the range. An expert whose window is not full is not suspected. A batch whose own error is above the threshold, or
+    not finite, is not learned from; a shift is where the moving average is above it, too. Then the first expert takes
+    over for whom the batch's error is usual.
 
     `agree`: with all `most` experts alive, a new one takes the place of the one that another explains best, where that
-    costs less than this factor of its own error on its last batch, else of the one that has seen least. `steps`:
-    updates a batch."""
+    adds to its error on its last batch less than `agree` - 1 of its size, else of the one that has seen least.
+    `steps`: updates a batch."""
 
     window: int = 50
     average: float = 0.2
@@ -247,7 +257,7 @@ class TameConfig:
 @dataclass(frozen=True)
 class TameReport:
     chosen: list[int]  # [batch]: the expert that was active after it
-    errors: list[float]  # [batch]: of the expert that was active when it came, before it learned from it
+    errors: list[float]  # [batch]: of the expert that was active when it came, before it learned from it; nan: left out
     begun: list[int]  # the batches at which an expert began
     switched: list[int]  # the batches at which another took over, a new one or an earlier one
     seconds: float
@@ -260,8 +270,8 @@ def fit_stream(
     generator: torch.Generator,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TameReport:
-    """Learns from batches (segment, noise) as they come, each seen once, in place. Raises ValueError for an empty
-    stream."""
+    """Learns from batches (segment, noise) as they come, each seen once, in place; those that are not finite are left
+    out. Raises ValueError for an empty stream, Diverged where no error of the last window is finite."""
     tame, began = Tame(model, config, generator), time.perf_counter()
     for i, (segment, noise) in enumerate(batches):
         tame.update(segment, noise)
@@ -269,6 +279,11 @@ def fit_stream(
             progress(i, {"error": tame.errors[-1], "active": float(tame.chosen[-1])})
     if not tame.chosen:
         raise ValueError("fit_stream: the stream holds no batch")
+    if not any(map(math.isfinite, tame.errors[-config.window :])):
+        raise Diverged(
+            f"fit_stream: the errors of the last {min(len(tame.errors), config.window)} batches are {tame.errors[-1]}; "
+            "expected finite data, or try a smaller lr"
+        )
     return TameReport(tame.chosen, tame.errors, tame.begun, tame.switched, time.perf_counter() - began)
 
 
@@ -298,13 +313,13 @@ class Tame:
         """[K]: of the windows as they are; infinite for one that is empty."""
         w = self.model.window
         older, newer = w.chunk(2, 1)
-        falls = older.mean(1) - newer.mean(1) > self.config.falling * w.mean(1)  # False where it is not full
+        falls = older.mean(1) - newer.mean(1) > self.config.falling * w.mean(1).abs()  # False where it is not full
         w = torch.where(falls[:, None] & (torch.arange(w.shape[1], device=w.device) < older.shape[1]), torch.nan, w)
         there = ~w.isnan()
         n = there.sum(1).clamp(min=1)
         mean = w.nan_to_num().sum(1) / n
         std = ((w - mean[:, None]).nan_to_num().square().sum(1) / n).sqrt()
-        out = mean + self.config.sigmas * torch.maximum(std, self.config.floor * mean)
+        out = mean + self.config.sigmas * torch.maximum(std, self.config.floor * mean.abs())
         return torch.where(there.any(1), out, torch.inf)
 
     def full(self, k: int) -> bool:
@@ -313,11 +328,15 @@ class Tame:
     def update(self, segment: Segment, noise: Tensor) -> int:
         """Who is active after this batch."""
         model, now = self.model, len(self.chosen)
-        if now == 0 and int(model.seen.sum()) == 0:
+        if not all(bool(x.isfinite().all()) for x in (segment.obs, segment.act, segment.reward)):
+            self.errors.append(math.nan)
+            self.chosen.append(int(model.active))
+            return self.chosen[-1]
+        if int(model.seen.sum()) == 0:
             model.prepare(segment)
         errors = model.errors(segment, noise)
         a = self.config.average
-        model.average.copy_(torch.where(model.average.isnan(), errors, (1 - a) * model.average + a * errors))
+        model.average.copy_(torch.where(model.average.isfinite(), (1 - a) * model.average + a * errors, errors))
         active, limits = int(model.active), self.thresholds()
         self.errors.append(errors[active].item())
         if self.full(active) and bool(torch.minimum(model.average, errors)[active] > limits[active]):
@@ -335,7 +354,7 @@ class Tame:
             errors, limits = model.errors(segment, noise), self.thresholds()
             model.average[active] = errors[active]
         usual = not self.full(active) or bool(errors[active] <= limits[active])
-        if usual:
+        if usual and bool(errors[active].isfinite()):
             self._learn(active, segment, noise)
             w = model.window[active]
             model.window[active] = torch.cat([w[1:], errors[active][None]])
@@ -354,9 +373,10 @@ class Tame:
             if k == int(model.active):
                 continue
             errors = model.errors(segment, noise)
-            own, others = errors[k].item(), torch.cat([errors[:k], errors[k + 1 :]]).min().item()
-            if others < self.config.agree * own and others / max(own, 1e-30) < best:
-                worst, best = k, others / max(own, 1e-30)
+            own, others = min(errors[k].item(), 1e30), torch.cat([errors[:k], errors[k + 1 :]]).min().item()
+            cost = (others - own) / max(abs(own), 1e-30)
+            if cost < min(self.config.agree - 1, best):
+                worst, best = k, cost
         if worst >= 0:
             return worst
         seen = model.seen.clone()
@@ -374,7 +394,7 @@ class Tame:
 
 def select(model: Experts, segment: Segment, noise: Tensor) -> int:
     """The expert with the least error on recent transitions; it becomes the active one."""
-    best = int(model.errors(segment, noise).nan_to_num(torch.inf).argmin())
+    best = int(model.errors(segment, noise).argmin())
     model.active.fill_(best)
     return best
 

@@ -28,8 +28,8 @@ BOUNDS = (0.5, -10.0)  # of the log-variance, upper and lower, as they begin
 
 @dataclass(frozen=True)
 class HyperConfig:
-    """`hidden` is the generated network's, `hyper` the hypernetwork's. Embeddings have the width of the data's contexts
-    or, where these have none, `embedding`.
+    """`hidden` is the generated network's, `hyper` the hypernetwork's; without any it is linear. Embeddings have the
+    width of the data's contexts or, where these have none, `embedding`.
 
     chunk: None has one linear head for each generated tensor; a number generates so many parameters at a time from one
     head, which is told by a learned embedding of that chunk which they are. `mip`: the magnitude-invariant
@@ -357,8 +357,9 @@ def _anchor(
             g.addmm_(part, slope)
         back = slope @ at["head"].T
     rest = [k for k in at if k not in ("head", "own")]
-    for k, pull in zip(rest, torch.autograd.grad(x, [at[k] for k in rest], back), strict=True):
-        grads[k].add_(pull)
+    if rest:  # none where the hypernetwork is linear
+        for k, pull in zip(rest, torch.autograd.grad(x, [at[k] for k in rest], back), strict=True):
+            grads[k].add_(pull)
     return total
 
 
@@ -392,7 +393,7 @@ def errors_of(model: Hyper, segment: Segment, contexts: Tensor) -> Tensor:
 def identify(model: Hyper, segment: Segment, tasks: int) -> tuple[int, Tensor]:
     """Which of the first `tasks` tasks the transitions are of, by the least error; and the errors [tasks]."""
     errors = errors_of(model, segment, model.contexts[:tasks])
-    return int(errors.argmin()), errors
+    return int(errors.nan_to_num(torch.inf).argmin()), errors
 
 
 def infer(model: Hyper, segment: Segment, starts: Tensor, steps: int = 200, lr: float = 0.05) -> tuple[Tensor, Tensor]:

@@ -488,8 +488,11 @@ def scattered(contexts: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def costs(errors: Tensor, label: Tensor, k: int) -> Tensor:
-    """errors [systems, E] of every expert -> [K, E]: the median over each cluster's systems."""
-    return torch.stack([errors[label == i].quantile(0.5, dim=0) for i in range(k)])
+    """errors [systems, E] of every expert -> [K, E], double: the median over each cluster's systems; one that is not
+    finite is worse than any choice of those that are."""
+    cost = torch.stack([errors[label == i].quantile(0.5, dim=0) for i in range(k)]).double()
+    some = cost.isfinite()
+    return torch.where(some, cost, (k + 1) * torch.where(some, cost, 0.0).max())
 
 
 def greedy(cost: Tensor) -> list[int]:
@@ -870,7 +873,7 @@ class _Fit:
             return
         errors = every_error(model, segment)
         cost = costs(errors * self.weight[:, None], found.label, k)
-        order = (hungarian if config.assign == "hungarian" else greedy)(cost.nan_to_num(nan=1e30, posinf=1e30))
+        order = (hungarian if config.assign == "hungarian" else greedy)(cost)
         if config.solve == "nearest":
             gate = nearest_gate(found.centre, order)
         else:
