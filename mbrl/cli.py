@@ -84,7 +84,7 @@ def run_info(args: Info) -> None:
     console.print(datasets.info(data))
     path = args.figure or Path(f"{data.name.replace('/', '_').replace(':', '_')}.png")
     datasets.draw(data, path)
-    console.print(f"figure: {path}")
+    console.print(f"figure: {path}", **PLAIN)
 
 
 def run_scores(args: Scores) -> None:
@@ -110,7 +110,7 @@ def run_collect(args: Any) -> None:
 
     with Run(Path(".")) as bar:  # only its progress display
         path = collect.collect(args, progress=lambda step, total, values: bar.progress("collect", step, total, values))
-    console.print(f"wrote {path}; look at it with `mbrl data info {path}`")
+    console.print(f"wrote {path}; look at it with `mbrl data info {path}`", **PLAIN)
 
 
 def run_demo(args: Demo) -> Run:

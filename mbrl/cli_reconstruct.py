@@ -105,7 +105,7 @@ def load(args: Reconstruct) -> tuple[Dataset, Dataset, Any]:
         system = systems.system(name)
         make = lambda seed, noise: systems.trajectory(system, args.steps, seed, dt=args.dt, noise=noise)
         return make(0, args.noise), make(1, 0.0), system
-    number = lambda names: [int(x) if x.lstrip("-").isdigit() else x for x in names] or None
+    number = lambda names: [int(x) if x.lstrip("-").isdecimal() else x for x in names] or None
     read = lambda path: series.read_series(path, number(args.columns), number(args.inputs), dt=args.dt)
     data = read(args.data)
     if args.test is None:
