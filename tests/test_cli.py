@@ -17,10 +17,11 @@ import torch
 from mbrl_envs import datasets as worlds
 from mbrl_envs import tasks
 
-from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
+from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, cli_suite, mpc, offline, suite
 from mbrl.core import Spec
+from mbrl.fit import FitConfig
 from mbrl.planner import OVER
-from mbrl.run import Run, RunError, git_hash
+from mbrl.run import Run, RunError, git_hash, to_plain
 from mbrl.terminal import TerminalConfig, TerminalHead
 
 SMALL = (
@@ -373,6 +374,62 @@ def test_a_suite_does_not_report_runs_with_other_settings(pendulum, tmp_path, ca
     with pytest.raises(SystemExit):
         cli.main([*args, "30"])
     assert "holds a run with other settings (algorithm)" in capsys.readouterr().out.replace("\n", " ")
+
+
+def in_folder(folder, cell, sha256="a" * 64):
+    """A run of these settings and data, as far as a suite looks at it."""
+    folder.mkdir(parents=True)
+    plain = to_plain(replace(cell, dataset="data", out=None, models=None))
+    (folder / "config.json").write_text(json.dumps({"arguments": plain, "data": {"sha256": sha256}}))
+
+
+@pytest.mark.parametrize("change", [
+    {"algorithm": offline.MOPO}, {"seeds": (2,)}, {"episodes": 3}, {"scale": "hopper-medium-v2"},
+    {"fitting": FitConfig(lr=1.0)}, {"dynamics": offline.EnsembleConfig(members=3)},
+])  # fmt: skip
+def test_a_suite_compares_every_setting_of_a_run_that_is_there(change, tmp_path):
+    cell = cli_offline.Offline(dataset="data", seeds=(1,), algorithm=offline.BC)
+    in_folder(tmp_path / "run", cell)
+    other = lambda cell: cli_suite._other(cell, tmp_path / "run", lambda: "a" * 64)
+    assert other(cell) is None
+    assert other(replace(cell, **change)) == f"other settings ({next(iter(change))})"
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_suite_does_not_take_other_data_for_its_own(bare, pendulum, tmp_path):
+    """Two files of one name, say, one after the other: with settings beside the result, or without."""
+    cell = cli_offline.Offline(dataset=str(pendulum), seeds=(1,), algorithm=offline.BC)
+    folder, own = tmp_path / "run", worlds.load(str(pendulum)).sha256
+    for sha256, want in ((own, []), ("a" * 64, [f"other data (aaaaaaaaaaaa, {pendulum} is {own[:12]})"])):
+        shutil.rmtree(folder, ignore_errors=True)
+        in_folder(folder, cell, sha256)
+        if bare:
+            (folder / "config.json").unlink()
+        (folder / "result.json").write_text(json.dumps({"sha256": sha256, "updates": cell.algorithm.updates}))
+        words = "{}: holds a run with {}; name another --out, or remove that folder"
+        assert cli_suite._run_group([(cell, folder)]) == [words.format(folder, x) for x in want]
+
+
+def test_a_suite_calls_an_id_by_the_whole_of_it():
+    names = {f"minari:mujoco/{x}/medium-v0": f"minari_mujoco_{x}_medium-v0" for x in ("hopper", "walker2d")}
+    names |= {"a/x.hdf5": "x", "hopper-medium-v2": "hopper-medium-v2", "embedded:hopper": "embedded_hopper"}
+    assert {x: cli_suite._stem(x) for x in names} == names
+
+
+def test_a_suite_counts_a_seed_once_and_says_so(tmp_path, capsys, monkeypatch):
+    """That of the run that was asked for, where there are several."""
+    monkeypatch.setattr(suite, "aggregate", lambda scores: {})
+    for name, scores in (("1", [10.0]), ("1-2", [20.0, 30.0])):
+        folder = tmp_path / "data/bc" / name
+        folder.mkdir(parents=True)
+        row = {"seeds": [int(s) for s in name.split("-")], "score_last10": scores, "updates": 1}
+        (folder / "result.json").write_text(json.dumps(row))
+    for seeds, want in (((1,), [10.0, 30.0]), ((1, 2), [20.0, 30.0])):
+        args = cli_suite.Suite(("data",), ("bc",), seeds, tmp_path, together=True, report=True)
+        assert cli_suite.run_suite(args)["scores"] == {"bc": {"data": want}}
+        asked, other = "-".join(map(str, seeds)), {(1,): "1-2", (1, 2): "1"}[seeds]
+        words = f"seed 1 of {tmp_path / 'data/bc'}: counted once, as in {asked}, not as in {other}"
+        assert words in capsys.readouterr().out
 
 
 def test_list_names_everything(capsys):
