@@ -71,6 +71,15 @@ def test_one_process_at_a_time_writes_in_a_folder(tmp_path):
     Run.resumed(run.folder, "meta", 0).close()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="the device is there")
+def test_a_run_of_a_device_that_is_not_here_is_not_gone_on_with(tmp_path):
+    """And is not offered another one, which draws other numbers."""
+    local = {"threads": 1, "device": "cuda:7"}
+    Run.create(tmp_path / "run", {"arguments": {"_type": "Meta"}}, local, quiet=True).close()
+    with pytest.raises(RunError, match=r"was begun on cuda:7, which is not here; .* begin another run"):
+        Run.resumed(tmp_path / "run", "meta", 0)
+
+
 def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
