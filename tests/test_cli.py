@@ -365,6 +365,87 @@ def test_a_start_of_another_shape_leaves_no_folder(finished, pendulum, tmp_path,
     assert not out.exists()
 
 
+LITTLE = replace(offline.MOPO, agent=replace(offline.MOPO.agent, hidden=(8,)))
+
+
+def begun(monkeypatch, **options):
+    """A run as it stands before anything is learned. Returns its folder, and a function that goes on with it that far:
+    options -> the settings and the world that it would learn by."""
+    seen = []
+    told = lambda args, run, data, world: (seen.append((args, world)), run.close(), run)[-1]
+    monkeypatch.setattr(cli_offline, "_train", told)
+    run = cli_offline.run_offline(cli_offline.Offline(seeds=(1,), algorithm=LITTLE, quiet=True, **options))
+    again = lambda **kw: (cli_offline.run_offline(cli_offline.Offline(resume=run.folder, quiet=True, **kw)), seen[-1])[
+        1
+    ]
+    return run.folder, again
+
+
+def test_another_environment_to_go_on_in_changes_nothing_that_is_learned(pendulum, tmp_path, monkeypatch):
+    task = tasks.task("Pendulum-v1")
+    monkeypatch.setattr(tasks, "task", lambda env, obs: {"Pendulum-v1": task}[env])
+    _, again = begun(monkeypatch, dataset=str(pendulum), out=tmp_path / "run", reward="task")
+    own = again()[1]
+    assert own.env == "Pendulum-v1"
+    without = again(env="none")[1]
+    assert (without.env, without.evaluate) == (None, None)
+    for world in (own, without):
+        assert (world.terminal, world.reward) == (task.terminal, task.reward)
+
+
+def test_a_plan_needs_an_environment_when_a_run_goes_on_too(pendulum, tmp_path, monkeypatch):
+    _, again = begun(monkeypatch, dataset=str(pendulum), out=tmp_path / "run", plan=True)
+    with pytest.raises(ValueError, match="no environment to plan in"):
+        again(env="none")
+
+
+def a_start(folder, config=LITTLE.agent):
+    """A run folder with a policy to start from, and that policy's state."""
+    agent = config.build(Spec(3, 1), torch.Generator().manual_seed(3))
+    if config.normalize:
+        agent.set_normalizer(torch.ones(3), torch.full((3,), 2.0))
+    with Run.create(folder, {}, {}, quiet=True) as run:
+        run.save("agent", agent.state_dict(), {})
+    return agent.state_dict()
+
+
+def test_a_start_is_found_from_anywhere_and_read_once(pendulum, tmp_path, monkeypatch):
+    state, taken = a_start(tmp_path / "first"), []
+
+    def train(*args, start, **kw):
+        taken.append(start)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offline, "train", train)
+    monkeypatch.chdir(tmp_path)
+    learn = cli_offline._train
+    folder, again = begun(monkeypatch, dataset=str(pendulum), out=tmp_path / "run", start=Path("first"), env="none")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert again(start=Path("../first"))[0].start == again()[0].start == (tmp_path / "first").resolve()
+    monkeypatch.setattr(cli_offline, "_train", learn)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert all(torch.equal(v, taken[0][k]) for k, v in state.items())
+    shutil.rmtree(tmp_path / "first")
+    Run.open(folder).save("policy.partial", state, {})
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert taken[1] is None
+
+
+def test_a_start_that_standardises_observations_asks_for_the_same(pendulum, tmp_path):
+    raw = replace(LITTLE.agent, normalize=False)
+    a_start(tmp_path / "standard")
+    want = {k: v.clone() for k, v in a_start(tmp_path / "raw", raw).items()}
+    data = worlds.load(str(pendulum))
+    args = cli_offline.Offline(seeds=(1,), algorithm=replace(LITTLE, agent=raw))
+    with pytest.raises(RunError, match=r"reads standardised observations, .* pass --algorithm\.agent\.normalize"):
+        cli_offline._start(tmp_path / "standard", args, data)
+    assert torch.equal(cli_offline._start(tmp_path / "raw", args, data)["actor"], want["actor"])
+    assert cli_offline._start(tmp_path / "standard", replace(args, algorithm=LITTLE), data)
+
+
 def test_a_suite_does_not_report_runs_with_other_settings(pendulum, tmp_path, capsys):
     args = ["suite", "--datasets", str(pendulum), "--algorithms", "bc", "--seeds", "1", "--out", str(tmp_path / "s")]
     args += ["--episodes", "1", "--scale", "hopper-medium-v2", "--updates"]
