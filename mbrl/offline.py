@@ -7,12 +7,13 @@ Environments stay outside: termination, reward and evaluation come in as functio
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -280,14 +281,19 @@ class Result:
 
 def digest(*parts: Any) -> str:
     """Twelve hexadecimal digits that name what was fitted: the same data, settings and seed, the same name. A setting
-    that came later (`added` in its field's metadata) is left out while it holds its default, so that names stay."""
+    that came later (`added` in its field's metadata) is left out while it holds its default, so that names stay. Of
+    settings within settings the type is told where an earlier one that may stand there has the same fields."""
+    fields_of = lambda cls: [(f.name, f.type) for f in dataclasses.fields(cls)]
 
-    def plain(x: Any) -> Any:
+    def plain(x: Any, hint: Any = None) -> Any:
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             kept = (
                 f for f in dataclasses.fields(x) if not (f.metadata.get("added") and getattr(x, f.name) == f.default)
             )
-            return {f.name: plain(getattr(x, f.name)) for f in kept}
+            earlier = itertools.takewhile(lambda t: t is not type(x), get_args(hint))
+            alike = any(dataclasses.is_dataclass(t) and fields_of(t) == fields_of(x) for t in earlier)
+            told = {"_": type(x).__name__} if alike else {}
+            return {f.name: plain(getattr(x, f.name), f.type) for f in kept} | told
         if isinstance(x, list | tuple):
             return [plain(y) for y in x]
         return {k: plain(y) for k, y in x.items()} if isinstance(x, Mapping) else x

@@ -11,9 +11,12 @@ from worlds import Constant, Line, Memory, earned, line_data, never
 from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput
 from mbrl.data import Transitions, joined
+from mbrl.dynamics.mixer import Coda, Geps, MixerConfig
+from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
 from mbrl.offline import Imagination, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig, local_lipschitz, value_aware_error
+from mbrl.solvers import RK4, Tsit5
 
 SMALL = SacConfig(hidden=(32, 32), actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3)
 
@@ -502,3 +505,11 @@ def test_a_setting_that_came_later_leaves_the_names_of_what_was_fitted(name, wan
         other = replace(preset, agent=replace(preset.agent, robust=0.1))
         assert offline.digest(other, *parts) != want
     assert offline.digest(replace(preset, batch=7), *parts) != want
+
+
+def test_settings_within_settings_are_told_by_their_type_where_others_look_the_same():
+    learners = [OdeConfig(solver=x(2)) for x in (RK4, Tsit5)] + [MixerConfig(x((8,))) for x in (Coda, Geps)]
+    assert len({offline.digest(x) for x in learners}) == len(learners)
+    first = {"hidden": [100, 100], "activation": "tanh", "solver": {"substeps": 2}, "alpha": 0.0, "local": None}
+    first |= {"reward": False, "reward_hidden": [100, 100], "_": "OdeConfig"}
+    assert offline.digest(learners[0]) == offline.digest(first), "what stands there first keeps its name"
