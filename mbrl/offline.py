@@ -362,6 +362,8 @@ def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Rec
     if kept := record.load(name):
         return restored(kept[0], data.spec, config).to(data.obs.device)
     head = fit_terminal(data, config, devices.generator(seed + 2, data.obs.device))
+    figures = {"endings": float(head.endings), "accuracy": float(head.accuracy)}
+    tell(record, "terminal", config.steps, config.steps, {k: v for k, v in figures.items() if not math.isnan(v)})
     record.save(name, head.state_dict(), {})
     return head
 

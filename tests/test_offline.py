@@ -453,6 +453,14 @@ def test_a_policy_to_start_from_is_trained_on():
     assert again.updates == 100
 
 
+def test_what_a_termination_was_learned_from_is_logged():
+    memory, data = Memory(), line_data()
+    data = replace(data, terminal=data.next_obs[:, 0] > 1.0)
+    head = offline.learn_terminal(data, offline.TerminalConfig(steps=5), 0, memory)
+    want = {"endings": float(data.terminal.sum()), "accuracy": float(head.accuracy)}
+    assert memory.lines == [("terminal", 5, want)]
+
+
 def test_a_cut_is_not_paid_for():
     """Where life costs, an end without a value is a gift: a cut goes on at the given value, a task's end does not."""
     segment = segment_of([[True] * 3, [True] * 3])
