@@ -15,7 +15,7 @@ from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console, only_its_
 from mbrl.cli_control import functions
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.fit import FitConfig
+from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import OVER
 from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
@@ -164,6 +164,7 @@ def run_offline(args: Offline) -> Run:
     world = World.of(replace(args, seeds=seeds), data)
     _check_plan(replace(args, algorithm=algorithm), world)
     if algorithm.imagination is not None:
+        check_fit(args.fitting)
         try:
             offline.check_doubts(algorithm.imagination, data, args.dynamics)
         except ValueError as error:

@@ -318,6 +318,8 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
             "cloning_end=2.0 with cloning=1.5",
         ),
         (["offline", "--dataset", "embedded:pendulum", "--plan", "--env", "none"], "no environment to plan in"),
+        (["offline", "--dataset", "embedded:pendulum", "--seeds", "-11"], "got [-11], expected none below 0"),
+        (["offline", "--dataset", "embedded:pendulum", "--fitting.patience", "0"], "patience=0"),
     ],
 )
 def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The generic fit: its rules by stand-ins with scripted errors, its numbers by equality with plain torch."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -316,6 +317,16 @@ def test_longer_windows_train():
     model = SMALL.build(Spec(2, 1), gen())
     report = fit(model, linear(), FitConfig(length=3, batch=32, max_epochs=3), gen())
     assert report.train_loss[-1] < report.train_loss[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [({k: 0}, f"got {k}=0; expected at least 1") for k in ("batch", "length", "patience", "max_epochs")]
+    + [({"holdout": x}, f"holdout={x}, expected a share") for x in (-0.1, 1.5, math.nan)],
+)
+def test_settings_that_no_fit_goes_by_are_refused(bad, says):
+    with pytest.raises(ValueError, match=says):
+        fit(SMALL.build(Spec(2, 1), gen()), linear(60), FitConfig(**bad), gen())
 
 
 def test_too_little_data():

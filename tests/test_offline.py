@@ -298,6 +298,12 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
         ({"config": replace(offline.MOPO, real_ratio=1.5)}, r"share in \[0, 1\]"),
         ({"config": replace(offline.MOPO, real_ratio=0.003)}, "no row of a batch of 256 is the data's own"),
         ({"config": replace(offline.MOPO, updates=0)}, "at least 1"),
+        ({"seeds": (-11,)}, r"got \[-11\], expected none below 0"),
+        *(
+            ({"config": replace(offline.MOPO, imagination=Imagination(**{k: 0}))}, f"imagination: got {k}=0; expected")
+            for k in ("horizon", "rollouts", "every", "retain", "block", "chunk", "budget")
+        ),
+        ({"fitting": FitConfig(max_epochs=0)}, "fit: got max_epochs=0; expected at least 1"),
         ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
         ({"config": offline.MOBILE, "models": [Line()]}, "spread over the parts .* this one has 1"),
         (
@@ -364,12 +370,17 @@ def test_a_scaled_penalty_is_in_the_datas_own_units():
         assert result * data.next_obs.abs().mean() == pytest.approx(scaled.reward.std(correction=0).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [{"coefficient": -1.0}, {"samples": 0}, {"name": "bellman", "scaled": True}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"coefficient": x} for x in (-1.0, math.nan, math.inf)] + [{"samples": 0}, {"name": "bellman", "scaled": True}],
+)
 def test_a_penalty_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match="Penalty"):
         Penalty(**bad)
     with pytest.raises(ValueError, match="Truncation: then is 'stop', expected 'terminal'"):
         Truncation(then="stop")
+    with pytest.raises(ValueError, match="Truncation: threshold is nan"):
+        Truncation(threshold=math.nan)
 
 
 def test_a_budget_ends_the_rollouts_with_the_chunk_that_meets_it():
