@@ -191,10 +191,11 @@ class Rows:
         apart = torch.zeros(data.episodes, dtype=torch.bool, device=index.device)
         apart[shuffled[taken]] = True
         out = apart[episode]
-        if (
-            not out.any() or out.all()
-        ):  # one long episode, say: hold out its last windows, which no other overlaps by much
-            out = index >= index.sort().values[total - count]
+        kinds = [(len(x), len(y)) for x, y in zip(data.of_system(index[~out]), data.of_system(index[out]), strict=True)]
+        if not all(min(x) for x in kinds):  # one long episode, say: hold out its last windows, which few others overlap
+            few = lambda n: max(1, count * n // total)
+            last = [x.sort().values[len(x) - few(len(x)) :] for x in data.of_system(index) if len(x)]
+            out = torch.isin(index, torch.cat(last))
         return index[~out].to(device), index[out].to(device)
 
 

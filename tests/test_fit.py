@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from mbrl.core import Markov, Spec, StepInput
-from mbrl.data import Dataset
+from mbrl.data import Dataset, joined
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import Adam, FitConfig, Parts, Rows, fit, order, streams
 
@@ -311,6 +311,17 @@ def test_longer_windows_are_held_out_by_episode():
     train, held = Rows(one, 5, torch.zeros(1)).split(FitConfig(length=5), gen())
     assert len(held) == 119
     assert held.min() > train.max()
+
+
+def test_longer_windows_are_held_out_of_every_system():
+    """The last ones of each, where that many whole episodes are not to be had of all of them."""
+    long, short = (dataclasses.replace(linear(), starts=torch.arange(0, 601, n)) for n in (600, 30))
+    for parts in ([long, long], [long, short]):
+        data = joined(parts, mixed=True)
+        train, held = Rows(data, 5, torch.zeros(1)).split(FitConfig(length=5), gen())
+        for own, apart in zip(data.of_system(train), data.of_system(held), strict=True):
+            assert (len(own) + len(apart)) // 5 - len(apart) in (0, 1)
+            assert apart.min() > own.max()
 
 
 def test_longer_windows_train():
