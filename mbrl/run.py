@@ -271,7 +271,7 @@ class Run:
             kept = max(kept, self._json("checkpoints/shared.json")["_metrics"])
         if path.exists():
             with path.open("r+b") as file:
-                file.truncate(kept)
+                file.truncate(file.read(kept).rfind(b"\n") + 1)  # whole lines, also where the machine's fall lost some
         for old in (self.folder / "tensorboard").glob("*"):
             old.unlink()
         for line in self.metrics():

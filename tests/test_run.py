@@ -149,6 +149,20 @@ def test_numbers_logged_after_the_last_checkpoint_are_dropped(tmp_path):
     assert again.metrics()[-1] == {"stage": "policy", "step": 2, "loss": 2.0}
 
 
+def test_a_rewind_adds_nothing_to_numbers_that_were_lost(tmp_path):
+    """As where the machine fell: a checkpoint is there, and of the numbers before it the last are not."""
+    run = made(tmp_path)
+    for i in range(3):
+        run.log("policy", i, {"loss": 1.0})
+    run.save("policy.partial", {"a": torch.ones(1)}, {})
+    path = run.folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-10])
+    again = Run.open(run.folder)
+    again.rewind()
+    again.log("policy", 3, {"loss": 2.0})
+    assert [m["step"] for m in again.metrics()] == [0, 1, 3]
+
+
 def test_a_run_is_begun_once_and_then_gone_on_with_by_one_process(tmp_path):
     begin = lambda n: Run.continued(tmp_path / "run", {"n": n}, {}, quiet=True)
     with begin(1) as run:
