@@ -15,7 +15,7 @@ from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console, only_its_
 from mbrl.cli_control import functions
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.fit import FitConfig
+from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import OVER
 from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
@@ -40,7 +40,8 @@ class Offline:
     evaluate_every: int | None = None
     """Updates between evaluations, instead of the algorithm's own number."""
     env: str | None = None
-    """Evaluate in this gymnasium environment instead of the data's own; "none" for no evaluation."""
+    """Evaluate in this gymnasium environment instead of the data's own; "none" for no evaluation. Its termination holds
+    in the model, too, where it is known; but with --resume that of the run's own does."""
     episodes: int = 10
     """Episodes an evaluation."""
     scale: str | None = None
@@ -133,8 +134,9 @@ def run_offline(args: Offline) -> Run:
         source = args.dataset or run.local["source"]
         args = replace(from_plain(config["arguments"], (*KNOWN, Offline)), threads=args.threads, quiet=args.quiet)
         args = replace(args, device=run.local["device"], models=run.local["models"] and Path(run.local["models"]))
-        args = replace(args, env=given.env or args.env, scale=given.scale or args.scale)
-        own = replace(args, dataset=given.dataset, start=args.start and Path(args.start))
+        start = run.local.get("start") or args.start
+        args = replace(args, start=start and Path(start), scale=given.scale or args.scale)
+        own = replace(args, dataset=given.dataset, env=given.env)
         only_its_own(run, given, own, algorithm=offline.PRESETS, dynamics=LEARNERS)
         device = devices.pick(args.device)
         data = datasets.load(source, strict=args.strict, device=device)
@@ -143,7 +145,8 @@ def run_offline(args: Offline) -> Run:
                 f"{source}: not the data of {run.folder} ({data.sha256[:12]}, expected {config['data']['sha256'][:12]})"
             )
         run.shared = args.models
-        world = World.of(args, data)
+        world = World.of(args, data, given.env)
+        _check_plan(args, world)
         run.rewind()
         return _train(args, run, data, world)
     if args.dataset is None:
@@ -161,6 +164,7 @@ def run_offline(args: Offline) -> Run:
     world = World.of(replace(args, seeds=seeds), data)
     _check_plan(replace(args, algorithm=algorithm), world)
     if algorithm.imagination is not None:
+        check_fit(args.fitting)
         try:
             offline.check_doubts(algorithm.imagination, data, args.dynamics)
         except ValueError as error:
@@ -174,6 +178,7 @@ def run_offline(args: Offline) -> Run:
     local = {
         "source": str(Path(args.dataset).resolve()) if Path(args.dataset).exists() else args.dataset,
         "models": str(args.models.resolve()) if args.models else None,
+        "start": str(args.start.resolve()) if args.start else None,
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
@@ -203,16 +208,18 @@ class World:
     scale: tuple[float, float] | None
 
     @classmethod
-    def of(cls, args: Offline, data: Any) -> "World":
-        """Raises ValueError where the settings name what there is not, or an environment that does not fit the data."""
+    def of(cls, args: Offline, data: Any, instead: str | None = None) -> "World":
+        """instead: where a run that goes on is evaluated, if not in its own environment, whose termination and reward
+        it keeps. Raises ValueError where the settings name what there is not, or an environment that does not fit the
+        data."""
         from mbrl_envs import evaluate as worlds
 
-        env = args.env or data.env or None
-        env = None if env == "none" else env
-        reward, terminal = functions(env, data.spec.obs, args.reward) if env else (None, None)
+        own = args.env or data.env
+        own, env = (None if x in ("", "none") else x for x in (own, instead or own))
+        reward, terminal = functions(own, data.spec.obs, args.reward) if own else (None, None)
         if args.reward == "task" and reward is None:
             raise ValueError(
-                f"--reward task: no reward function is known for {env or data.name}; leave it to the learner"
+                f"--reward task: no reward function is known for {own or data.name}; leave it to the learner"
             )
         evaluate = None
         if env:
@@ -223,7 +230,8 @@ class World:
                 evaluate.open()
             except ValueError as error:
                 raise ValueError(f"{error}; or pass --env none, to learn without evaluations") from error
-        scale = scale_of(args.scale) if args.scale else scale_of(env or data.name, None if args.env else data)
+        elsewhere = instead or args.env
+        scale = scale_of(args.scale) if args.scale else scale_of(env or data.name, None if elsewhere else data)
         if args.scale and scale is None:
             raise ValueError(f"--scale {args.scale}: no reference scores are known; `mbrl data scores ID` asks for one")
         return cls(env, evaluate, terminal, reward, scale)
@@ -234,7 +242,7 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
         console.print(f"[bold]{run.folder}[/bold]  {data.name}: {len(data)} steps, {data.episodes} episodes, ", end="")
         console.print(f"mean return {data.returns.mean():.1f}; {run.config['algorithm']}, seeds {args.seeds}")
     start = None
-    if args.start is not None:
+    if args.start is not None and run.load("policy.partial") is None:  # else what it has learned since goes on
         start = _start(Path(args.start), args, data)
     began = time.perf_counter()
     with run:
@@ -347,6 +355,12 @@ def _start(path: Path, args: Offline, data: Any) -> dict[str, torch.Tensor]:
                 f"--start {path}: its policy is of another algorithm, width, data or number of seeds; expected one of "
                 f"{type(settings).__name__}, hidden {settings.hidden}, {data.spec.obs} observations, {data.spec.act} "
                 f"actions, {len(args.seeds)} seeds, with{'' if getattr(settings, 'cloning', 0) else 'out'} cloning"
+            )
+        mean, std = (kept[0][k] for k in ("obs_mean", "obs_std"))
+        if not settings.normalize and not (bool((mean == 0).all()) and bool((std == 1).all())):
+            raise RunError(
+                f"--start {path}: its policy reads standardised observations, this one would read them raw; pass "
+                "--algorithm.agent.normalize, or start from a policy that reads them raw"
             )
         return kept[0]
     from mbrl_envs import adapters

@@ -1,9 +1,10 @@
 """The command `mbrl suite`: datasets x algorithms x seeds."""
 
+import functools
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -14,7 +15,7 @@ import torch
 from rich.table import Table
 
 from mbrl import suite
-from mbrl.choices import KNOWN, Learner, console
+from mbrl.choices import KNOWN, PLAIN, Learner, console
 from mbrl.cli_offline import Offline, algorithm_named, run_offline, sized
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
@@ -95,11 +96,19 @@ def run_suite(args: Suite) -> dict[str, Any]:
         else:
             for cells in groups:
                 failures += _run_group(cells)
-    results = []
-    for path in sorted(args.out.glob("*/*/*/result.json")):
-        found = Run(path.parent).result or {}
-        results.append(found | {"algorithm": path.parent.parent.name, "dataset": path.parent.parent.parent.name})
+    results, counted, twice = [], {}, []
+    asked = {folder for cells in groups for _, folder in cells}
+    for path in sorted(args.out.glob("*/*/*/result.json"), key=lambda p: (p.parent not in asked, p)):
+        found, folder = Run(path.parent).result or {}, path.parent
+        results.append(found | {"algorithm": folder.parent.name, "dataset": folder.parent.parent.name})
+        for seed, _ in zip(found.get("seeds", ()), found.get("score_last10") or (), strict=False):
+            if (first := counted.setdefault((folder.parent, seed), folder)) != folder:
+                twice.append(
+                    f"seed {seed} of {folder.parent}: counted once, as in {first.name}, not as in {folder.name}"
+                )
     summary = _summarise(results)
+    for words in twice:
+        console.print(words, **PLAIN)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "summary.json", summary)
     for failure in failures:
@@ -110,13 +119,20 @@ def run_suite(args: Suite) -> dict[str, Any]:
 
 
 def _stem(source: str) -> str:
-    return Path(source).stem.replace("/", "_").replace(":", "_")
+    """What a dataset's column and folder are called: a file's name, or the whole of an id, whose end several share."""
+    name = source if source.startswith("minari:") else Path(source).stem
+    return name.replace("/", "_").replace(":", "_")
 
 
-def _other(cell: Offline, folder: Path) -> str | None:
-    """What of a run that lies there already is not what is asked for now. Of a bare result the updates tell."""
+def _other(cell: Offline, folder: Path, sha256: Callable[[], str]) -> str | None:
+    """What of a run that lies there already is not what is asked for now. Of a bare result the updates tell.
+    sha256: of the data asked for."""
     run = Run(folder)
-    if (folder / "config.json").exists():
+    begun = (folder / "config.json").exists()
+    has = run.config["data"]["sha256"] if begun else (run.result or {}).get("sha256")
+    if has and has != (want := sha256()):
+        return f"other data ({has[:12]}, {cell.dataset} is {want[:12]})"
+    if begun:
         kept = from_plain(run.config["arguments"], (*KNOWN, Offline))
         wanted = replace(cell, algorithm=sized(cell.algorithm, cell.updates, cell.evaluate_every))
         names = ("algorithm", "seeds", "episodes", "scale", "fitting", "dynamics")
@@ -141,15 +157,18 @@ def _leave_with(parent: int) -> None:
 
 def _run_group(cells: Sequence[tuple[Offline, Path]]) -> list[str]:
     """Runs, one after another, on the same data and seeds: the first fits the models that the others read."""
+    from mbrl_envs import datasets
+
     failures = []
+    sha256 = functools.cache(lambda: datasets.load(cells[0][0].dataset).sha256)
     for cell, folder in cells:
-        if wrong := _other(cell, folder):
-            failures.append(f"{folder}: holds a run with {wrong}; name another --out, or remove that folder")
-            continue
-        if (folder / "result.json").exists():
-            continue
         began = time.perf_counter()
         try:
+            if wrong := _other(cell, folder, sha256):
+                failures.append(f"{folder}: holds a run with {wrong}; name another --out, or remove that folder")
+                continue
+            if (folder / "result.json").exists():
+                continue
             if (folder / "config.json").exists():
                 source = cell.dataset if Path(cell.dataset or "").exists() else None
                 run = run_offline(Offline(resume=folder, dataset=source, threads=cell.threads, quiet=cell.quiet))

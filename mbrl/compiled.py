@@ -10,8 +10,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,20 @@ def _run(name: str, clipped: bool, y: Tensor, arrays: list[Tensor]) -> None:
 def _share(
     name: str, clipped: bool, like: Tensor, arrays: list[Tensor], tasks: int, sizes: tuple[int, int, int]
 ) -> None:
-    """Shares out tasks among as many threads as torch uses."""
+    """Shares out tasks among as many threads as torch uses, and waits for all of them, also where one fails or Ctrl-C
+    comes: they write to the arrays."""
     width, threads = like.shape[-1], torch.get_num_threads()
     call = getattr(_library(width, clipped, like.dtype), name)
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in arrays]
-    part = lambda a, b: call(*map(ctypes.c_int64, (a, b, *sizes)), *pointers)
+    part = lambda a, b: call(*map(ctypes.c_int64, (a, b, *sizes)), *(ctypes.c_void_p(x.data_ptr()) for x in arrays))
     cuts = [tasks * i // threads for i in range(threads + 1)]
-    failed = [part(*cuts[:2])] if threads == 1 else _pool(threads).map(part, cuts[:-1], cuts[1:])
+    if threads == 1:
+        failed = [part(*cuts)]
+    else:
+        begun = [_pool(threads).submit(part, *cut) for cut in pairwise(cuts)]
+        try:
+            failed = [x.result() for x in begun]
+        finally:
+            wait(begun)
     if any(failed):
         raise MemoryError(f"{name}: no memory for the weights of a PLRNN of width {width} and {sizes[2]} hidden units")
 

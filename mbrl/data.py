@@ -1,5 +1,7 @@
 """Transitions on the device: a fixed Dataset with its episodes, and the replay Buffer of imagined ones."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -158,7 +160,8 @@ class Dataset:
 
 def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
     """Datasets one after the other. mixed: each is of a system of its own, number 0, 1, ...; else all are of one, whose
-    facts (dt, name, action bounds) are the first's. Raises ValueError where they cannot stand together."""
+    facts (dt, name, action bounds) are the first's. `sha256` is of the parts' own.
+    Raises ValueError where they cannot stand together."""
     first = parts[0]
     for i, x in enumerate(parts):
         timed = x.dt == first.dt or x.dts is not None
@@ -170,6 +173,8 @@ def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
     if first.dts is not None:
         both["dt"] = float(both["dts"].double().mean())
     ends = torch.cat([x.lengths for x in parts]).cumsum(0)
+    if len(parts) > 1 and any(x.sha256 for x in parts):
+        both["sha256"] = hashlib.sha256(json.dumps([mixed, *(x.sha256 for x in parts)]).encode()).hexdigest()
     data = replace(first, **both, starts=torch.cat([ends.new_zeros(1), ends]))
     if not mixed:
         return data

@@ -65,8 +65,9 @@ def fit(
 
     progress: (epoch, max_epochs, figures) after each epoch. checkpoint: after each epoch, a dict of the live tensors,
     to be saved before it returns; such a dict as `resume`, with the same data and config, gives the numbers of an
-    uninterrupted fit. Raises ValueError for data with too few windows."""
+    uninterrupted fit. Raises ValueError for data with too few windows, and as `check_fit`."""
     start = time.perf_counter()
+    check_fit(config)
     if resume is not None:
         generator.set_state(resume["generator.first"])
     first = generator.get_state()
@@ -108,6 +109,15 @@ def fit(
         best=parts.best.tolist(),
         diverged=parts.diverged,
     )
+
+
+def check_fit(config: FitConfig) -> None:
+    """Raises ValueError for settings that no fit goes by."""
+    found = {k: getattr(config, k) for k in ("batch", "length", "patience", "max_epochs")}
+    if wrong := [f"{k}={v}" for k, v in found.items() if v is not None and v < 1]:
+        raise ValueError(f"fit: got {', '.join(wrong)}; expected at least 1")
+    if not 0 <= config.holdout <= 1:
+        raise ValueError(f"fit: got holdout={config.holdout}, expected a share in [0, 1]")
 
 
 # ---------------------------------------------------------------- data
@@ -181,10 +191,11 @@ class Rows:
         apart = torch.zeros(data.episodes, dtype=torch.bool, device=index.device)
         apart[shuffled[taken]] = True
         out = apart[episode]
-        if (
-            not out.any() or out.all()
-        ):  # one long episode, say: hold out its last windows, which no other overlaps by much
-            out = index >= index.sort().values[total - count]
+        kinds = [(len(x), len(y)) for x, y in zip(data.of_system(index[~out]), data.of_system(index[out]), strict=True)]
+        if not all(min(x) for x in kinds):  # one long episode, say: hold out its last windows, which few others overlap
+            few = lambda n: max(1, count * n // total)
+            last = [x.sort().values[len(x) - few(len(x)) :] for x in data.of_system(index) if len(x)]
+            out = torch.isin(index, torch.cat(last))
         return index[~out].to(device), index[out].to(device)
 
 

@@ -7,12 +7,13 @@ Environments stay outside: termination, reward and evaluation come in as functio
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from mbrl.core import Dynamics, Segment, Spec, StepInput, repeat, rows
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
-from mbrl.fit import FitConfig, fit
+from mbrl.fit import FitConfig, check_fit, fit
 from mbrl.rollout import Reward, Terminal, imagine
 from mbrl.sac import Sac, SacConfig, local_lipschitz, value_aware_error
 from mbrl.terminal import TerminalConfig, fit_terminal, restored
@@ -53,8 +54,10 @@ class Penalty:
     data's transitions, so that one number serves data of any units. Not for "bellman", whose units are the reward's."""
 
     def __post_init__(self) -> None:
-        if self.coefficient < 0 or self.samples < 1:
-            raise ValueError(f"Penalty: got {self.coefficient} and {self.samples} samples, expected >= 0 and >= 1")
+        if not 0 <= self.coefficient < math.inf or self.samples < 1:
+            raise ValueError(
+                f"Penalty: got {self.coefficient} and {self.samples} samples, expected a finite number >= 0, and >= 1"
+            )
         if self.scaled and self.name == "bellman":
             raise ValueError("Penalty: scaled goes with a learner's uncertainty, not with 'bellman'; leave one out")
 
@@ -81,6 +84,8 @@ class Truncation:
     def __post_init__(self) -> None:
         if self.then not in ("terminal", "bootstrap", "drop"):
             raise ValueError(f"Truncation: then is {self.then!r}, expected 'terminal', 'bootstrap' or 'drop'")
+        if math.isnan(self.threshold):
+            raise ValueError("Truncation: threshold is nan, which cuts nothing; expected a number, or no truncation")
         if not 0 < self.quantile <= 1:
             raise ValueError(f"Truncation: quantile is {self.quantile}, expected a share in (0, 1]")
         if self.quantile < 1 and not self.relative:
@@ -280,14 +285,19 @@ class Result:
 
 def digest(*parts: Any) -> str:
     """Twelve hexadecimal digits that name what was fitted: the same data, settings and seed, the same name. A setting
-    that came later (`added` in its field's metadata) is left out while it holds its default, so that names stay."""
+    that came later (`added` in its field's metadata) is left out while it holds its default, so that names stay. Of
+    settings within settings the type is told where an earlier one that may stand there has the same fields."""
+    fields_of = lambda cls: [(f.name, f.type) for f in dataclasses.fields(cls)]
 
-    def plain(x: Any) -> Any:
+    def plain(x: Any, hint: Any = None) -> Any:
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             kept = (
                 f for f in dataclasses.fields(x) if not (f.metadata.get("added") and getattr(x, f.name) == f.default)
             )
-            return {f.name: plain(getattr(x, f.name)) for f in kept}
+            earlier = itertools.takewhile(lambda t: t is not type(x), get_args(hint))
+            alike = any(dataclasses.is_dataclass(t) and fields_of(t) == fields_of(x) for t in earlier)
+            told = {"_": type(x).__name__} if alike else {}
+            return {f.name: plain(getattr(x, f.name), f.type) for f in kept} | told
         if isinstance(x, list | tuple):
             return [plain(y) for y in x]
         return {k: plain(y) for k, y in x.items()} if isinstance(x, Mapping) else x
@@ -356,6 +366,8 @@ def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Rec
     if kept := record.load(name):
         return restored(kept[0], data.spec, config).to(data.obs.device)
     head = fit_terminal(data, config, devices.generator(seed + 2, data.obs.device))
+    figures = {"endings": float(head.endings), "accuracy": float(head.accuracy)}
+    tell(record, "terminal", config.steps, config.steps, {k: v for k, v in figures.items() if not math.isnan(v)})
     record.save(name, head.state_dict(), {})
     return head
 
@@ -589,6 +601,8 @@ def train(
     record = record or Forget()
     dynamics, fitting = dynamics or EnsembleConfig(), fitting or FitConfig()
     check(config, data, models, seeds)
+    if config.imagination is not None and not models:
+        check_fit(fitting)
     device, spec, lap = data.obs.device, data.spec, Laps()
 
     imagination, limits, units = config.imagination, [], []
@@ -824,6 +838,8 @@ def check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | Non
     """Raises ValueError for settings that do not go together, or not with the data."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: got {list(seeds)}, expected at least one and no two alike")
+    if min(seeds) < 0:
+        raise ValueError(f"seeds: got {list(seeds)}, expected none below 0")
     if config.imagination is None and config.real_ratio < 1:
         raise ValueError(f"real_ratio: got {config.real_ratio} without imagination, expected 1")
     if config.imagination is not None and not isinstance(config.agent, SacConfig):
@@ -837,6 +853,14 @@ def check(config: OfflineConfig, data: Dataset, models: Sequence[Dynamics] | Non
     small = ("updates", "batch", "evaluate_every", "save_every", "log_every")
     if wrong := [f"{k}={getattr(config, k)}" for k in small if getattr(config, k) < 1]:
         raise ValueError(f"offline: got {', '.join(wrong)}; expected at least 1")
+    if config.imagination is not None:
+        found = {
+            k: getattr(config.imagination, k) for k in ("horizon", "rollouts", "every", "retain", "block", "chunk")
+        }
+        if config.imagination.budget is not None:
+            found["budget"] = config.imagination.budget
+        if wrong := [f"{k}={v}" for k, v in found.items() if v < 1]:
+            raise ValueError(f"imagination: got {', '.join(wrong)}; expected at least 1")
     if int(data.paired.sum()) < 2:
         raise ValueError(f"{data.name or 'data'}: {int(data.paired.sum())} transitions with a successor, expected more")
     if models and len(models) not in (1, len(seeds)):

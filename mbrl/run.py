@@ -233,13 +233,21 @@ class Run:
     @classmethod
     def resumed(cls, folder: Path, command: str, threads: int, **kw: Any) -> "Run":
         """A run of `mbrl <command>` that has not finished, on so many CPU threads, or for 0 on as many as before: sums
-        then come out in the order they came in before. Raises RunError for another run."""
+        then come out in the order they came in before. Raises RunError for another run, and for one whose device is
+        not here: another draws other numbers."""
         run = cls.open(folder, **kw)
         kind = str((run.config.get("arguments") or {}).get("_type")).lower()
         if kind != command:
             raise RunError(f"{folder}: is of `mbrl {kind}`, expected one of `mbrl {command}`")
         if run.result is not None:
             raise RunError(f"{folder}: has finished; its report is {Path(folder) / 'report.png'}")
+        try:
+            devices.pick(run.local.get("device", "cpu"))
+        except ValueError:
+            device = run.local["device"]
+            raise RunError(
+                f"{folder}: was begun on {device}, which is not here; go on with it where that is, or begin another run"
+            ) from None
         devices.use_threads(threads or run.local["threads"])
         run.lock()
         return run
@@ -263,7 +271,7 @@ class Run:
             kept = max(kept, self._json("checkpoints/shared.json")["_metrics"])
         if path.exists():
             with path.open("r+b") as file:
-                file.truncate(kept)
+                file.truncate(file.read(kept).rfind(b"\n") + 1)  # whole lines, also where the machine's fall lost some
         for old in (self.folder / "tensorboard").glob("*"):
             old.unlink()
         for line in self.metrics():

@@ -23,12 +23,13 @@ class Interval:
 
 
 def table(results: Sequence[Mapping[str, Any]], key: str = "score_last10") -> dict[str, dict[str, list[float]]]:
-    """algorithm -> dataset -> one score a seed, in the order of the seeds; runs without a score are passed over."""
-    out: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    """algorithm -> dataset -> one score a seed, in the order of the seeds: of several runs of one the first's. Runs
+    without a score are passed over."""
+    out: dict[str, dict[str, dict[int, float]]] = {}
     for r in results:
         for seed, score in zip(r["seeds"], r.get(key) or (), strict=False):
-            out.setdefault(r["algorithm"], {}).setdefault(r["dataset"], []).append((seed, score))
-    return {a: {d: [x for _, x in sorted(v)] for d, v in row.items()} for a, row in out.items()}
+            out.setdefault(r["algorithm"], {}).setdefault(r["dataset"], {}).setdefault(seed, score)
+    return {a: {d: [v[seed] for seed in sorted(v)] for d, v in row.items()} for a, row in out.items()}
 
 
 def _matrix(row: Mapping[str, Sequence[float]], datasets: Sequence[str]) -> np.ndarray | None:

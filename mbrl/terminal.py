@@ -1,5 +1,6 @@
 """A learned termination function, for data whose task's own is not known."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class TerminalHead(nn.Module):
     def describe(self) -> str:
         """One line for a log."""
         if self.endings == 0:
-            return "terminal head: no transition of the data ends the task; imagined ones never do"
+            return "terminal head: no transition with a successor ends the task; imagined ones never do"
         accuracy = float(self.accuracy)
         shown = "not known: too few endings to hold any out" if accuracy != accuracy else f"{accuracy:.3f}"
         return f"terminal head: learned from {int(self.endings)} endings, balanced accuracy {shown}"
@@ -68,7 +69,7 @@ def restored(state: Mapping[str, Tensor], spec: Spec, config: TerminalConfig) ->
 
 
 def fit_terminal(data: Dataset, config: TerminalConfig, generator: torch.Generator) -> TerminalHead:
-    """Trains a head on the transitions whose successor is known."""
+    """Trains a head on the transitions whose successor is known. Warns where these hold none of the data's endings."""
     spec, device = data.spec, data.obs.device
     head = TerminalHead(spec.obs, spec.act, config, generator).to(data.obs)
     index = data.paired.nonzero()[:, 0]
@@ -77,6 +78,12 @@ def fit_terminal(data: Dataset, config: TerminalConfig, generator: torch.Generat
     if not label.any() or label.all():
         head.endings.fill_(int(label.sum()))
         head.prior.fill_(torch.inf if len(label) and label.all() else -torch.inf)
+        if not label.any() and (n := int(data.terminal.sum())):
+            warnings.warn(
+                f"{data.name or 'data'}: {head.describe()}, since the {n} that end it have none; "
+                "pass data with next_observations, or name an environment whose termination is known",
+                stacklevel=2,
+            )
         return head.requires_grad_(False)
     head.inputs.fit(x)
     x = head.inputs(x)

@@ -19,10 +19,11 @@ from mbrl_envs import datasets as worlds
 from mbrl_envs import evaluate, tasks
 from stable_baselines3 import SAC
 
-from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
+from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, cli_suite, mpc, offline, suite
 from mbrl.core import Spec
+from mbrl.fit import FitConfig
 from mbrl.planner import OVER
-from mbrl.run import Run, RunError, git_hash
+from mbrl.run import Run, RunError, git_hash, to_plain
 from mbrl.terminal import TerminalConfig, TerminalHead
 
 SMALL = (
@@ -350,6 +351,7 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["offline", "--dataset", "nowhere.hdf5", "--seeds", "3", "-20"], "--seeds is -20, expected 0 or more"),
         (["online", "--env", "Nowhere-v1", "--seeds", "-20"], "--seeds is -20, expected 0 or more"),
         (["eval", "nowhere", "--seed", "-1"], "--seed is -1, expected 0 or more"),
+        (["offline", "--dataset", "embedded:pendulum", "--fitting.patience", "0"], "patience=0"),
     ],
 )
 def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):
@@ -442,6 +444,87 @@ def test_a_start_of_another_shape_leaves_no_folder(finished, pendulum, tmp_path,
     assert not out.exists()
 
 
+LITTLE = replace(offline.MOPO, agent=replace(offline.MOPO.agent, hidden=(8,)))
+
+
+def begun(monkeypatch, **options):
+    """A run as it stands before anything is learned. Returns its folder, and a function that goes on with it that far:
+    options -> the settings and the world that it would learn by."""
+    seen = []
+    told = lambda args, run, data, world: (seen.append((args, world)), run.close(), run)[-1]
+    monkeypatch.setattr(cli_offline, "_train", told)
+    run = cli_offline.run_offline(cli_offline.Offline(seeds=(1,), algorithm=LITTLE, quiet=True, **options))
+    again = lambda **kw: (cli_offline.run_offline(cli_offline.Offline(resume=run.folder, quiet=True, **kw)), seen[-1])[
+        1
+    ]
+    return run.folder, again
+
+
+def test_another_environment_to_go_on_in_changes_nothing_that_is_learned(pendulum, tmp_path, monkeypatch):
+    task = tasks.task("Pendulum-v1")
+    monkeypatch.setattr(tasks, "task", lambda env, obs: {"Pendulum-v1": task}[env])
+    _, again = begun(monkeypatch, dataset=str(pendulum), out=tmp_path / "run", reward="task")
+    own = again()[1]
+    assert own.env == "Pendulum-v1"
+    without = again(env="none")[1]
+    assert (without.env, without.evaluate) == (None, None)
+    for world in (own, without):
+        assert (world.terminal, world.reward) == (task.terminal, task.reward)
+
+
+def test_a_plan_needs_an_environment_when_a_run_goes_on_too(pendulum, tmp_path, monkeypatch):
+    _, again = begun(monkeypatch, dataset=str(pendulum), out=tmp_path / "run", plan=True)
+    with pytest.raises(ValueError, match="no environment to plan in"):
+        again(env="none")
+
+
+def a_start(folder, config=LITTLE.agent):
+    """A run folder with a policy to start from, and that policy's state."""
+    agent = config.build(Spec(3, 1), torch.Generator().manual_seed(3))
+    if config.normalize:
+        agent.set_normalizer(torch.ones(3), torch.full((3,), 2.0))
+    with Run.create(folder, {}, {}, quiet=True) as run:
+        run.save("agent", agent.state_dict(), {})
+    return agent.state_dict()
+
+
+def test_a_start_is_found_from_anywhere_and_read_once(pendulum, tmp_path, monkeypatch):
+    state, taken = a_start(tmp_path / "first"), []
+
+    def train(*args, start, **kw):
+        taken.append(start)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offline, "train", train)
+    monkeypatch.chdir(tmp_path)
+    learn = cli_offline._train
+    folder, again = begun(monkeypatch, dataset=str(pendulum), out=tmp_path / "run", start=Path("first"), env="none")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert again(start=Path("../first"))[0].start == again()[0].start == (tmp_path / "first").resolve()
+    monkeypatch.setattr(cli_offline, "_train", learn)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert all(torch.equal(v, taken[0][k]) for k, v in state.items())
+    shutil.rmtree(tmp_path / "first")
+    Run.open(folder).save("policy.partial", state, {})
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert taken[1] is None
+
+
+def test_a_start_that_standardises_observations_asks_for_the_same(pendulum, tmp_path):
+    raw = replace(LITTLE.agent, normalize=False)
+    a_start(tmp_path / "standard")
+    want = {k: v.clone() for k, v in a_start(tmp_path / "raw", raw).items()}
+    data = worlds.load(str(pendulum))
+    args = cli_offline.Offline(seeds=(1,), algorithm=replace(LITTLE, agent=raw))
+    with pytest.raises(RunError, match=r"reads standardised observations, .* pass --algorithm\.agent\.normalize"):
+        cli_offline._start(tmp_path / "standard", args, data)
+    assert torch.equal(cli_offline._start(tmp_path / "raw", args, data)["actor"], want["actor"])
+    assert cli_offline._start(tmp_path / "standard", replace(args, algorithm=LITTLE), data)
+
+
 def test_a_suite_does_not_report_runs_with_other_settings(pendulum, tmp_path, capsys):
     args = ["suite", "--datasets", str(pendulum), "--algorithms", "bc", "--seeds", "1", "--out", str(tmp_path / "s")]
     args += ["--episodes", "1", "--scale", "hopper-medium-v2", "--updates"]
@@ -451,6 +534,62 @@ def test_a_suite_does_not_report_runs_with_other_settings(pendulum, tmp_path, ca
     with pytest.raises(SystemExit):
         cli.main([*args, "30"])
     assert "holds a run with other settings (algorithm)" in capsys.readouterr().out.replace("\n", " ")
+
+
+def in_folder(folder, cell, sha256="a" * 64):
+    """A run of these settings and data, as far as a suite looks at it."""
+    folder.mkdir(parents=True)
+    plain = to_plain(replace(cell, dataset="data", out=None, models=None))
+    (folder / "config.json").write_text(json.dumps({"arguments": plain, "data": {"sha256": sha256}}))
+
+
+@pytest.mark.parametrize("change", [
+    {"algorithm": offline.MOPO}, {"seeds": (2,)}, {"episodes": 3}, {"scale": "hopper-medium-v2"},
+    {"fitting": FitConfig(lr=1.0)}, {"dynamics": offline.EnsembleConfig(members=3)},
+])  # fmt: skip
+def test_a_suite_compares_every_setting_of_a_run_that_is_there(change, tmp_path):
+    cell = cli_offline.Offline(dataset="data", seeds=(1,), algorithm=offline.BC)
+    in_folder(tmp_path / "run", cell)
+    other = lambda cell: cli_suite._other(cell, tmp_path / "run", lambda: "a" * 64)
+    assert other(cell) is None
+    assert other(replace(cell, **change)) == f"other settings ({next(iter(change))})"
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_suite_does_not_take_other_data_for_its_own(bare, pendulum, tmp_path):
+    """Two files of one name, say, one after the other: with settings beside the result, or without."""
+    cell = cli_offline.Offline(dataset=str(pendulum), seeds=(1,), algorithm=offline.BC)
+    folder, own = tmp_path / "run", worlds.load(str(pendulum)).sha256
+    for sha256, want in ((own, []), ("a" * 64, [f"other data (aaaaaaaaaaaa, {pendulum} is {own[:12]})"])):
+        shutil.rmtree(folder, ignore_errors=True)
+        in_folder(folder, cell, sha256)
+        if bare:
+            (folder / "config.json").unlink()
+        (folder / "result.json").write_text(json.dumps({"sha256": sha256, "updates": cell.algorithm.updates}))
+        words = "{}: holds a run with {}; name another --out, or remove that folder"
+        assert cli_suite._run_group([(cell, folder)]) == [words.format(folder, x) for x in want]
+
+
+def test_a_suite_calls_an_id_by_the_whole_of_it():
+    names = {f"minari:mujoco/{x}/medium-v0": f"minari_mujoco_{x}_medium-v0" for x in ("hopper", "walker2d")}
+    names |= {"a/x.hdf5": "x", "hopper-medium-v2": "hopper-medium-v2", "embedded:hopper": "embedded_hopper"}
+    assert {x: cli_suite._stem(x) for x in names} == names
+
+
+def test_a_suite_counts_a_seed_once_and_says_so(tmp_path, capsys, monkeypatch):
+    """That of the run that was asked for, where there are several."""
+    monkeypatch.setattr(suite, "aggregate", lambda scores: {})
+    for name, scores in (("1", [10.0]), ("1-2", [20.0, 30.0])):
+        folder = tmp_path / "data/bc" / name
+        folder.mkdir(parents=True)
+        row = {"seeds": [int(s) for s in name.split("-")], "score_last10": scores, "updates": 1}
+        (folder / "result.json").write_text(json.dumps(row))
+    for seeds, want in (((1,), [10.0, 30.0]), ((1, 2), [20.0, 30.0])):
+        args = cli_suite.Suite(("data",), ("bc",), seeds, tmp_path, together=True, report=True)
+        assert cli_suite.run_suite(args)["scores"] == {"bc": {"data": want}}
+        asked, other = "-".join(map(str, seeds)), {(1,): "1-2", (1, 2): "1"}[seeds]
+        words = f"seed 1 of {tmp_path / 'data/bc'}: counted once, as in {asked}, not as in {other}"
+        assert words in capsys.readouterr().out
 
 
 def test_list_names_everything(capsys):

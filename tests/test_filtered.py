@@ -630,6 +630,27 @@ def test_a_generator_that_diverges_does_not_spoil_the_reward():
     assert (reward.expert > reward.learner).all()
 
 
+@pytest.mark.parametrize("through", [False, True], ids=["beside", "through"])
+def test_a_trained_generator_outlives_rows_that_diverge(through):
+    """Rows whose gradient is finite, since what is infinite stands beside the model, are left out; where it is not, the
+    update is."""
+
+    class Diverges(Biased):
+        def step(self, state, inp, cond):
+            _, pred = super().step(state, inp, cond)
+            far = torch.where(torch.arange(len(state)) % 3 == 0, torch.inf, 1.0)[:, None]
+            x = pred.obs * far if through else torch.where(far.isinf(), far, pred.obs)
+            return x, pred._replace(obs=x)
+
+    model = Diverges(0.3)
+    config = dataclasses.replace(FAST, generator="trained", every=2, generator_lr=1e-2, likelihood=0.0)
+    game, g = Game(model, linear_data(400), config, gen(1), model.bias), gen(2)
+    while game.done < config.anchor_updates + config.updates:
+        game.update(g)
+    assert game.model.bias.isfinite().all()
+    assert bool((game.model.bias == model.bias).all()) is through
+
+
 def test_the_reward_knows_how_far_the_data_go():
     data = linear_data(400)
     reward = fit_reward(Biased(0.3), data, FAST, gen())

@@ -1,6 +1,7 @@
 """The generic fit: its rules by stand-ins with scripted errors, its numbers by equality with plain torch."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from mbrl.core import Markov, Spec, StepInput
-from mbrl.data import Dataset
+from mbrl.data import Dataset, joined
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import Adam, FitConfig, Parts, Rows, fit, order, streams
 
@@ -312,10 +313,31 @@ def test_longer_windows_are_held_out_by_episode():
     assert held.min() > train.max()
 
 
+def test_longer_windows_are_held_out_of_every_system():
+    """The last ones of each, where that many whole episodes are not to be had of all of them."""
+    long, short = (dataclasses.replace(linear(), starts=torch.arange(0, 601, n)) for n in (600, 30))
+    for parts in ([long, long], [long, short]):
+        data = joined(parts, mixed=True)
+        train, held = Rows(data, 5, torch.zeros(1)).split(FitConfig(length=5), gen())
+        for own, apart in zip(data.of_system(train), data.of_system(held), strict=True):
+            assert (len(own) + len(apart)) // 5 - len(apart) in (0, 1)
+            assert apart.min() > own.max()
+
+
 def test_longer_windows_train():
     model = SMALL.build(Spec(2, 1), gen())
     report = fit(model, linear(), FitConfig(length=3, batch=32, max_epochs=3), gen())
     assert report.train_loss[-1] < report.train_loss[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [({k: 0}, f"got {k}=0; expected at least 1") for k in ("batch", "length", "patience", "max_epochs")]
+    + [({"holdout": x}, f"holdout={x}, expected a share") for x in (-0.1, 1.5, math.nan)],
+)
+def test_settings_that_no_fit_goes_by_are_refused(bad, says):
+    with pytest.raises(ValueError, match=says):
+        fit(SMALL.build(Spec(2, 1), gen()), linear(60), FitConfig(**bad), gen())
 
 
 def test_too_little_data():

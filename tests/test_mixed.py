@@ -71,6 +71,16 @@ def test_each_of_mixed_ones_is_a_system_of_its_own():
         torch.testing.assert_close(change, gain * data.act[part], rtol=0, atol=1e-6)
 
 
+def test_what_was_joined_is_told_by_its_parts():
+    """Else models of one and another mixture would have one name."""
+    a, b, c = (replace(pushed(0.5, 50), sha256=x * 64) for x in "abc")
+    own = [joined(x, mixed=y).sha256 for x in ([a, b], [a, c], [b, a], [a, b, c]) for y in (False, True)]
+    assert len({*own}) == len(own)
+    assert joined([a, b]).sha256 == joined([a, b]).sha256
+    assert joined([a]).sha256 == a.sha256
+    assert joined([pushed(0.5, 50)] * 2).sha256 == ""
+
+
 def test_datasets_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"part 1 is of .* dt 2.0; the first of .* dt 1.0"):
         joined([pushed(0.5), pushed(0.5, dt=2.0)])

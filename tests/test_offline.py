@@ -11,9 +11,12 @@ from worlds import Constant, Line, Memory, earned, line_data, never
 from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput
 from mbrl.data import Transitions, joined
+from mbrl.dynamics.mixer import Coda, Geps, MixerConfig
+from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
 from mbrl.offline import Imagination, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig, local_lipschitz, value_aware_error
+from mbrl.solvers import RK4, Tsit5
 
 SMALL = SacConfig(hidden=(32, 32), actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3)
 
@@ -295,6 +298,12 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
         ({"config": replace(offline.MOPO, real_ratio=1.5)}, r"share in \[0, 1\]"),
         ({"config": replace(offline.MOPO, real_ratio=0.003)}, "no row of a batch of 256 is the data's own"),
         ({"config": replace(offline.MOPO, updates=0)}, "at least 1"),
+        ({"seeds": (-11,)}, r"got \[-11\], expected none below 0"),
+        *(
+            ({"config": replace(offline.MOPO, imagination=Imagination(**{k: 0}))}, f"imagination: got {k}=0; expected")
+            for k in ("horizon", "rollouts", "every", "retain", "block", "chunk", "budget")
+        ),
+        ({"fitting": FitConfig(max_epochs=0)}, "fit: got max_epochs=0; expected at least 1"),
         ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
         ({"config": offline.MOBILE, "models": [Line()]}, "spread over the parts .* this one has 1"),
         (
@@ -361,12 +370,17 @@ def test_a_scaled_penalty_is_in_the_datas_own_units():
         assert result * data.next_obs.abs().mean() == pytest.approx(scaled.reward.std(correction=0).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [{"coefficient": -1.0}, {"samples": 0}, {"name": "bellman", "scaled": True}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"coefficient": x} for x in (-1.0, math.nan, math.inf)] + [{"samples": 0}, {"name": "bellman", "scaled": True}],
+)
 def test_a_penalty_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match="Penalty"):
         Penalty(**bad)
     with pytest.raises(ValueError, match="Truncation: then is 'stop', expected 'terminal'"):
         Truncation(then="stop")
+    with pytest.raises(ValueError, match="Truncation: threshold is nan"):
+        Truncation(threshold=math.nan)
 
 
 def test_a_budget_ends_the_rollouts_with_the_chunk_that_meets_it():
@@ -450,6 +464,14 @@ def test_a_policy_to_start_from_is_trained_on():
     assert again.updates == 100
 
 
+def test_what_a_termination_was_learned_from_is_logged():
+    memory, data = Memory(), line_data()
+    data = replace(data, terminal=data.next_obs[:, 0] > 1.0)
+    head = offline.learn_terminal(data, offline.TerminalConfig(steps=5), 0, memory)
+    want = {"endings": float(data.terminal.sum()), "accuracy": float(head.accuracy)}
+    assert memory.lines == [("terminal", 5, want)]
+
+
 def test_a_cut_is_not_paid_for():
     """Where life costs, an end without a value is a gift: a cut goes on at the given value, a task's end does not."""
     segment = segment_of([[True] * 3, [True] * 3])
@@ -502,3 +524,11 @@ def test_a_setting_that_came_later_leaves_the_names_of_what_was_fitted(name, wan
         other = replace(preset, agent=replace(preset.agent, robust=0.1))
         assert offline.digest(other, *parts) != want
     assert offline.digest(replace(preset, batch=7), *parts) != want
+
+
+def test_settings_within_settings_are_told_by_their_type_where_others_look_the_same():
+    learners = [OdeConfig(solver=x(2)) for x in (RK4, Tsit5)] + [MixerConfig(x((8,))) for x in (Coda, Geps)]
+    assert len({offline.digest(x) for x in learners}) == len(learners)
+    first = {"hidden": [100, 100], "activation": "tanh", "solver": {"substeps": 2}, "alpha": 0.0, "local": None}
+    first |= {"reward": False, "reward_hidden": [100, 100], "_": "OdeConfig"}
+    assert offline.digest(learners[0]) == offline.digest(first), "what stands there first keeps its name"

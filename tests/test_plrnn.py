@@ -1,6 +1,8 @@
 """PLRNNs: closed forms, and that every way to a forced trajectory is the plain loop."""
 
 import math
+import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -318,6 +320,23 @@ def test_one_update_is_the_gradient_of_the_loss(kind, solver):
     twin.loss(seg, seg.reward)[0].backward()
     for (name, p), q in zip(twin.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q, p - 0.01 * p.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_no_thread_outlives_the_call_that_began_it(monkeypatch):
+    """It would write to memory that is another's by then."""
+    J, done = torch.zeros(20, 2, 2), []
+
+    def work(first, *rest):
+        if first.value == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.1)
+        done.append(first.value)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(compiled, "_library", lambda *of: types.SimpleNamespace(spectral=work))
+    with pytest.raises(KeyboardInterrupt):
+        compiled.spectral(J)
+    assert done == [10]
 
 
 @needs_compiler

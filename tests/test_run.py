@@ -71,6 +71,15 @@ def test_one_process_at_a_time_writes_in_a_folder(tmp_path):
     Run.resumed(run.folder, "meta", 0).close()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="the device is there")
+def test_a_run_of_a_device_that_is_not_here_is_not_gone_on_with(tmp_path):
+    """And is not offered another one, which draws other numbers."""
+    local = {"threads": 1, "device": "cuda:7"}
+    Run.create(tmp_path / "run", {"arguments": {"_type": "Meta"}}, local, quiet=True).close()
+    with pytest.raises(RunError, match=r"was begun on cuda:7, which is not here; .* begin another run"):
+        Run.resumed(tmp_path / "run", "meta", 0)
+
+
 def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -138,6 +147,20 @@ def test_numbers_logged_after_the_last_checkpoint_are_dropped(tmp_path):
     assert [m["step"] for m in again.metrics()] == [1]
     again.log("policy", 2, {"loss": 2.0})
     assert again.metrics()[-1] == {"stage": "policy", "step": 2, "loss": 2.0}
+
+
+def test_a_rewind_adds_nothing_to_numbers_that_were_lost(tmp_path):
+    """As where the machine fell: a checkpoint is there, and of the numbers before it the last are not."""
+    run = made(tmp_path)
+    for i in range(3):
+        run.log("policy", i, {"loss": 1.0})
+    run.save("policy.partial", {"a": torch.ones(1)}, {})
+    path = run.folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-10])
+    again = Run.open(run.folder)
+    again.rewind()
+    again.log("policy", 3, {"loss": 2.0})
+    assert [m["step"] for m in again.metrics()] == [0, 1, 3]
 
 
 def test_a_run_is_begun_once_and_then_gone_on_with_by_one_process(tmp_path):

@@ -27,6 +27,14 @@ def test_runs_without_a_score_are_passed_over():
     assert suite.table([{"algorithm": "a", "dataset": "x", "seeds": [0]}]) == {}
 
 
+def test_a_seed_counts_once():
+    """Several runs of one, alone and beside others, say: the first counts."""
+    run = lambda seeds, scores: {"algorithm": "a", "dataset": "x", "seeds": seeds, "score_last10": scores}
+    alone, beside, without = run([1], [1.0]), run([1, 2], [9.0, 5.0]), run([1], None)
+    assert suite.table([alone, beside]) == {"a": {"x": [1.0, 5.0]}}
+    assert suite.table([without, beside, alone]) == {"a": {"x": [9.0, 5.0]}}
+
+
 def test_points_are_the_interquartile_and_the_plain_mean():
     g = np.random.default_rng(0)
     scores = {"a": {d: list(g.normal(size=8)) for d in "xyz"}}

@@ -75,6 +75,14 @@ def test_it_does_not_learn_from_steps_without_a_successor():
     assert int(head.endings) == int((data.terminal & paired).sum())
 
 
+def test_endings_that_teach_nothing_are_told():
+    """A file without next_observations has no successor of the last step of an episode."""
+    data = falling(300)
+    with pytest.warns(UserWarning, match=f"never do, since the {int(data.terminal.sum())} that end it have none"):
+        head = fit_terminal(dataclasses.replace(data, paired=~data.terminal), QUICK, gen())
+    assert not head(data.obs, data.act, data.next_obs).any()
+
+
 def test_a_single_ending_is_enough_to_train():
     data = falling(200)
     terminal = torch.zeros(200, dtype=torch.bool)

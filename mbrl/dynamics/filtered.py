@@ -555,18 +555,22 @@ class Game:
         return slope.square().sum(-1).mean()
 
     def _improve(self, generator: torch.Generator) -> Tensor:
-        """One update of the generator, through the discriminator and its own step (both are differentiable)."""
+        """One update of the generator, through the discriminator and its own step (both are differentiable); none where
+        its gradient is not finite, as where it diverges."""
         c, optimizer = self.config, self.optimizers["generator"]
         segment = self._batch(generator)
-        score = self.player.logits(*self._generate(segment, generator))
+        fake = self._generate(segment, generator)
+        ok = torch.cat([*fake], -1).isfinite().all(-1, keepdim=True)
+        score = self.player.logits(*(torch.where(ok, f, r) for f, r in zip(fake, self._flat(segment), strict=True)))
         own = self.model.losses(*self._own(segment, generator)).mean()
-        loss = F.softplus(-score).mean() + c.likelihood * own
+        weight = ok[:, 0].to(score)
+        loss = (weight * F.softplus(-score)).sum() / weight.sum().clamp(min=1) + c.likelihood * own
         params = [p for g in optimizer.param_groups for p in g["params"]]
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        nn.utils.clip_grad_norm_(params, 10.0)
-        optimizer.step()
+        if nn.utils.clip_grad_norm_(params, 10.0).isfinite():
+            optimizer.step()
         return own.detach()
 
     def _own(self, segment: Segment, generator: torch.Generator) -> tuple[Segment, Tensor]:
