@@ -15,7 +15,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mbrl_envs import datasets, scores
+from mbrl_envs import datasets, scores, tasks
 from mbrl_envs.datasets import DataError, load
 from rich.console import Console
 
@@ -777,11 +777,14 @@ def test_an_environment_of_other_arguments_is_not_taken_for_its_id(minari_home, 
     store(minari_home, "test/moon-v0", e, space, env=moon, ref_min_score=1, ref_max_score=3)
     held = SimpleNamespace(iterate_episodes=lambda: e, action_space=BOX, env_spec=moon.spec)
     for source in ("minari:test/moon-v0", held):
-        with pytest.warns(UserWarning, match="Pendulum-v1 with another g than"):
-            data = check(load(source))
-        assert (data.env, data.dt) == ("", 0.05)
+        data = check(load(source))
+        assert (data.env, data.dt) == ('Pendulum-v1{"g": 1.6}', 0.05)
+        assert tasks.task(data.env) is None
     assert "max_score" not in data.meta
-    assert datasets.evaluation_env("minari:test/moon-v0") is None
+    assert datasets.evaluation_env("minari:test/moon-v0") == data.env
+    held.env_spec = gymnasium.make("Pendulum-v1", g=np.float32(1.6)).spec  # which JSON does not hold
+    with pytest.warns(UserWarning, match="Pendulum-v1 with another g than"):
+        assert load(held).env == ""
     assert datasets.reference_scores("minari:test/moon-v0") == (1.0, 3.0)  # its own
     recwarn.clear()
     held.env_spec = gymnasium.make("Pendulum-v1", g=10, render_mode="rgb_array").spec  # as by default, and drawn

@@ -210,6 +210,19 @@ def test_bad_settings(bad):
         evaluator(Counter, **bad)
 
 
+def test_an_id_may_bring_arguments():
+    policy = lambda obs: torch.zeros(len(obs), 1)
+    moon, earth = (evaluator(x, episodes=3, seed=5, max_steps=20) for x in ('Pendulum-v1{"g": 1.6}', "Pendulum-v1"))
+    want = evaluator(lambda: gym.make("Pendulum-v1", g=1.6), episodes=3, seed=5, max_steps=20)(policy)
+    assert (moon(policy) == want).all()
+    assert (moon(policy) != earth(policy)).all()
+    assert worlds.make('Pendulum-v1{"g": 1.6}', g=3.0).unwrapped.g == 1.6  # type: ignore[attr-defined]
+    with pytest.raises(EnvError, match=r"cannot make .*moons"):
+        worlds.make('Pendulum-v1{"moons": 2}')
+    with pytest.raises(ValueError, match=r"Pendulum-v1\{g=1\}: its arguments are no JSON .*expected as in"):
+        worlds.make("Pendulum-v1{g=1}")
+
+
 def test_bad_bounds():
     with pytest.raises(EnvError, match="both or none"):
         evaluator(Counter, act_low=[0.0])(constant(0.0))

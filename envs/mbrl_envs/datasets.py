@@ -49,7 +49,9 @@ from mbrl_envs.scores import (
     identify,
     minari_scores,
     minari_spec,
+    named,
     normalized_score,
+    parted,
     reference_scores,
     score_scale,
 )
@@ -120,8 +122,8 @@ def load(source: Any, *, strict: bool = False, device: Any = "cpu", progress: Pr
       `terminations`, `truncations` as attributes or keys; its `action_space`, `observation_space` and `env_spec` are
       used where it has them. Or a mapping with D4RL's columns.
 
-    An environment whose spec has other arguments than its id (a Pendulum of other gravity) is named by no id: `env` is
-    "", with a warning.
+    An environment whose spec has other arguments than its id (a Pendulum of other gravity) is `env` with these, as
+    `Pendulum-v1{"g": 1.6}`; where JSON does not hold them, `env` is "", with a warning.
 
     Actions become [-1, 1] by the bounds that the source states, else its environment's, else they are taken to be
     there. Finite actions beyond the bounds are clipped, as the simulator does, with a warning and a count in
@@ -593,12 +595,13 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
     return clipped, rows, low, high, float(dt or 1.0)
 
 
-def _environment(env: str, **kw: Any) -> tuple[np.ndarray, np.ndarray, float | None] | None:
+def _environment(env: str) -> tuple[np.ndarray, np.ndarray, float | None] | None:
     """Action bounds and time step of an environment that can be made here."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = gymnasium.make(env, **kw)
+            name, own = parted(env)
+            made = gymnasium.make(name, **own)
     except Exception:  # not installed, or not registered: the file's own word is all there is
         return None
     try:
@@ -707,18 +710,17 @@ def _objects(objects: Any, strict: bool) -> Dataset:
 
 
 def _world(source: Source, env: str, kwargs: Mapping[str, Any]) -> None:
-    """The environment of a spec, and what is known of it. One that its id does not make is left unnamed, lest another
-    world evaluate, score and end what was recorded in it."""
-    if not (own := altered(env, kwargs)):
-        source.env, source.known = env, identify(env) if env else None
-        return
-    found = _environment(env, **own)
-    source.dt = None if found is None else found[2]
-    warnings.warn(
-        f"{source.label}: recorded in {env} with another {', '.join(own)} than that id has, so that no id names its "
-        "environment: policies are evaluated, and tasks known, only in one that is passed (--env)",
-        stacklevel=4,
-    )
+    """The environment of a spec, and what is known of it, which is nothing where it has arguments of its own: another
+    world would evaluate, score and end what was recorded in it."""
+    own = altered(env, kwargs)
+    source.env = named(env, own)
+    source.known = identify(source.env) if source.env else None
+    if own and not source.env:
+        warnings.warn(
+            f"{source.label}: recorded in {env} with another {', '.join(own)} than that id has, which no name holds: "
+            "policies are evaluated, and tasks known, only in an environment that is passed (--env)",
+            stacklevel=4,
+        )
 
 
 def _get(episode: Any, key: str) -> Any:

@@ -19,6 +19,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from mbrl_envs.scores import parted
+
 Policy = Callable[[Tensor], Tensor]
 ROBOTICS = r"AdroitHand|AntMaze|PointMaze|FrankaKitchen|Fetch|HandReach|HandManipulate|MaMuJoCo"
 FLAWED = r"AdroitHand(Door|Hammer|Relocate)-v1"
@@ -294,18 +296,20 @@ def _no_compiler_warnings(env_id: str) -> Iterator[None]:
 
 
 def make(env_id: str, **kw: Any) -> gym.Env:
-    """gymnasium.make, with gymnasium-robotics registered where its ids are asked for. Raises EnvError."""
+    """gymnasium.make, with gymnasium-robotics registered where its ids are asked for. The id may bring arguments, which
+    go before kw: `Pendulum-v1{"g": 1.6}`. Raises EnvError, and DataError for arguments that are no JSON."""
+    name, own = parted(env_id)
     if re.match(ROBOTICS, env_id):
         try:
             gym.register_envs(importlib.import_module("gymnasium_robotics"))
         except ImportError as error:
             raise EnvError(f"{env_id} needs gymnasium-robotics: pip install mbrl-suite[robotics] ({error})") from error
     try:
-        with quiet(), _no_compiler_warnings(env_id):
-            return gym.make(env_id, disable_env_checker=True, **kw)
+        with quiet(), _no_compiler_warnings(name):
+            return gym.make(name, disable_env_checker=True, **(kw | own))
     except gym.error.Error as error:
         raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
-    except (ImportError, AssertionError) as error:  # a package, or a version, that the environment needs
+    except (ImportError, AssertionError, TypeError) as error:  # a package, a version, or an argument that it has not
         raise EnvError(f"cannot make the environment {env_id!r}: {error!r}") from error
 
 

@@ -231,6 +231,8 @@ def identify(name: str) -> Known | None:
     """What is known of a dataset id, an environment id, or a data file's stem (a D4RL file carries its id or the base
     name of its URL). None for an unknown name."""
     table = d4rl_table()
+    if "{" in name:  # an environment of other arguments than its id's
+        return None
     if name in table:
         return table[name]
     if name in _stems():
@@ -317,8 +319,8 @@ def evaluation_env(name: str) -> str | None:
 
     D4RL's MuJoCo sets evaluate in `-v4`, never `-v5`: the friction of walker2d and the healthy reward differ. Its
     mazes, hands and kitchens are those of `mbrl_envs.d4rl`, the latter two with the extra `[robotics]`. A Minari set
-    evaluates in the environment that it states, but for one whose arguments are not its id's own: no id makes that.
-    Raises DataError for an id that nobody knows."""
+    evaluates in the environment that it states, by `named` where that has arguments of its own. Raises DataError for an
+    id that nobody knows."""
     if name.startswith("minari:"):
         return minari_facts(name.removeprefix("minari:"))[0]
     return _need(name).env
@@ -343,8 +345,7 @@ def reference_scores(name: str) -> tuple[float, float]:
 
 
 def minari_facts(name: str) -> tuple[str | None, tuple[float, float] | None]:
-    """(evaluation environment, (min, max)) from the metadata of a local Minari dataset; None where it states none, or
-    one that no id makes."""
+    """(evaluation environment, (min, max)) from the metadata of a local Minari dataset; None where it states none."""
     import minari  # imported late: it is slow to load
 
     try:
@@ -352,7 +353,7 @@ def minari_facts(name: str) -> tuple[str | None, tuple[float, float] | None]:
     except Exception as error:
         raise DataError(f"minari:{name} is not here ({error}); load it once, then ask again") from error
     env, kwargs = minari_spec(metadata)
-    return None if altered(env, kwargs) else env or None, minari_scores(metadata)
+    return named(env, altered(env, kwargs)) or None, minari_scores(metadata)
 
 
 def minari_spec(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -360,6 +361,23 @@ def minari_spec(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     spec = metadata.get("eval_env_spec") or metadata.get("env_spec")
     stated = json.loads(spec) if isinstance(spec, str) else {}
     return stated.get("id") or "", stated.get("kwargs") or {}
+
+
+def named(env: str, kwargs: Mapping[str, Any]) -> str:
+    """An environment's id with arguments, as `Pendulum-v1{"g": 1.6}`; "" where JSON does not hold them."""
+    try:
+        return env + (json.dumps(kwargs, sort_keys=True) if kwargs else "")
+    except (TypeError, ValueError):
+        return ""
+
+
+def parted(env: str) -> tuple[str, dict[str, Any]]:
+    """(id, arguments) of such a name, or of an id alone. Raises DataError for arguments that are no JSON object."""
+    name, brace, rest = env.partition("{")
+    try:
+        return name, json.loads(brace + rest) if brace else {}
+    except ValueError as error:
+        raise DataError(f'{env}: its arguments are no JSON ({error}); expected as in Pendulum-v1{{"g": 1.6}}') from None
 
 
 def altered(env: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:

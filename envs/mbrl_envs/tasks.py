@@ -73,6 +73,8 @@ def task(env_id: str, obs: int | None = None) -> Task | None:
 
     Raises ValueError for a width that the task does not have; so do the functions themselves."""
     name = env_id.rpartition(":")[2].removeprefix("mbrl_envs/")  # without minari:, or the module that registers it
+    if "{" in env_id:  # with arguments of its own
+        return None
     version = re.search(r"-v(\d+)", name)
     words = [w for w in re.split(r"[/_\-]", re.sub(rf"-v\d+({_NEORL})*$", "", name)) if w]
     space = words.pop(0).lower() if "/" in name and words else ""
