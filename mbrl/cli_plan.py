@@ -60,11 +60,7 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int, threads:
     from mbrl_envs.simulator import Simulator
 
     stream = devices.generator(seed)
-    if worth.limit < math.inf or worth.pessimism:
-        raise ValueError(
-            f"--worth: got limit {worth.limit} and pessimism {worth.pessimism}, and the true simulator is not "
-            "uncertain; leave both out"
-        )
+    _certain(worth, "the true simulator")
     if env_id in control.TRUTHS:
         _, terminal = functions(env_id, spec_of(env).obs, "task")
         one = replace(worth, particles=1)
@@ -149,6 +145,14 @@ def _check_plan(args: Plan, env: Any) -> None:
     _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
 
 
+def _certain(worth: Worth, what: str) -> None:
+    if worth.limit < math.inf or worth.pessimism:
+        raise ValueError(
+            f"--worth: got limit {worth.limit} and pessimism {worth.pessimism}, and {what} is not uncertain; leave "
+            "both out"
+        )
+
+
 def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.device) -> Any:
     """A controller with a model that is there."""
     assert args.env is not None
@@ -174,6 +178,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         reward = reward or (known[0] if args.reward == "task" else None)
         if reward is None and not settings.dynamics.reward:
             raise RunError(f"--model {args.model}: it tells no reward, and none is known of {args.env}")
+        _certain(args.worth, f"the mixture of {args.model}")
         one = replace(args.worth, particles=1)  # no noise
         plans = make(one, model, reward=reward, terminal=terminal or known[1], dt=facts["dt"])
         return Adapting(plans, scale=torch.tensor(facts["scale"], device=device))

@@ -286,7 +286,8 @@ class Result:
 def digest(*parts: Any) -> str:
     """Twelve hexadecimal digits that name what was fitted: the same data, settings and seed, the same name. A setting
     that came later (`added` in its field's metadata) is left out while it holds its default, so that names stay. Of
-    settings within settings the type is told where an earlier one that may stand there has the same fields."""
+    settings within settings the type is told where an earlier one that may stand there has the same fields, or any
+    may."""
     fields_of = lambda cls: [(f.name, f.type) for f in dataclasses.fields(cls)]
 
     def plain(x: Any, hint: Any = None) -> Any:
@@ -295,7 +296,7 @@ def digest(*parts: Any) -> str:
                 f for f in dataclasses.fields(x) if not (f.metadata.get("added") and getattr(x, f.name) == f.default)
             )
             earlier = itertools.takewhile(lambda t: t is not type(x), get_args(hint))
-            alike = any(dataclasses.is_dataclass(t) and fields_of(t) == fields_of(x) for t in earlier)
+            alike = hint is Any or any(dataclasses.is_dataclass(t) and fields_of(t) == fields_of(x) for t in earlier)
             told = {"_": type(x).__name__} if alike else {}
             return {f.name: plain(getattr(x, f.name), f.type) for f in kept} | told
         if isinstance(x, list | tuple):

@@ -246,6 +246,9 @@ def test_hungarian_is_scipys_and_greedy_takes_what_is_left():
             assert len(set(got)) == k
             assert cost[np.arange(k), got].sum() == pytest.approx(cost[rows, columns].sum())
     assert greedy(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 9.0], [1.0, 1.0, 7.0]])) == [0, 1, 2]
+    for bad in (torch.tensor([[1.0, torch.nan]]), torch.tensor([[torch.inf]]), torch.zeros(3, 2)):
+        with pytest.raises(ValueError, match=r"expected .* of finite numbers"):
+            hungarian(bad)
 
 
 def test_each_cluster_gets_the_median_of_its_systems():

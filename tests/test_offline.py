@@ -1,7 +1,7 @@
 """The offline loop, with models that are the environment and agents whose values are known."""
 
 import math
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from worlds import Constant, Line, Memory, earned, line_data, never
 from mbrl import offline
 from mbrl.core import Segment, Spec, StepInput
 from mbrl.data import Transitions, joined
+from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.mixer import Coda, Geps, MixerConfig
 from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
@@ -532,3 +533,5 @@ def test_settings_within_settings_are_told_by_their_type_where_others_look_the_s
     first = {"hidden": [100, 100], "activation": "tanh", "solver": {"substeps": 2}, "alpha": 0.0, "local": None}
     first |= {"reward": False, "reward_hidden": [100, 100], "_": "OdeConfig"}
     assert offline.digest(learners[0]) == offline.digest(first), "what stands there first keeps its name"
+    one, other = (make_dataclass(name, [("width", int)])(3) for name in ("One", "Other"))
+    assert offline.digest(ExpertsConfig(one)) != offline.digest(ExpertsConfig(other))

@@ -506,7 +506,9 @@ def greedy(cost: Tensor) -> list[int]:
 
 def hungarian(cost: Tensor) -> list[int]:
     """cost [K, E], K <= E -> the expert of each cluster, none twice, of least total cost (Kuhn 1955, in the form with
-    potentials and shortest augmenting paths)."""
+    potentials and shortest augmenting paths). Raises ValueError for another shape and for costs that are not finite."""
+    if cost.ndim != 2 or cost.shape[0] > cost.shape[1] or not bool(cost.isfinite().all()):
+        raise ValueError(f"hungarian: got costs {cost.tolist()}, expected [K, E >= K] of finite numbers")
     c = [[0.0] * (cost.shape[1] + 1)] + [[0.0, *row] for row in cost.double().tolist()]
     k, m = cost.shape
     u, v, owner = [0.0] * (k + 1), [0.0] * (m + 1), [0] * (m + 1)
