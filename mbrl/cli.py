@@ -78,12 +78,12 @@ class Demo:
 
 
 def run_info(args: Info) -> None:
-    from mbrl_envs import datasets
+    from mbrl_envs import datasets, overview
 
     data = datasets.load(args.source, strict=args.strict)
-    console.print(datasets.info(data))
+    console.print(overview.info(data))
     path = args.figure or Path(f"{data.name.replace('/', '_').replace(':', '_')}.png")
-    datasets.draw(data, path)
+    overview.draw(data, path)
     console.print(f"figure: {path}", **PLAIN)
 
 

@@ -20,7 +20,7 @@ from mbrl.border import Env, World, episode_seed
 from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, first_context, repeat, rows
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
-from mbrl.offline import Forget, Record, digest
+from mbrl.offline import Forget, Record, check_whose, digest
 from mbrl.planner import (
     ICEM,
     LOOP,
@@ -472,10 +472,7 @@ def pets(
     model = dynamics.build(world.spec, devices.generator(seed)).to(device)
     end, mine = terminal, digest(config, dynamics, seed)
     if (kept := record.load("pets")) is not None:
-        if kept[1].get("of", mine) != mine:
-            raise ValueError(
-                "record: it holds a run of other settings or seeds; continue that with its own, or take a new record"
-            )
+        check_whose(kept[1], mine, "a run of other settings or seeds")
         done = _unpacked(*kept)
         if found := weights(kept[0]):
             model.load_state_dict(found)

@@ -361,6 +361,13 @@ def learn_reward(
     return reward.eval()
 
 
+def check_whose(facts: Mapping[str, Any], whose: str, other: str) -> None:
+    """Raises ValueError where a record's facts are of another digest than this run's; those from before there was one
+    pass. other: what it then holds."""
+    if facts.get("of", whose) != whose:
+        raise ValueError(f"record: it holds {other}; continue that with its own, or take a new record")
+
+
 def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Record) -> Terminal:
     """A termination head, for a source whose termination nobody has written down."""
     name = fitted_name("terminal", data.sha256, len(data), config, seed)
@@ -663,11 +670,7 @@ def train(
     whose = digest(config, dynamics, fitting, list(seeds), data.sha256, len(data))
     if kept := record.load("policy.partial"):
         tensors, facts = kept
-        if facts.get("of", whose) != whose:
-            raise ValueError(
-                "record: it holds a policy that was learned with other settings, seeds or data; continue that one with "
-                "its own, or take a new record"
-            )
+        check_whose(facts, whose, "a policy that was learned with other settings, seeds or data")
         agent.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("agent.")})
         if buffer is not None:
             buffer.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("buffer.")})

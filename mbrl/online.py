@@ -32,6 +32,7 @@ from mbrl.offline import (
     Reward,
     Terminal,
     captured,
+    check_whose,
     digest,
     group_seed,
     means_of,
@@ -220,10 +221,7 @@ def train_together(
     mine = digest(config, dynamics, fitting, list(seeds))
     if kept := record.load("online.partial"):
         tensors, facts = kept
-        if facts.get("of", mine) != mine:
-            raise ValueError(
-                "record: it holds a run of other settings or seeds; continue that with its own, or take a new record"
-            )
+        check_whose(facts, mine, "a run of other settings or seeds")
         part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
         agent.load_state_dict(part("agent."))
         for s, model in enumerate(models):

@@ -134,28 +134,33 @@ def test_a_stiff_system_has_no_exponents_here():
     assert cli_reconstruct.true_exponents(systems.system("ks-64")) == []
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_exponents_of_a_system_do_not_depend_on_how_it_is_sampled(tmp_path, monkeypatch, slow):
-    """A sampling far finer than the system moves, and a system whose unit of time is a thousandth."""
-    stepped = []
-    real = cli_reconstruct.metrics.flow_step
-    monkeypatch.setattr(cli_reconstruct.metrics, "flow_step", lambda *a: stepped.append(a[2:]) or real(*a))
+@pytest.fixture
+def stepped(monkeypatch):
+    """(interval, substeps) of every flow that is stepped."""
+    found, real = [], cli_reconstruct.metrics.flow_step
+    monkeypatch.setattr(cli_reconstruct.metrics, "flow_step", lambda *a: found.append(a[2:]) or real(*a))
     monkeypatch.setattr(cli_reconstruct, "EXPONENTS", 60)
-    system = systems.system("lorenz63")
-    if slow:
-        system = replace(system)
-        object.__setattr__(system, "dt", 10.0)
-        object.__setattr__(system, "transient", 0.0)
-        monkeypatch.setattr(type(system), "field", lambda self, x, u=None: -1e-3 * x)
-        monkeypatch.setattr(
-            type(system), "jacobian", lambda self, x, u=None: -1e-3 * torch.eye(3).to(x).expand(len(x), 3, 3)
-        )
-        assert cli_reconstruct.true_exponents(system) == pytest.approx([-1e-3] * 3)
-        assert stepped == [(10.0, cli_reconstruct.FINEST)]
-        return
+    return found
+
+
+def test_exponents_of_a_system_do_not_depend_on_how_it_is_sampled(tmp_path, stepped):
     go("--data", "system:lorenz63", "--dt", "0.002", "--steps", "400", "--out", tmp_path / "a", epochs=1)
     assert sum(result(tmp_path / "a")["true_lyapunov"]) == pytest.approx(-41 / 3, rel=1e-3)
     assert stepped == [(0.01, 2)]
+
+
+def test_exponents_of_a_slow_system_take_no_more_steps(stepped):
+    class Slow(systems.Flow):
+        name, dim, dt, transient = "slow", 3, 10.0, 0.0
+
+        def field(self, x, u=None):
+            return -1e-3 * x
+
+        def jacobian(self, x, u=None):
+            return -1e-3 * torch.eye(3).to(x).expand(len(x), 3, 3)
+
+    assert cli_reconstruct.true_exponents(Slow()) == pytest.approx([-1e-3] * 3)
+    assert stepped == [(10.0, cli_reconstruct.FINEST)]
 
 
 def test_medians_count_seeds_that_diverged():

@@ -15,7 +15,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mbrl_envs import datasets, scores, tasks
+from mbrl_envs import datasets, overview, scores, tasks
 from mbrl_envs.datasets import DataError, load
 from rich.console import Console
 
@@ -954,7 +954,7 @@ def test_bad_episodes(change, message):
 
 def shown(data):
     console = Console(file=io.StringIO(), width=200)
-    console.print(datasets.info(data))
+    console.print(overview.info(data))
     return console.file.getvalue()
 
 
@@ -986,7 +986,7 @@ def test_info_says_names_as_they_are(tmp_path):
 @pytest.mark.parametrize(("name", "message"), [("", "is a folder"), ("none/figure.png", "there is no folder .*none;")])
 def test_draw_says_where_it_cannot_write(name, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        datasets.draw(load(columns()), tmp_path / name)
+        overview.draw(load(columns()), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -995,11 +995,11 @@ def test_draw_writes_one_whole_figure(tmp_path):
 
     data = load(write(tmp_path / "hopper-medium-v2.hdf5", columns(obs=11, act=3)))
     (tmp_path / "out").mkdir()
-    assert datasets.draw(data, tmp_path / "out" / "figure.png") == tmp_path / "out" / "figure.png"
+    assert overview.draw(data, tmp_path / "out" / "figure.png") == tmp_path / "out" / "figure.png"
     pixels = image.imread(tmp_path / "out" / "figure.png")[..., :3]
     assert pixels.shape[0] > 500
     halves = [half for side in np.array_split(pixels, 2, 0) for half in np.array_split(side, 2, 1)]
     assert all((half.min(-1) < 0.5).mean() > 0.005 for half in halves)  # each of the four panels is drawn in
     with pytest.raises(ValueError, match="nonsense"):
-        datasets.draw(data, tmp_path / "out" / "figure.nonsense")
+        overview.draw(data, tmp_path / "out" / "figure.nonsense")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["figure.png"]

@@ -212,11 +212,9 @@ def test_adaptive_strength_rises_at_once_and_falls_slowly():
 
 
 def test_adaptive_strength_is_that_of_the_sequence_that_grows_most():
-    """z' = |z| W: a sequence where W doubles, and one where nothing comes through."""
+    """z_2' = z_2 / 2 + 3.5 max(z_2, 0): one sequence where the rectifier is open, and one where it is shut."""
     kind, forcing = AlmostLinear(1), Adaptive(decay=0.0, every=1)
-    p = {"A": torch.zeros(1, 2), "W": torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])}
-    p["A"] = torch.tensor([[0.5, 0.5]])
-    p["W"] = torch.tensor([[[0.0, 0.0], [0.0, 3.5]]])
+    p = {"A": torch.tensor([[0.5, 0.5]]), "W": torch.tensor([[[0.0, 0.0], [0.0, 3.5]]])}
     signal = torch.tensor([1.0, -1.0])[None, :, None, None].expand(1, 2, 6, 2)
     each = growth(jacobian(kind, p, signal.flatten(1, 2)).unflatten(1, (2, 6)), "product")[0]
     torch.testing.assert_close(each, torch.tensor([4.0, 0.5]))

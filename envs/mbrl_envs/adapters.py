@@ -470,8 +470,8 @@ def from_sb3(
     path = Path(path)
     if not isinstance(config, SacConfig):
         raise AdapterError(f"from_sb3: got a {type(config).__name__} to build, expected a SacConfig")
-    data, tensors, rest = _read(path)
-    _check_kind(path, data, tensors)
+    data, tensors, rest = read_checkpoint(path)
+    check_kind(path, data, tensors)
     actor, critics, target = _networks(path, tensors)
     hidden = tuple(len(bias) for _, bias in actor[:-1])
     widths = actor[0][0].shape[1], actor[-1][0].shape[0] // 2
@@ -548,7 +548,7 @@ def _bounded(env: gym.Env, low: Any, high: Any, name: str) -> gym.Env:
 # ---------------------------------------------------------------- reading
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """The plain fields, the policy's tensors, and those beside it."""
     if not path.exists() and not path.suffix:
         path = path.with_name(path.name + ".zip")
@@ -577,7 +577,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tens
     return plain, policy, rest
 
 
-def _check_kind(path: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def check_kind(path: Path, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Only the text that stands in the JSON beside each pickle is looked at."""
     of = data.get("policy_class")
     module = str(of.get("__module__", "")) if isinstance(of, dict) else ""

@@ -448,8 +448,8 @@ def load_actor(path: Path, env_id: str) -> Actor:
     if not path.is_file():
         raise CollectError(f"collect: no policy {path}; it is written by an earlier collect under --runs")
     try:
-        data, state, _ = adapters._read(path)
-        adapters._check_kind(path, data, state)
+        data, state, _ = adapters.read_checkpoint(path)
+        adapters.check_kind(path, data, state)
         actor = Actor(state, low, high)
     except adapters.AdapterError as e:
         raise CollectError(f"collect: {e}") from None
