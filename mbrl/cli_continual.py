@@ -2,7 +2,6 @@
 
 import copy
 import operator
-import time
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
@@ -116,7 +115,6 @@ TYPES = (*KNOWN, Continual, Budget)
 
 def run_continual(args: Continual) -> Run:
     """The command; returns the finished run."""
-    began = time.perf_counter()
     run, args, tasks, test, student, device = _begin(args)
     with run:
         kept = run.load("course")
@@ -132,7 +130,7 @@ def run_continual(args: Continual) -> Run:
             "learner": name_of(args.dynamics),
             "matrix": course.matrix, "horizon": args.horizon, "seconds": course.seconds, "memory": course.memory,
             "one_step": continual.summary(matrix[None, :, :, 0]), "returns": returns,
-            "wall_s": round(time.perf_counter() - began, 1), **machine(), "versions": versions(),
+            "wall_s": round(run.seconds, 1), **machine(), "versions": versions(),
         }  # fmt: skip
         draw(run.folder / "report.png", result)
         write_json(run.folder / "result.json", result)

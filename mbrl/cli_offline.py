@@ -1,7 +1,6 @@
 """The command `mbrl offline`."""
 
 import itertools
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -244,7 +243,6 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
     start = None
     if args.start is not None and run.load("policy.partial") is None:  # else what it has learned since goes on
         start = _start(Path(args.start), args, data)
-    began = time.perf_counter()
     with run:
         result = offline.train(
             args.algorithm,
@@ -272,7 +270,7 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
                 data.dt,
                 args.plan_by,
             )
-        finish(run, args, data, result, world, time.perf_counter() - began, planned)
+        finish(run, args, data, result, world, planned)
     return run
 
 
@@ -392,9 +390,7 @@ def scale_of(id: str, data: Any = None) -> tuple[float, float] | None:
         return None
 
 
-def finish(
-    run: Run, args: Offline, data: Any, result: offline.Result, world: World, wall: float, planned: Any = None
-) -> None:
+def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: World, planned: Any = None) -> None:
     """result.json, report.png and the words at the end."""
     scale = world.scale
     out: dict[str, Any] = {
@@ -408,7 +404,7 @@ def finish(
         "updates": args.algorithm.updates,
         "scale": scale,
         "seconds": {k: round(v, 2) for k, v in result.seconds.items()},
-        "wall_s": round(wall, 1),
+        "wall_s": round(run.seconds, 1),
         **machine(),
         "versions": versions(),
         "returns": [[u, [[round(x, 2) for x in row] for row in r]] for u, r in result.returns],

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,7 +83,6 @@ def run_plan(args: Plan) -> Run:
     env = opened(args.env, **draws)
     try:
         reward, terminal = functions(args.env, spec_of(env).obs, args.reward)
-        began = time.perf_counter()
         config = PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
         with run:
             if args.model is None:
@@ -98,7 +96,7 @@ def run_plan(args: Plan) -> Run:
                 if (of := _world_of(args)) not in (None, "none", args.env) and not args.quiet:
                     console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
-            wall = time.perf_counter() - began
+            wall = run.seconds
             last = torch.tensor([r for _, r in returns[-max(1, min(10, args.episodes)) :]])
             out = {
                 "env": args.env, "seed": args.seed, "model": args.model or type(args.dynamics).__name__,

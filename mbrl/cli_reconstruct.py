@@ -136,9 +136,11 @@ def _episode(data: Dataset, e: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- fitting
 
 
-def train(run: Run, args: Reconstruct, config: Any, data: Dataset, name: str) -> tuple[list[Dynamics], list[bool]]:
-    """The fitted models, a seed each, and whether their losses were finite at the end; those that the run already holds
-    are read, an interrupted fit goes on. Raises RunError for a fit that gives no model."""
+def train(
+    run: Run, args: Reconstruct, config: Any, data: Dataset, name: str
+) -> tuple[list[Dynamics], list[bool], float]:
+    """The fitted models, a seed each, whether their losses were finite at the end, and the seconds that all took; those
+    that the run already holds are read, an interrupted fit goes on. Raises RunError for a fit that gives no model."""
     models = [config.build(data.spec, devices.generator(seed)) for seed in args.seeds]
     device = devices.pick(args.device)
     for model in models:
@@ -148,64 +150,68 @@ def train(run: Run, args: Reconstruct, config: Any, data: Dataset, name: str) ->
         for i, model in enumerate(models):
             own = {k.partition(".")[2]: v for k, v in kept[0].items() if k.startswith(f"{i}.")}
             model.load_state_dict(own)
-        return models, kept[1].get("finite", [True] * len(models))
+        return models, kept[1].get("finite", [True] * len(models)), kept[1].get("seconds", 0.0)
     try:
         if isinstance(config, PlrnnConfig):
-            finite = _together(run, args, models, data, name)
+            finite, seconds = _together(run, args, models, data, name)
         else:
             pairs = zip(models, args.seeds, strict=True)
-            finite = [_alone(run, args, model, data, f"{name}-{seed}", seed) for model, seed in pairs]
+            each = [_alone(run, args, model, data, f"{name}-{seed}", seed) for model, seed in pairs]
+            finite, seconds = [ok for ok, _ in each], sum(spent for _, spent in each)
     except Diverged as error:
         part = "schedule" if isinstance(config, PlrnnConfig) else "fitting"
         raise RunError(f"{name}: {error}; begin again with a smaller --{part}.lr, or --{part}.clip 1") from error
     states = {f"{i}.{k}": v for i, m in enumerate(models) for k, v in m.state_dict().items()}
-    run.save(f"fitted-{name}", states, {"seeds": list(args.seeds), "finite": finite})
-    return models, finite
+    run.save(f"fitted-{name}", states, {"seeds": list(args.seeds), "finite": finite, "seconds": seconds})
+    return models, finite, seconds
 
 
 class _Saver:
-    """Checkpoints of a fit, one now and then."""
+    """Checkpoints of a fit, one now and then, and the last one of an earlier sitting."""
 
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name, self.last = run, f"{name}.partial", time.monotonic()
+        self.state, facts = run.load(self.name) or (None, {})
+        self.before = facts.get("seconds", 0.0) - run.seconds
 
     def __call__(self, state: dict[str, Tensor]) -> None:
         if time.monotonic() - self.last > SAVE_EVERY:
-            self.run.save(self.name, state, {})
+            self.run.save(self.name, state, {"seconds": self.seconds})
             self.last = time.monotonic()
 
+    @property
+    def seconds(self) -> float:
+        return self.before + self.run.seconds
 
-def _together(run: Run, args: Reconstruct, models: Any, data: Dataset, name: str) -> list[bool]:
-    before = run.load(f"fitted-{name}.partial")
 
+def _together(run: Run, args: Reconstruct, models: Any, data: Dataset, name: str) -> tuple[list[bool], float]:
     def tell(epoch: int, epochs: int | None, figures: dict[str, float]) -> None:
         run.log(f"fit {name}", epoch, figures)
         run.progress(f"fit {name}", epoch, epochs, figures)
 
     streams = [devices.generator(1_000 + seed) for seed in args.seeds]
-    save, resume = _Saver(run, f"fitted-{name}"), before and before[0]
-    report = fit_plrnn(models, data, args.schedule, streams, tell, checkpoint=save, resume=resume)
+    save = _Saver(run, f"fitted-{name}")
+    report = fit_plrnn(models, data, args.schedule, streams, tell, checkpoint=save, resume=save.state)
     facts = {"skipped": sum(report.skipped), "fallbacks": report.fallbacks, "seconds": report.seconds}
     run.log(f"fit {name}, done", report.epochs, facts)
-    return [math.isfinite(x) for x in report.loss[-1]]
+    return [math.isfinite(x) for x in report.loss[-1]], save.seconds
 
 
-def _alone(run: Run, args: Reconstruct, model: Dynamics, data: Dataset, name: str, seed: int) -> bool:
+def _alone(run: Run, args: Reconstruct, model: Dynamics, data: Dataset, name: str, seed: int) -> tuple[bool, float]:
     done = run.load(f"part-{name}")
     if done is not None:
         model.load_state_dict(done[0])
-        return done[1].get("finite", True)
-    before = run.load(f"part-{name}.partial")
+        return done[1].get("finite", True), done[1].get("seconds", 0.0)
 
     def tell(epoch: int, epochs: int | None, figures: dict[str, float]) -> None:
         run.log(f"fit {name}", epoch, figures)
         run.progress(f"fit {name}", epoch, epochs, figures)
 
     stream, save = devices.generator(1_000 + seed), _Saver(run, f"part-{name}")
-    report = fit(model, data, args.fitting, stream, tell, checkpoint=save, resume=before and before[0])
+    report = fit(model, data, args.fitting, stream, tell, checkpoint=save, resume=save.state)
     finite = all(math.isfinite(x) for x in (*report.best, *report.train_loss[-1:]))
-    run.save(f"part-{name}", model.state_dict(), {"finite": finite})
-    return finite
+    run.save(f"part-{name}", model.state_dict(), {"finite": finite, "seconds": save.seconds})
+    return finite, save.seconds
 
 
 # ---------------------------------------------------------------- judging
@@ -471,7 +477,7 @@ def name_of(config: Any) -> str:
 def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) -> Run:
     from mbrl_envs.series import dimensions
 
-    device, began = devices.pick(args.device), time.perf_counter()
+    device = devices.pick(args.device)
     data, test = data.to(device, torch.float32), test.to(device, torch.float32)
     configs, dims = configs_of(args), dimensions(data)
     scored = test.name
@@ -485,9 +491,8 @@ def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) 
     sizes, seconds = {}, {}
     with run:
         for name, config in configs.items():
-            clock = time.perf_counter()
-            models, finite = train(run, args, config, data, name)
-            seconds[name] = round(time.perf_counter() - clock, 1)
+            models, finite, spent = train(run, args, config, data, name)
+            seconds[name] = round(spent, 1)
             sizes[name] = sum(p.numel() for p in models[0].parameters())
             each = [judge(m, test, args.ahead, seed) for m, seed in zip(models, args.seeds, strict=True)]
             found[name] = [{**scores, "finite_fit": ok} for (scores, _), ok in zip(each, finite, strict=True)]
@@ -508,7 +513,7 @@ def _go(run: Run, args: Reconstruct, data: Dataset, test: Dataset, system: Any) 
         "command": "reconstruct", "dataset": data.name, "test": scored, "sha256": data.sha256,
         "seeds": list(args.seeds), "dimensions": dims, "steps": len(data), "test_steps": len(floor), "dt": data.dt,
         "learners": found, "parameters": sizes, "seconds": seconds, "nulls": table, "true_lyapunov": true,
-        "wall_s": round(time.perf_counter() - began, 1), **machine(), "versions": versions(),
+        "wall_s": round(run.seconds, 1), **machine(), "versions": versions(),
     }  # fmt: skip
     draw(run, run.folder / "report.png", floor, runs, result)
     write_json(run.folder / "result.json", result)

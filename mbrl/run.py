@@ -193,6 +193,7 @@ class Run:
         self._progress: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._said: dict[str, float] = {}
+        self._began, self._before = time.perf_counter(), 0.0
         self._lock = FileLock(self.folder / ".lock")
 
     @classmethod
@@ -264,11 +265,11 @@ class Run:
 
     def rewind(self) -> None:
         """Drop the numbers that were logged after the last checkpoint: they will be computed again, and be the same."""
-        path, kept = self.folder / "metrics.jsonl", 0
-        for file in self.checkpoints.glob("*.safetensors"):
-            kept = max(kept, self._facts(file).get("_metrics", 0))
+        path, marks = self.folder / "metrics.jsonl", [self._facts(x) for x in self.checkpoints.glob("*.safetensors")]
         if (self.checkpoints / "shared.json").exists():
-            kept = max(kept, self._json("checkpoints/shared.json")["_metrics"])
+            marks.append(self._json("checkpoints/shared.json"))
+        kept = max((x.get("_metrics", 0) for x in marks), default=0)
+        self._before = max((x.get("_seconds", 0.0) for x in marks), default=0.0)
         if path.exists():
             with path.open("r+b") as file:
                 file.truncate(file.read(kept).rfind(b"\n") + 1)  # whole lines, also where the machine's fall lost some
@@ -276,6 +277,11 @@ class Run:
             old.unlink()
         for line in self.metrics():
             self._curve(line["stage"], line["step"], {k: v for k, v in line.items() if k not in ("stage", "step")})
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time that the run has taken, of earlier sittings up to their last checkpoints."""
+        return self._before + time.perf_counter() - self._began
 
     @property
     def config(self) -> dict[str, Any]:
@@ -336,7 +342,8 @@ class Run:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
-        facts = {**facts, "_metrics": metrics.stat().st_size if metrics.exists() else 0}
+        mark = {"_metrics": metrics.stat().st_size if metrics.exists() else 0, "_seconds": self.seconds}
+        facts = {**facts, **mark}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -349,7 +356,7 @@ class Run:
             temporary.unlink(missing_ok=True)
         if path.parent != self.checkpoints:  # what lies elsewhere does not say how far this run's numbers go
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(self.checkpoints / "shared.json", {"_metrics": facts["_metrics"]})
+            write_json(self.checkpoints / "shared.json", mark)
         if not name.endswith(".partial"):
             self._path(f"{name}.partial").unlink(missing_ok=True)
 

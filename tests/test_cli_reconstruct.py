@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from mbrl_envs import systems
+from safetensors.torch import load_file, save_file
 from worlds import interrupted
 
 from mbrl import cli, cli_reconstruct, nulls
@@ -369,8 +371,15 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, spiral, monkey
     assert told in out
     assert out.count("interrupted; ") == 1
     assert all(name.endswith(".partial") for name in names)
+    (path,) = (tmp_path / "b c/checkpoints").glob("*.partial.safetensors")
+    with safetensors.safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    facts |= {"seconds": facts["seconds"] + 1_000.0, "_seconds": facts["_seconds"] + 2_000.0}  # as of a longer sitting
+    save_file(load_file(path), path, {"facts": json.dumps(facts)})
     cli.main(["reconstruct", "--resume", str(tmp_path / "b c"), "--quiet"])
-    assert result(tmp_path / "b c")["learners"] == result(tmp_path / "a")["learners"]
+    got = result(tmp_path / "b c")
+    assert got["learners"] == result(tmp_path / "a")["learners"]
+    assert 1_000 < got["seconds"][learner] < 2_000 < got["wall_s"]
 
 
 def test_other_data_or_a_finished_run_are_not_gone_on_with(tmp_path, spiral, capsys, monkeypatch):

@@ -163,6 +163,22 @@ def test_a_rewind_adds_nothing_to_numbers_that_were_lost(tmp_path):
     assert [m["step"] for m in again.metrics()] == [0, 1, 3]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_seconds_of_a_run_are_those_of_all_its_sittings_up_to_their_checkpoints(tmp_path, monkeypatch, elsewhere):
+    now = [100.0]
+    monkeypatch.setattr("mbrl.run.time.perf_counter", lambda: now[0])
+    run = Run.create(tmp_path / "run", {}, {}, shared=tmp_path / "models" if elsewhere else None)
+    now[0] += 5.0
+    assert run.seconds == 5.0
+    run.save("model-1", {"a": torch.ones(1)}, {})
+    now[0] = 1_000.0
+    again = Run.open(run.folder)
+    now[0] += 1.0
+    again.rewind()
+    now[0] += 2.0
+    assert again.seconds == 8.0
+
+
 def test_a_run_is_begun_once_and_then_gone_on_with_by_one_process(tmp_path):
     begin = lambda n: Run.continued(tmp_path / "run", {"n": n}, {}, quiet=True)
     with begin(1) as run:
