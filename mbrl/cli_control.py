@@ -15,6 +15,7 @@ from mbrl import device as devices
 from mbrl import online
 from mbrl.border import World, spec_of
 from mbrl.choices import KNOWN, LEARNERS, Learner, console, only_its_own
+from mbrl.core import check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.planner import PRESETS
@@ -148,10 +149,11 @@ def _check_online(args: Online, env: Any) -> None:
         raise ValueError(f"--seeds: got {' '.join(map(str, args.seeds))}; expected none twice")
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1")
-    if args.reward == "task" and functions(args.env, spec_of(env).obs, args.reward)[0] is None:
+    reward = functions(args.env, spec_of(env).obs, args.reward)[0]
+    if args.reward == "task" and reward is None:
         raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")
-    for part in (args.dynamics, args.setting.agent):
-        part.build(spec_of(env), devices.generator(0))
+    args.setting.agent.build(spec_of(env), devices.generator(0))
+    check_reward(args.dynamics.build(spec_of(env), devices.generator(0)), reward)
 
 
 # ---------------------------------------------------------------- run folders

@@ -17,7 +17,19 @@ from torch.utils import _pytree as pytree
 from mbrl import device as devices
 from mbrl.adapt import adapt, known
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, first_context, repeat, rows
+from mbrl.core import (
+    Dynamics,
+    Segment,
+    Spec,
+    StepInput,
+    Tree,
+    check_reward,
+    choose,
+    demand,
+    first_context,
+    repeat,
+    rows,
+)
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.offline import Forget, Record, check_whose, digest
@@ -74,6 +86,7 @@ class Mpc:
     ) -> None:
         if planner.proposals and policy is None:
             raise ValueError(f"Mpc: the planner wants {planner.proposals} proposals a plan, and there is no policy")
+        check_reward(model, reward)
         self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
         self.like = next(itertools.chain(model.parameters(), model.buffers()))

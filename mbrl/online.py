@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mbrl import device as devices
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Spec
+from mbrl.core import Spec, check_reward
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, fit
@@ -196,6 +196,7 @@ def train_together(
     spec, lap, whose = worlds[0].spec, Laps(device), range(many)
     generator = devices.generator(group_seed(seeds), device)
     models = [dynamics.build(spec, generator).to(device).eval() for _ in whose]
+    check_reward(models[0], reward)
     agent = config.agent.build(spec, generator, seeds=many)
     rows = torch.zeros(many, config.steps, 2 * spec.obs + spec.act + 2, device=device)
     mets = [Met(spec, rows[s], env) for s, env in enumerate(envs)]

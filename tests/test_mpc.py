@@ -14,6 +14,7 @@ from mbrl import device as devices
 from mbrl.border import World, episode_seed
 from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
 from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
 from mbrl.mpc import ByValue, Episode, Mpc, PetsConfig, episode, gathered, over, pets
 from mbrl.planner import CEM, ICEM, Planner, Worth
@@ -164,6 +165,13 @@ def test_a_policys_proposal_is_taken_where_it_is_best():
     torch.testing.assert_close(act, torch.tensor([[-0.9]]))
     with pytest.raises(ValueError, match="there is no policy"):
         controller(planner=planner)
+
+
+def test_where_nothing_tells_the_reward_nothing_is_planned():
+    model = OdeConfig(hidden=(8,)).build(Spec(1, 1))
+    with pytest.raises(ValueError, match="no function tells it, and this NeuralODE has no head for it"):
+        controller(model)
+    controller(model, reward=lambda o, a, x: x[:, 0])
 
 
 def test_the_critic_looks_beyond_the_horizon():
