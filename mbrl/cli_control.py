@@ -17,7 +17,7 @@ from mbrl.border import World, spec_of
 from mbrl.choices import KNOWN, LEARNERS, Learner, console, only_its_own
 from mbrl.core import check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.fit import FitConfig
+from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import PRESETS
 from mbrl.run import Run, from_plain, machine, save_figure, to_plain, versions, write_json
 
@@ -152,6 +152,7 @@ def _check_online(args: Online, env: Any) -> None:
     reward = functions(args.env, spec_of(env).obs, args.reward)[0]
     if args.reward == "task" and reward is None:
         raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")
+    check_fit(args.fitting)
     args.setting.agent.build(spec_of(env), devices.generator(0))
     check_reward(args.dynamics.build(spec_of(env), devices.generator(0)), reward)
 

@@ -31,7 +31,7 @@ from mbrl.core import (
     rows,
 )
 from mbrl.data import Dataset
-from mbrl.fit import FitConfig, fit
+from mbrl.fit import FitConfig, check_fit, fit
 from mbrl.offline import Forget, Record, check_whose, digest
 from mbrl.planner import (
     ICEM,
@@ -447,6 +447,7 @@ class PetsConfig:
     def __post_init__(self) -> None:
         if self.random < 1 or self.episodes < 0:
             raise ValueError(f"PetsConfig: got random {self.random}, episodes {self.episodes}; expected >= 1 and >= 0")
+        check_fit(self.fitting)
 
 
 @dataclass(frozen=True)

@@ -355,8 +355,16 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (["online", "--env", "Pendulum-v1", "--reward", "task", "--steps", "0"], "steps"),
         (["online", "--env", "Hopper-v5", "--reward", "task"], "--reward task"),
         (["online", "--env", "Pendulum-v1", "--episodes", "0"], "--episodes"),
-        (["online", "--env", "Pendulum-v1", "dynamics:plrnn", "--dynamics.no-reward"], "this Plrnn has no head for it"),
-        (["plan", "--env", "Edge-v0", "dynamics:ode", "--dynamics.no-reward"], "this NeuralODE has no head for it"),
+        (
+            ["online", "--env", "Pendulum-v1", "--steps", "1000", "dynamics:plrnn", "--dynamics.no-reward"],
+            "this Plrnn has no head for it",
+        ),
+        (
+            ["plan", "--env", "Edge-v0", "--episodes", "0", "dynamics:ode", "--dynamics.no-reward"],
+            "this NeuralODE has no head for it",
+        ),
+        (["plan", "--env", "Pendulum-v1", "--fitting.batch", "0"], "batch=0"),
+        (["online", "--env", "Pendulum-v1", "--steps", "1000", "--fitting.holdout", "2"], "holdout=2"),
         (["online", "--env", "Pendulum-v1", "--setting.agent.spectral", "-1"], "spectral"),
         (["plan", "--resume", "nowhere"], "nowhere"),
     ],
