@@ -165,18 +165,22 @@ class Mpc:
     def _check_limit(self) -> None:
         """Raises ValueError where the learner does not tell what the limit is on."""
         p, spec, like = self.worth.particles, self.model.spec, self.like
-        cond = self.model.condition(self.ctx)
-        state = repeat(self.model.init(like.new_zeros(1, spec.obs), cond), p)
-        cond = self.model.pinned(torch.arange(p, device=like.device)) if self.pins else cond
-        noise = torch.zeros(p, self.model.noise_dim).to(like)
-        told = self.model.step(
-            state, StepInput(like.new_zeros(p, spec.act), noise, like.new_full((p, 1), self.dt)), cond
+        free = self.model.condition(self.ctx)
+        state = repeat(self.model.init(like.new_zeros(1, spec.obs), free), p)
+        inp = StepInput(
+            like.new_zeros(p, spec.act), like.new_zeros(p, self.model.noise_dim), like.new_full((p, 1), self.dt)
         )
-        if self.worth.uncertainty not in (has := told[1].uncertainty):
-            advice = "; pass pinned=False" if self.pins else ""
+        told = lambda cond: self.model.step(state, inp, cond)[1].uncertainty
+        part = torch.arange(p, device=like.device)
+        name, has = self.worth.uncertainty, told(self.model.pinned(part) if self.pins else free)
+        if name not in has:
+            does = self.pins and name in told(free)
+            advice = (
+                "pass pinned=False (--worth.no-pinned)" if does else "name what it reports, or set what it is to report"
+            )
             raise ValueError(
-                f"Mpc: the limit is on {self.worth.uncertainty!r}, the learner{' pinned to a part' * self.pins} "
-                f"reports {', '.join(has) or 'none'}{advice}"
+                f"Mpc: the limit is on {name!r}, the learner{' pinned to a part' * self.pins} reports "
+                f"{', '.join(has) or 'none'}; {advice}"
             )
 
     def _parts(self, envs: int) -> Tensor:

@@ -311,7 +311,11 @@ def test_a_limit_on_what_the_learner_does_not_tell_is_found_before_the_first_pla
     mpc = Mpc(SMALL, Worth(particles=3, limit=1.0, pinned=False), learner, generator=devices.generator(0))
     mpc.begin(2)
     assert mpc(torch.zeros(2, 1)).isfinite().all()
-    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt$"):
+    silent = learner.reporting()
+    for pinned, it in ((True, "the learner pinned to a part reports none"), (False, "the learner reports none")):
+        with pytest.raises(ValueError, match=f"{it}; name what it reports, or set what it is to report"):
+            Mpc(SMALL, Worth(particles=3, limit=1.0, pinned=pinned), silent)
+    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt; name"):
         Mpc(SMALL, Worth(limit=1.0), Line())
 
 
