@@ -191,6 +191,8 @@ def begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in to_plain(kept).items()}
     config = {"algorithm": name, "arguments": plain}
     local = {"device": str(device), "threads": torch.get_num_threads()}
+    if (model := getattr(args, "model", None)) not in (None, "true"):
+        local["model"] = str(Path(model).resolve())
     return Run.create(out, config, local, quiet=args.quiet), replace(args, out=out)
 
 

@@ -79,7 +79,8 @@ def run_plan(args: Plan) -> Run:
     run, args = begin(args, Plan, "plan", _check_plan)
     assert args.env is not None
     assert args.seed is not None
-    device = devices.pick(args.device)
+    device, named = devices.pick(args.device), args.model
+    args = replace(args, model=run.local.get("model", named))  # a run may go on from another folder
     draws = {"render_mode": "rgb_array"} if args.video and args.model == "true" else {}
     env = opened(args.env, **draws)
     try:
@@ -96,12 +97,12 @@ def run_plan(args: Plan) -> Run:
             else:
                 controller = _given(args, env, reward, terminal, device)
                 if (of := _world_of(args)) not in (None, "none", args.env) and not args.quiet:
-                    console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
+                    console.print(f"note: {named} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
             wall = time.perf_counter() - began
             last = torch.tensor([r for _, r in returns[-max(1, min(10, args.episodes)) :]])
             out = {
-                "env": args.env, "seed": args.seed, "model": args.model or type(args.dynamics).__name__,
+                "env": args.env, "seed": args.seed, "model": named or type(args.dynamics).__name__,
                 "planner": to_plain(args.planner), "returns": returns, "last10": last.mean().item(),
                 "steps": returns[-1][0], "wall_s": round(wall, 1), **machine(), "versions": versions(),
             }  # fmt: skip

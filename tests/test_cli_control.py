@@ -113,6 +113,29 @@ def test_driving_resumes_to_the_same_numbers_and_no_episode_is_another_again(tmp
     assert seeds[0] != seeds[1]
 
 
+def test_a_plan_goes_on_with_the_same_model_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan("--episodes", "1", "--out", "runs/a")
+    with_it = ["--model", "runs/a", "--episodes", "2"]
+    plan(*with_it, "--out", "whole")
+    real, count = mpc.episode, []
+
+    def stopping(*args):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(mpc, "episode", stopping)
+    with pytest.raises(SystemExit):
+        plan(*with_it, "--out", "cut")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
+    whole, cut = (result(tmp_path / x) for x in ("whole", "cut"))
+    assert (cut["returns"], cut["model"]) == (whole["returns"], "runs/a")
+
+
 def test_a_plan_in_the_truth_is_filmed_where_it_is_valued(tmp_path, monkeypatch):
     """In the environment whose simulator it is, from a new plan; another one would go another way."""
     shown = []
