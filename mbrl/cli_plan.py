@@ -133,6 +133,7 @@ def _check_plan(args: Plan, env: Any) -> None:
     if args.model is None:
         reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
         learner = args.dynamics.build(spec_of(env), devices.generator(0))
+        _spread(args.worth, learner)
         Mpc(args.planner, args.worth, learner, generator=devices.generator(0), reward=reward, terminal=terminal)
         return
     if args.episodes < 1:
@@ -151,6 +152,17 @@ def _certain(worth: Worth, what: str) -> None:
         raise ValueError(
             f"--worth: got limit {worth.limit} and pessimism {worth.pessimism}, and {what} is not uncertain; leave "
             "both out"
+        )
+
+
+def _spread(worth: Worth, model: Any) -> None:
+    """Raises ValueError for a pessimism over particles that are all alike."""
+    one, certain = worth.particles == 1, model.parts == 1 and model.noise_dim == 0
+    if worth.pessimism and (one or certain):
+        why = "there is one" if one else f"all are alike under a {type(model).__name__} without noise or parts"
+        raise ValueError(
+            f"--worth.pessimism {worth.pessimism}: is in standard deviations over the particles, and {why}; leave it "
+            "out, or take several of a learner with noise or parts"
         )
 
 
@@ -202,6 +214,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
             weights = mpc.weights((other.load("pets") or ({}, {}))[0])
     model = _built(args, settings.dynamics, spec, weights, of).to(device)
     _same_bounds(args, env, low, high)
+    _spread(args.worth, model)
     terminal = terminal or _learned_end(other, settings, spec, device)
     return make(args.worth, model, reward=reward, terminal=terminal, dt=dt)
 

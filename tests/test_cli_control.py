@@ -63,6 +63,9 @@ def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path, capsys):
     assert {"model", "episode"} <= stages
     plan("--episodes", "1", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"))
     assert len(result(tmp_path / "b")["returns"]) == 1
+    with pytest.raises(SystemExit):
+        plan("--episodes", "1", "--model", str(tmp_path / "a"), "--worth.pessimism", "1", "--out", str(tmp_path / "c"))
+    assert "all are alike under a Single without noise or parts" in capsys.readouterr().err
     with pytest.raises(SystemExit) as refused:
         cli.main(["plan", "--env", "InvertedPendulum-v5", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "c")])
     assert refused.value.code == 2
@@ -373,6 +376,14 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (
             ["plan", "--env", "Pendulum-v1", "--model", "true", "--fitting.max-epochs", "3", "planner:cem", *LEARNER],
             "--fitting, dynamics:NAME: got beside --model true, where nothing is learned; leave out",
+        ),
+        (
+            ["plan", "--env", "Pendulum-v1", "--episodes", "0", "--worth.pessimism", "1", "--worth.particles", "1"],
+            "over the particles, and there is one",
+        ),
+        (
+            ["plan", "--env", "Pendulum-v1", "--episodes", "0", "--worth.pessimism", "1", "planner:cem", *LEARNER],
+            "all are alike under a Single without noise or parts",
         ),
         (["plan", "--env", "Pendulum-v1", "--device", "tpu"], "device"),
         (["online", "--env", "Pendulum-v1", "--reward", "task", "--steps", "0"], "steps"),
