@@ -271,9 +271,11 @@ def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.devic
     for i in range(len(returns), args.episodes):
         controller.generator.manual_seed(episode_seed(args.seed, i))
         controller.begin(1)
+        before = dict(controller.counts)
         e = mpc.episode(env, lambda obs: controller(obs.to(device)), episode_seed(args.seed, i))
         returns.append(((returns[-1][0] if returns else 0) + len(e.act), e.total))
-        run.log("episode", returns[-1][0], {"return": e.total, "length": float(len(e.act))})
+        figures = {"return": e.total, "length": float(len(e.act))} | mpc.shares(controller.counts, before)
+        run.log("episode", returns[-1][0], figures)
         run.progress("episode", i + 1, args.episodes, {"return": e.total})
         run.save("driven", {"n": torch.tensor(len(returns))}, {"returns": returns})
     return returns

@@ -249,6 +249,10 @@ class Adapting:
     def generator(self) -> torch.Generator:
         return self.mpc.generator
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.mpc.counts
+
     def begin(self, envs: int) -> None:
         """Forget everything: E new episodes."""
         self.mpc.begin(envs)
@@ -376,6 +380,13 @@ def _count(counts: dict[str, int], found: Found) -> None:
     counts["bad"] += int(found.bad.sum())
     counts["seen"] += found.seen * len(found.some)
     counts["lost"] += int((~found.some).sum())
+
+
+def shares(counts: Mapping[str, int], before: Mapping[str, int] | None = None) -> dict[str, float]:
+    """What a log says of a controller's counts since there were those before: the share of candidates that were not
+    finite, and how many plans were lost."""
+    since = {k: n - (before or {}).get(k, 0) for k, n in counts.items()}
+    return {"not_finite": since["bad"] / max(1, since["seen"]), "lost": float(since["lost"])}
 
 
 # ---------------------------------------------------------------- episodes
@@ -521,8 +532,7 @@ def pets(
         tensors, facts = _packed(done)
         facts["of"] = mine
         if learned:
-            counts = control.counts
-            figures |= {"not_finite": counts["bad"] / counts["seen"], "lost": float(counts["lost"])}
+            figures |= shares(control.counts)
             tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
             if isinstance(end, TerminalHead):
                 tensors |= {f"terminal.{k}": v for k, v in end.state_dict().items()}

@@ -114,6 +114,9 @@ def test_driving_resumes_to_the_same_numbers_and_no_episode_is_another_again(tmp
     cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
     assert result(tmp_path / "cut")["returns"] == result(tmp_path / "whole")["returns"]
     assert seeds[0] != seeds[1]
+    lines, again = (Run.open(tmp_path / x).metrics() for x in ("whole", "cut"))
+    assert lines == again
+    assert [(x["not_finite"], x["lost"]) for x in lines] == [(0.0, 0.0)] * 3
 
 
 def test_a_plan_goes_on_with_the_same_model_from_another_folder(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
-from mbrl.mpc import ByValue, Episode, Mpc, PetsConfig, episode, gathered, over, pets
+from mbrl.mpc import ByValue, Episode, Mpc, PetsConfig, episode, gathered, over, pets, shares
 from mbrl.planner import CEM, ICEM, Planner, Worth
 from mbrl.sac import SacConfig
 
@@ -326,6 +326,17 @@ def test_a_plan_valued_from_outside_goes_on_a_step_later():
     torch.testing.assert_close(act, torch.tensor([[0.1]]), atol=0.25, rtol=0)
     want = torch.tensor([0.5, -0.5, 0.9, 0.9])[None, :, None]
     torch.testing.assert_close(control.plan.mean, want, atol=0.25, rtol=0)
+
+
+def test_plans_that_are_lost_are_counted_since_the_last_episode():
+    begun = {"bad": 0, "seen": 0, "lost": 0}
+    assert shares({"bad": 1, "seen": 4, "lost": 0}, begun) == {"not_finite": 0.25, "lost": 0.0}
+    mpc = controller(reward=lambda o, a, x: torch.where(o[:, 0] > 1, torch.nan, x[:, 0]))
+    mpc.begin(1)
+    mpc(torch.zeros(1, 1))
+    before = dict(mpc.counts)
+    mpc(torch.full((1, 1), 9.0))
+    assert shares(mpc.counts, before) == {"not_finite": 1.0, "lost": 1.0}
 
 
 # ---------------------------------------------------------------- episodes
