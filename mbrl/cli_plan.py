@@ -123,7 +123,11 @@ def run_plan(args: Plan) -> Run:
 
 
 def _check_plan(args: Plan, env: Any) -> None:
-    """Before there is a folder. Raises ValueError for what cannot be planned."""
+    """Before there is a folder. Raises ValueError for what cannot be planned, or filmed."""
+    if args.video:
+        from mbrl_envs import evaluate as worlds
+
+        worlds.check_film(args.video)
     PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
     if args.planner.proposals:
         raise ValueError(

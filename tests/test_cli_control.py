@@ -403,6 +403,7 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (["plan", "--env", "Pendulum-v1", "--fitting.batch", "0"], "batch=0"),
         (["online", "--env", "Pendulum-v1", "--steps", "1000", "--fitting.holdout", "2"], "holdout=2"),
         (["online", "--env", "Pendulum-v1", "--setting.agent.spectral", "-1"], "spectral"),
+        (["plan", "--env", "Pendulum-v1", "--episodes", "0", "--video", "x.txt"], "cannot write x.txt"),
         (["plan", "--resume", "nowhere"], "nowhere"),
     ],
 )
