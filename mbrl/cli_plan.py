@@ -77,10 +77,10 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int, threads:
 def run_plan(args: Plan) -> Run:
     """The command `mbrl plan`; returns the finished run."""
     run, args = begin(args, Plan, "plan", _check_plan)
+    named, args = args.model, replace(args, model=run.local.get("model", args.model))  # found from another folder, too
     assert args.env is not None
     assert args.seed is not None
-    device, named = devices.pick(args.device), args.model
-    args = replace(args, model=run.local.get("model", named))  # a run may go on from another folder
+    device = devices.pick(args.device)
     draws = {"render_mode": "rgb_array"} if args.video and args.model == "true" else {}
     env = opened(args.env, **draws)
     try:
