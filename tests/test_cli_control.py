@@ -404,6 +404,11 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (["online", "--env", "Pendulum-v1", "--steps", "1000", "--fitting.holdout", "2"], "holdout=2"),
         (["online", "--env", "Pendulum-v1", "--setting.agent.spectral", "-1"], "spectral"),
         (["plan", "--env", "Pendulum-v1", "--episodes", "0", "--video", "x.txt"], "cannot write x.txt"),
+        (["plan", "--env", "Pendulum-v1", "--seed", "9" * 20], "expected 0 or more, 2^62 at most"),
+        (
+            ["online", "--env", "Pendulum-v1", "--steps", "0", "--seeds", "0", "9" * 20],
+            "expected 0 or more, 2^62 at most",
+        ),
         (["plan", "--resume", "nowhere"], "nowhere"),
     ],
 )
