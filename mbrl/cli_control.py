@@ -14,8 +14,9 @@ from mbrl import device as devices
 from mbrl import online
 from mbrl.border import World, spec_of
 from mbrl.choices import KNOWN, LEARNERS, Learner, console, only_its_own
+from mbrl.core import check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.fit import FitConfig
+from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import PRESETS
 from mbrl.run import Run, from_plain, machine, save_figure, to_plain, versions, write_json
 
@@ -146,10 +147,12 @@ def _check_online(args: Online, env: Any) -> None:
         raise ValueError(f"--seeds: got {' '.join(map(str, args.seeds))}; expected none twice")
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1")
-    if args.reward == "task" and functions(args.env, spec_of(env).obs, args.reward)[0] is None:
+    reward = functions(args.env, spec_of(env).obs, args.reward)[0]
+    if args.reward == "task" and reward is None:
         raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")
-    for part in (args.dynamics, args.setting.agent):
-        part.build(spec_of(env), devices.generator(0))
+    check_fit(args.fitting)
+    args.setting.agent.build(spec_of(env), devices.generator(0))
+    check_reward(args.dynamics.build(spec_of(env), devices.generator(0)), reward)
 
 
 # ---------------------------------------------------------------- run folders
@@ -186,6 +189,8 @@ def begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in to_plain(kept).items()}
     config = {"algorithm": name, "arguments": plain}
     local = {"device": str(device), "threads": torch.get_num_threads()}
+    if (model := getattr(args, "model", None)) not in (None, "true"):
+        local["model"] = str(Path(model).resolve())
     return Run.create(out, config, local, quiet=args.quiet), replace(args, out=out)
 
 

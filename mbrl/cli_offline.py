@@ -12,7 +12,7 @@ from mbrl import device as devices
 from mbrl import mpc, offline
 from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console, only_its_own
 from mbrl.cli_control import functions
-from mbrl.core import Spec
+from mbrl.core import Spec, check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import OVER
@@ -164,6 +164,7 @@ def run_offline(args: Offline) -> Run:
     _check_plan(replace(args, algorithm=algorithm), world)
     if algorithm.imagination is not None:
         check_fit(args.fitting)
+        check_reward(args.dynamics.build(data.spec, devices.generator(0)), world.reward)
         try:
             offline.check_doubts(algorithm.imagination, data, args.dynamics)
         except ValueError as error:

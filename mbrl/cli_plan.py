@@ -76,6 +76,7 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int, threads:
 def run_plan(args: Plan) -> Run:
     """The command `mbrl plan`; returns the finished run."""
     run, args = begin(args, Plan, "plan", _check_plan)
+    named, args = args.model, replace(args, model=run.local.get("model", args.model))  # found from another folder, too
     assert args.env is not None
     assert args.seed is not None
     device = devices.pick(args.device)
@@ -94,12 +95,12 @@ def run_plan(args: Plan) -> Run:
             else:
                 controller = _given(args, env, reward, terminal, device)
                 if (of := _world_of(args)) not in (None, "none", args.env) and not args.quiet:
-                    console.print(f"note: {args.model} is of {of}, and steps {args.env} here", **PLAIN)
+                    console.print(f"note: {named} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
             wall = run.seconds
             last = torch.tensor([r for _, r in returns[-max(1, min(10, args.episodes)) :]])
             out = {
-                "env": args.env, "seed": args.seed, "model": args.model or type(args.dynamics).__name__,
+                "env": args.env, "seed": args.seed, "model": named or type(args.dynamics).__name__,
                 "planner": to_plain(args.planner), "returns": returns, "last10": last.mean().item(),
                 "steps": returns[-1][0], "wall_s": round(wall, 1), **machine(), "versions": versions(),
             }  # fmt: skip
@@ -120,7 +121,11 @@ def run_plan(args: Plan) -> Run:
 
 
 def _check_plan(args: Plan, env: Any) -> None:
-    """Before there is a folder. Raises ValueError for what cannot be planned."""
+    """Before there is a folder. Raises ValueError for what cannot be planned, or filmed."""
+    if args.video:
+        from mbrl_envs import evaluate as worlds
+
+        worlds.check_film(args.video)
     PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
     if args.planner.proposals:
         raise ValueError(
@@ -130,6 +135,7 @@ def _check_plan(args: Plan, env: Any) -> None:
     if args.model is None:
         reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
         learner = args.dynamics.build(spec_of(env), devices.generator(0))
+        _spread(args.worth, learner)
         Mpc(args.planner, args.worth, learner, generator=devices.generator(0), reward=reward, terminal=terminal)
         return
     if args.episodes < 1:
@@ -148,6 +154,17 @@ def _certain(worth: Worth, what: str) -> None:
         raise ValueError(
             f"--worth: got limit {worth.limit} and pessimism {worth.pessimism}, and {what} is not uncertain; leave "
             "both out"
+        )
+
+
+def _spread(worth: Worth, model: Any) -> None:
+    """Raises ValueError for a pessimism over particles that are all alike."""
+    one, certain = worth.particles == 1, model.parts == 1 and model.noise_dim == 0
+    if worth.pessimism and (one or certain):
+        why = "there is one" if one else f"all are alike under a {type(model).__name__} without noise or parts"
+        raise ValueError(
+            f"--worth.pessimism {worth.pessimism}: is in standard deviations over the particles, and {why}; leave it "
+            "out, or take several of a learner with noise or parts"
         )
 
 
@@ -199,6 +216,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
             weights = mpc.weights((other.load("pets") or ({}, {}))[0])
     model = _built(args, settings.dynamics, spec, weights, of).to(device)
     _same_bounds(args, env, low, high)
+    _spread(args.worth, model)
     terminal = terminal or _learned_end(other, settings, spec, device)
     return make(args.worth, model, reward=reward, terminal=terminal, dt=dt)
 
@@ -255,9 +273,11 @@ def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.devic
     for i in range(len(returns), args.episodes):
         controller.generator.manual_seed(episode_seed(args.seed, i))
         controller.begin(1)
+        before = dict(controller.counts)
         e = mpc.episode(env, lambda obs: controller(obs.to(device)), episode_seed(args.seed, i))
         returns.append(((returns[-1][0] if returns else 0) + len(e.act), e.total))
-        run.log("episode", returns[-1][0], {"return": e.total, "length": float(len(e.act))})
+        figures = {"return": e.total, "length": float(len(e.act))} | mpc.shares(controller.counts, before)
+        run.log("episode", returns[-1][0], figures)
         run.progress("episode", i + 1, args.episodes, {"return": e.total})
         run.save("driven", {"n": torch.tensor(len(returns))}, {"returns": returns})
     return returns

@@ -66,6 +66,7 @@ class Dynamics(nn.Module, abc.ABC):
     parts: int = 1  # how many independently trained parts it has (an ensemble's members)
     noisy_loss: bool = True  # whether `loss`, `losses` and `validate` read their noise; where not, `fit` gives zeros
     schedules: tuple[str, ...] = ()  # the buffers that `advance` writes
+    tells_reward: bool = True  # whether a step predicts the reward; where not, it is 0
 
     def condition(self, ctx: Tensor) -> Tree:
         """[G, C] -> what a rollout needs of its contexts, once per rollout."""
@@ -220,6 +221,15 @@ def randn(model: nn.Module, n: int, m: int, generator: torch.Generator, kind: Ca
 
 class Diverged(RuntimeError):
     """A fit that cannot go on: nothing of it is finite any more."""
+
+
+def check_reward(model: Dynamics, reward: Any) -> None:
+    """Raises ValueError where neither a task's function nor the learner tells the reward, which would be 0."""
+    if reward is None and not model.tells_reward:
+        raise ValueError(
+            f"reward: no function tells it, and this {type(model).__name__} has no head for it; set `reward` in its "
+            "settings, or give the task's function"
+        )
 
 
 def demand(who: str, *rules: tuple[str, Any, str, bool]) -> None:

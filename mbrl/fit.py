@@ -3,6 +3,7 @@ best snapshot of each part. A learner that is trained in phases builds its own f
 
 import abc
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from mbrl.core import Dynamics, Segment, Spec
+from mbrl.core import Dynamics, Segment, Spec, demand
 from mbrl.data import Dataset
 from mbrl.device import graphed
 
@@ -118,6 +119,12 @@ def check_fit(config: FitConfig) -> None:
         raise ValueError(f"fit: got {', '.join(wrong)}; expected at least 1")
     if not 0 <= config.holdout <= 1:
         raise ValueError(f"fit: got holdout={config.holdout}, expected a share in [0, 1]")
+    demand(
+        "fit",
+        ("lr", config.lr, "a rate above 0", 0 < config.lr < math.inf),
+        ("gain", config.gain, "0 or more", config.gain >= 0),
+        ("clip", config.clip, "a norm above 0, or None", config.clip is None or config.clip > 0),
+    )
 
 
 # ---------------------------------------------------------------- data

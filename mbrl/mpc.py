@@ -17,9 +17,21 @@ from torch.utils import _pytree as pytree
 from mbrl import device as devices
 from mbrl.adapt import adapt, known
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, first_context, repeat, rows
+from mbrl.core import (
+    Dynamics,
+    Segment,
+    Spec,
+    StepInput,
+    Tree,
+    check_reward,
+    choose,
+    demand,
+    first_context,
+    repeat,
+    rows,
+)
 from mbrl.data import Dataset
-from mbrl.fit import FitConfig, fit
+from mbrl.fit import FitConfig, check_fit, fit
 from mbrl.offline import Forget, Record, check_whose, digest
 from mbrl.planner import (
     ICEM,
@@ -75,6 +87,7 @@ class Mpc:
     ) -> None:
         if planner.proposals and policy is None:
             raise ValueError(f"Mpc: the planner wants {planner.proposals} proposals a plan, and there is no policy")
+        check_reward(model, reward)
         self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
         self.like = next(itertools.chain(model.parameters(), model.buffers()))
@@ -153,18 +166,22 @@ class Mpc:
     def _check_limit(self) -> None:
         """Raises ValueError where the learner does not tell what the limit is on."""
         p, spec, like = self.worth.particles, self.model.spec, self.like
-        cond = self.model.condition(self.ctx)
-        state = repeat(self.model.init(like.new_zeros(1, spec.obs), cond), p)
-        cond = self.model.pinned(torch.arange(p, device=like.device)) if self.pins else cond
-        noise = torch.zeros(p, self.model.noise_dim).to(like)
-        told = self.model.step(
-            state, StepInput(like.new_zeros(p, spec.act), noise, like.new_full((p, 1), self.dt)), cond
+        free = self.model.condition(self.ctx)
+        state = repeat(self.model.init(like.new_zeros(1, spec.obs), free), p)
+        inp = StepInput(
+            like.new_zeros(p, spec.act), like.new_zeros(p, self.model.noise_dim), like.new_full((p, 1), self.dt)
         )
-        if self.worth.uncertainty not in (has := told[1].uncertainty):
-            advice = "; pass pinned=False" if self.pins else ""
+        told = lambda cond: self.model.step(state, inp, cond)[1].uncertainty
+        part = torch.arange(p, device=like.device)
+        name, has = self.worth.uncertainty, told(self.model.pinned(part) if self.pins else free)
+        if name not in has:
+            does = self.pins and name in told(free)
+            advice = (
+                "pass pinned=False (--worth.no-pinned)" if does else "name what it reports, or set what it is to report"
+            )
             raise ValueError(
-                f"Mpc: the limit is on {self.worth.uncertainty!r}, the learner{' pinned to a part' * self.pins} "
-                f"reports {', '.join(has) or 'none'}{advice}"
+                f"Mpc: the limit is on {name!r}, the learner{' pinned to a part' * self.pins} reports "
+                f"{', '.join(has) or 'none'}; {advice}"
             )
 
     def _parts(self, envs: int) -> Tensor:
@@ -232,6 +249,10 @@ class Adapting:
     @property
     def generator(self) -> torch.Generator:
         return self.mpc.generator
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.mpc.counts
 
     def begin(self, envs: int) -> None:
         """Forget everything: E new episodes."""
@@ -362,6 +383,13 @@ def _count(counts: dict[str, int], found: Found) -> None:
     counts["lost"] += int((~found.some).sum())
 
 
+def shares(counts: Mapping[str, int], before: Mapping[str, int] | None = None) -> dict[str, float]:
+    """What a log says of a controller's counts since there were those before: the share of candidates that were not
+    finite, and how many plans were lost."""
+    since = {k: n - (before or {}).get(k, 0) for k, n in counts.items()}
+    return {"not_finite": since["bad"] / max(1, since["seen"]), "lost": float(since["lost"])}
+
+
 # ---------------------------------------------------------------- episodes
 
 
@@ -435,6 +463,7 @@ class PetsConfig:
     def __post_init__(self) -> None:
         if self.random < 1 or self.episodes < 0:
             raise ValueError(f"PetsConfig: got random {self.random}, episodes {self.episodes}; expected >= 1 and >= 0")
+        check_fit(self.fitting)
 
 
 @dataclass(frozen=True)
@@ -504,8 +533,7 @@ def pets(
         tensors, facts = _packed(done)
         facts["of"] = mine
         if learned:
-            counts = control.counts
-            figures |= {"not_finite": counts["bad"] / counts["seen"], "lost": float(counts["lost"])}
+            figures |= shares(control.counts)
             tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
             if isinstance(end, TerminalHead):
                 tensors |= {f"terminal.{k}": v for k, v in end.state_dict().items()}

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
 from mbrl.baselines import BcConfig, Td3BcConfig
-from mbrl.core import Dynamics, Segment, Spec, StepInput, repeat, rows
+from mbrl.core import Dynamics, Segment, Spec, StepInput, check_reward, repeat, rows
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
@@ -619,6 +619,8 @@ def train(
     made: list[Dynamics] = []
     if imagination is not None:
         check_doubts(imagination, data, dynamics, models)
+        for model in models or (dynamics.build(spec, devices.generator(0)),):
+            check_reward(model, reward)
         for seed in seeds:
             model = models[len(made) % len(models)] if models else learn_model(data, dynamics, fitting, seed, record)
             lap("model")

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mbrl import device as devices
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Spec
+from mbrl.core import Spec, check_reward
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
-from mbrl.fit import FitConfig, fit
+from mbrl.fit import FitConfig, check_fit, fit
 from mbrl.offline import (
     PROBE,
     Evaluate,
@@ -185,6 +185,7 @@ def train_together(
     is of the wrong kind, returns what is not finite, or, run again, returns something else."""
     record, fitting, dynamics = record or Forget(), fitting or FitConfig(), dynamics or EnsembleConfig()
     check(config)
+    check_fit(fitting)
     if len(envs) != len(seeds) or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"online: got {len(envs)} environments and seeds {list(seeds)}; expected one each, none twice")
     worlds, device, many = [World(env) for env in envs], torch.device(device), len(seeds)
@@ -196,6 +197,7 @@ def train_together(
     spec, lap, whose = worlds[0].spec, Laps(device), range(many)
     generator = devices.generator(group_seed(seeds), device)
     models = [dynamics.build(spec, generator).to(device).eval() for _ in whose]
+    check_reward(models[0], reward)
     agent = config.agent.build(spec, generator, seeds=many)
     rows = torch.zeros(many, config.steps, 2 * spec.obs + spec.act + 2, device=device)
     mets = [Met(spec, rows[s], env) for s, env in enumerate(envs)]

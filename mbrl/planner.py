@@ -286,7 +286,8 @@ class Worth:
     uncertainty: str = "disagreement"
     limit: float = math.inf
     """A candidate that exceeds this uncertainty while its episode lasts, in any particle, is worth -1e9 and less, the
-    less the more it exceeds, whatever it earns. "disagreement" needs every part evaluated: not with `pinned`."""
+    less the more it exceeds, whatever it earns; where it is NaN, the worth is. "disagreement" needs every part
+    evaluated: not with `pinned`."""
 
     def __post_init__(self) -> None:
         if not (0 < self.discount <= 1 and self.particles >= 1 and self.limit >= 0 and math.isfinite(self.pessimism)):
@@ -348,7 +349,7 @@ def value(
     if excess is None:
         return worths
     over = excess.reshape(envs, p, n).amax(1)
-    return torch.where(worths.isfinite() & (over > 0), BEYOND * (1 + over), worths)
+    return torch.where(worths.isfinite() & ~(over <= 0), BEYOND * (1 + over), worths)  # NaN is within no limit
 
 
 def pinned(p: Planner, model: Dynamics, part: Tensor) -> Tree:

@@ -63,6 +63,9 @@ def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path, capsys):
     assert {"model", "episode"} <= stages
     plan("--episodes", "1", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"))
     assert len(result(tmp_path / "b")["returns"]) == 1
+    with pytest.raises(SystemExit):
+        plan("--episodes", "1", "--model", str(tmp_path / "a"), "--worth.pessimism", "1", "--out", str(tmp_path / "c"))
+    assert "all are alike under a Single without noise or parts" in capsys.readouterr().err
     with pytest.raises(SystemExit) as refused:
         cli.main(["plan", "--env", "InvertedPendulum-v5", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "c")])
     assert refused.value.code == 2
@@ -111,6 +114,32 @@ def test_driving_resumes_to_the_same_numbers_and_no_episode_is_another_again(tmp
     cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
     assert result(tmp_path / "cut")["returns"] == result(tmp_path / "whole")["returns"]
     assert seeds[0] != seeds[1]
+    lines, again = (Run.open(tmp_path / x).metrics() for x in ("whole", "cut"))
+    assert lines == again
+    assert [(x["not_finite"], x["lost"]) for x in lines] == [(0.0, 0.0)] * 3
+
+
+def test_a_plan_goes_on_with_the_same_model_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan("--episodes", "1", "--out", "runs/a")
+    with_it = ["--model", "runs/a", "--episodes", "2"]
+    plan(*with_it, "--out", "whole")
+    real, count = mpc.episode, []
+
+    def stopping(*args):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(mpc, "episode", stopping)
+    with pytest.raises(SystemExit):
+        plan(*with_it, "--out", "cut")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
+    whole, cut = (result(tmp_path / x) for x in ("whole", "cut"))
+    assert (cut["returns"], cut["model"]) == (whole["returns"], "runs/a")
 
 
 def test_a_plan_in_the_truth_is_filmed_where_it_is_valued(tmp_path, monkeypatch):
@@ -351,11 +380,35 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
             ["plan", "--env", "Pendulum-v1", "--model", "true", "--fitting.max-epochs", "3", "planner:cem", *LEARNER],
             "--fitting, dynamics:NAME: got beside --model true, where nothing is learned; leave out",
         ),
+        (
+            ["plan", "--env", "Pendulum-v1", "--episodes", "0", "--worth.pessimism", "1", "--worth.particles", "1"],
+            "over the particles, and there is one",
+        ),
+        (
+            ["plan", "--env", "Pendulum-v1", "--episodes", "0", "--worth.pessimism", "1", "planner:cem", *LEARNER],
+            "all are alike under a Single without noise or parts",
+        ),
         (["plan", "--env", "Pendulum-v1", "--device", "tpu"], "device"),
         (["online", "--env", "Pendulum-v1", "--reward", "task", "--steps", "0"], "steps"),
         (["online", "--env", "Hopper-v5", "--reward", "task"], "--reward task"),
         (["online", "--env", "Pendulum-v1", "--episodes", "0"], "--episodes"),
+        (
+            ["online", "--env", "Pendulum-v1", "--steps", "1000", "dynamics:plrnn", "--dynamics.no-reward"],
+            "this Plrnn has no head for it",
+        ),
+        (
+            ["plan", "--env", "Edge-v0", "--episodes", "0", "dynamics:ode", "--dynamics.no-reward"],
+            "this NeuralODE has no head for it",
+        ),
+        (["plan", "--env", "Pendulum-v1", "--fitting.batch", "0"], "batch=0"),
+        (["online", "--env", "Pendulum-v1", "--steps", "1000", "--fitting.holdout", "2"], "holdout=2"),
         (["online", "--env", "Pendulum-v1", "--setting.agent.spectral", "-1"], "spectral"),
+        (["plan", "--env", "Pendulum-v1", "--episodes", "0", "--video", "x.txt"], "cannot write x.txt"),
+        (["plan", "--env", "Pendulum-v1", "--seed", "9" * 20], "expected 0 or more, 2^62 at most"),
+        (
+            ["online", "--env", "Pendulum-v1", "--steps", "0", "--seeds", "0", "9" * 20],
+            "expected 0 or more, 2^62 at most",
+        ),
         (["plan", "--resume", "nowhere"], "nowhere"),
     ],
 )

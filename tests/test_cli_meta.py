@@ -114,6 +114,7 @@ def test_what_it_has_learned_of_a_simulator_plans_there(tmp_path, capsys):
     plan("mbrl_envs/CartPoleLength-v0", tmp_path / "b")
     found = json.loads((tmp_path / "b" / "result.json").read_text())
     assert np.isfinite(found["returns"][0][1])
+    assert Run.open(tmp_path / "b").metrics()[-1]["lost"] == 0
     with pytest.raises(SystemExit):
         plan("Pendulum-v1", tmp_path / "c")
     assert "its model is of cartpole-pole; Pendulum-v1 has 3 observations" in said(capsys)

@@ -1,5 +1,7 @@
 """Every learner against the contract's checks; and the checks against learners that break it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mbrl import testing
-from mbrl.core import Dynamics, Markov, Prediction, Spec, group, pull, randn
+from mbrl.core import Dynamics, Markov, Prediction, Spec, StepInput, group, pull, randn
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.experts import ExpertsConfig
 from mbrl.dynamics.filtered import Filtered, RewardConfig
@@ -261,6 +263,21 @@ ALIKE = {
 )
 def test_keeps_the_contract(name, check):
     CHECKS[check](SUBJECTS[name])
+
+
+@pytest.mark.parametrize("reward", [True, False])
+@pytest.mark.parametrize(
+    "config", [OdeConfig(), PlrnnConfig(Shallow(8)), MixerConfig()], ids=lambda x: type(x).__name__
+)
+def test_a_learner_without_a_reward_head_says_so(config, reward):
+    config, spec = replace(config, reward=reward), Spec(2, 1)
+    inner = config.build(spec, torch.Generator().manual_seed(0))
+    filtered = Filtered(inner, RewardConfig(hidden=(8,), members=2, anchors=0, spread=0.0).build(spec), candidates=2)
+    for model in (inner, ExpertsConfig(config).build(spec), filtered):
+        assert model.tells_reward == reward
+    obs, cond = torch.randn(4, 2), inner.condition(inner.context(torch.zeros(1, dtype=torch.int64)))
+    inp = StepInput(torch.ones(4, 1), torch.zeros(4, inner.noise_dim), torch.ones(4, 1))
+    assert bool(inner.step(inner.init(obs, cond), inp, cond)[1].reward.any()) == reward
 
 
 # ---------------------------------------------------------------- learners that break it

@@ -211,7 +211,7 @@ def test_hooks_of_a_learner_of_one_part():
     like = obs[:, 1:, 0]
     segment = Segment(obs, obs[:, 1:], like, like > 2, like > 0, obs[:, 1:], torch.zeros(1, dtype=torch.int64))
     noise = torch.zeros(2, 1, 1, dtype=torch.float64)
-    assert (model.parts, model.noisy_loss) == (1, True)
+    assert (model.parts, model.noisy_loss, model.tells_reward) == (1, True, True)
     assert model.losses(segment, noise).tolist() == [4.0]
     assert model.losses(segment, noise).requires_grad
     assert model.validate(segment, noise).tolist() == [4.0]

@@ -333,7 +333,10 @@ def test_longer_windows_train():
 @pytest.mark.parametrize(
     ("bad", "says"),
     [({k: 0}, f"got {k}=0; expected at least 1") for k in ("batch", "length", "patience", "max_epochs")]
-    + [({"holdout": x}, f"holdout={x}, expected a share") for x in (-0.1, 1.5, math.nan)],
+    + [({"holdout": x}, f"holdout={x}, expected a share") for x in (-0.1, 1.5, math.nan)]
+    + [({"lr": x}, f"lr is {x}, expected a rate above 0") for x in (0.0, -1e-3, math.nan, math.inf)]
+    + [({"clip": x}, f"clip is {x}, expected a norm above 0") for x in (0.0, -1.0, math.nan)]
+    + [({"gain": -0.1}, "gain is -0.1, expected 0 or more")],
 )
 def test_settings_that_no_fit_goes_by_are_refused(bad, says):
     with pytest.raises(ValueError, match=says):

@@ -291,6 +291,21 @@ def test_rows_can_be_begun_anew():
     assert env.reset(options={"reset_mask": [False, True]})[0][:, 0].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("mode", [SAME, NEXT])
+def test_a_row_that_is_begun_anew_leaves_the_others_their_course(mode):
+    starts = torch.randn(40, 1, generator=gen())
+    begun, courses = [], []
+    for reset in (False, True):
+        env = ModelVectorEnv(Counter(), starts, 3, 2, autoreset=mode, seed=3)
+        courses.append([env.reset(seed=3)[0][1]])
+        for t in range(12):
+            for _ in range(3 * reset * (t == 1)):
+                begun.append(env.reset(options={"reset_mask": np.array([True, False])})[0][0, 0])
+            courses[-1].append(env.step(np.full((2, 1), 0.1))[0][1])
+    assert np.array_equal(*courses)
+    assert len(set(begun)) == 3, "each time from another start"
+
+
 def test_a_step_before_the_first_reset_is_refused():
     for env in (ModelVectorEnv(Counter(0), ONE, 3, 1), ModelVecEnv(Counter(0), ONE, 3, 1)):
         with pytest.raises(AdapterError, match="call reset first"):

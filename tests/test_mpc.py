@@ -14,8 +14,9 @@ from mbrl import device as devices
 from mbrl.border import World, episode_seed
 from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
 from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
-from mbrl.mpc import ByValue, Episode, Mpc, PetsConfig, episode, gathered, over, pets
+from mbrl.mpc import ByValue, Episode, Mpc, PetsConfig, episode, gathered, over, pets, shares
 from mbrl.planner import CEM, ICEM, Planner, Worth
 from mbrl.sac import SacConfig
 
@@ -166,6 +167,13 @@ def test_a_policys_proposal_is_taken_where_it_is_best():
         controller(planner=planner)
 
 
+def test_where_nothing_tells_the_reward_nothing_is_planned():
+    model = OdeConfig(hidden=(8,)).build(Spec(1, 1))
+    with pytest.raises(ValueError, match="no function tells it, and this NeuralODE has no head for it"):
+        controller(model)
+    controller(model, reward=lambda o, a, x: x[:, 0])
+
+
 def test_the_critic_looks_beyond_the_horizon():
     """One step, no reward: only the value of the end speaks, and 0.9 x + 0.5 a = 0.4 is the best."""
     planner = Planner(horizon=1, samples=256, elites=8, iterations=8, min_std=1e-3)
@@ -303,7 +311,11 @@ def test_a_limit_on_what_the_learner_does_not_tell_is_found_before_the_first_pla
     mpc = Mpc(SMALL, Worth(particles=3, limit=1.0, pinned=False), learner, generator=devices.generator(0))
     mpc.begin(2)
     assert mpc(torch.zeros(2, 1)).isfinite().all()
-    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt$"):
+    silent = learner.reporting()
+    for pinned, it in ((True, "the learner pinned to a part reports none"), (False, "the learner reports none")):
+        with pytest.raises(ValueError, match=f"{it}; name what it reports, or set what it is to report"):
+            Mpc(SMALL, Worth(particles=3, limit=1.0, pinned=pinned), silent)
+    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt; name"):
         Mpc(SMALL, Worth(limit=1.0), Line())
 
 
@@ -314,6 +326,17 @@ def test_a_plan_valued_from_outside_goes_on_a_step_later():
     torch.testing.assert_close(act, torch.tensor([[0.1]]), atol=0.25, rtol=0)
     want = torch.tensor([0.5, -0.5, 0.9, 0.9])[None, :, None]
     torch.testing.assert_close(control.plan.mean, want, atol=0.25, rtol=0)
+
+
+def test_plans_that_are_lost_are_counted_since_the_last_episode():
+    begun = {"bad": 0, "seen": 0, "lost": 0}
+    assert shares({"bad": 1, "seen": 4, "lost": 0}, begun) == {"not_finite": 0.25, "lost": 0.0}
+    mpc = controller(reward=lambda o, a, x: torch.where(o[:, 0] > 1, torch.nan, x[:, 0]))
+    mpc.begin(1)
+    mpc(torch.zeros(1, 1))
+    before = dict(mpc.counts)
+    mpc(torch.full((1, 1), 9.0))
+    assert shares(mpc.counts, before) == {"not_finite": 1.0, "lost": 1.0}
 
 
 # ---------------------------------------------------------------- episodes

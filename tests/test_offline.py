@@ -371,6 +371,19 @@ def test_a_scaled_penalty_is_in_the_datas_own_units():
         assert result * data.next_obs.abs().mean() == pytest.approx(scaled.reward.std(correction=0).item(), rel=1e-5)
 
 
+def test_a_learner_that_tells_no_reward_is_an_error_where_no_function_does():
+    given = {
+        "data": line_data(),
+        "dynamics": OdeConfig(hidden=(8,)),
+        "terminal": never,
+        "fitting": FitConfig(max_epochs=1),
+    }
+    config = OfflineConfig(SMALL, Imagination(horizon=1, rollouts=10, every=2), updates=2, batch=8, evaluate_every=2)
+    with pytest.raises(ValueError, match="no function tells it, and this NeuralODE has no head for it"):
+        offline.train(config, **given)
+    offline.train(config, **given, reward=lambda obs, act, after: -(after[:, 0] ** 2))
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"coefficient": x} for x in (-1.0, math.nan, math.inf)] + [{"samples": 0}, {"name": "bellman", "scaled": True}],

@@ -500,6 +500,20 @@ def test_a_schedule_that_makes_no_sense_is_refused(bad):
         Horizon(**bad)
 
 
+def test_a_model_that_tells_no_reward_is_one_error_where_no_function_does(monkeypatch):
+    monkeypatch.setattr(Shifted, "tells_reward", False)
+    with pytest.raises(ValueError, match="no function tells it, and this Shifted has no head for it"):
+        run()
+    run(replace(SMALL, steps=41), reward=lambda obs, act, after: -(after[:, 0] ** 2))
+
+
+def test_a_fit_that_cannot_be_is_refused_before_the_first_step():
+    env = LineEnv()
+    with pytest.raises(ValueError, match="batch=0"):
+        run(env=env, fitting=replace(SHORT, batch=0))
+    assert not env.seeds
+
+
 def test_a_model_that_is_nowhere_finite_is_one_error():
     with pytest.raises(ValueError, match="no imagined transition was kept"):
         run(dynamics=True_(float("nan")))

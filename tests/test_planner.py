@@ -551,6 +551,18 @@ def test_beyond_the_limit_ranks_below_all_that_are_within():
         value(Worth(uncertainty="doubt", limit=1.0), model, start, (), acts, noise, dt)
 
 
+def test_an_uncertainty_that_is_not_a_number_is_within_no_limit():
+    class Doubtful(Line):
+        def step(self, state, inp, cond):
+            x, pred = super().step(state, inp, cond)
+            return x, pred._replace(uncertainty={"doubt": torch.where(inp.act[:, 0] > 0, torch.nan, 0.0)})
+
+    acts, noise = torch.tensor([0.5, -0.5])[None, :, None, None], [torch.zeros(1, 0)]
+    worth = Worth(uncertainty="doubt", limit=1.0)
+    got = value(worth, Doubtful(), torch.zeros(1, 1), (), acts, noise, torch.ones(1, 1))[0]
+    assert got.isfinite().tolist() == [False, True]
+
+
 def test_what_is_beyond_the_limit_is_worth_the_same_in_any_company():
     """Values of several iterations are compared with each other."""
     model = Linear(*(torch.ones(1, 1) for _ in range(4)))

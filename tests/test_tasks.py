@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mbrl_envs import tasks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 task: Any = tasks.task
 
@@ -386,3 +387,24 @@ def test_neorl_s_observations_begin_with_x(name):
 @pytest.mark.parametrize("name", ["antmaze-umaze-v2", "AntMaze_UMaze-v4"])
 def test_an_end_that_observations_do_not_tell_is_left_to_a_learned_head(name):
     assert tasks.task(name) is None
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies to another device or type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "obs", "act"), [("mbrl_envs/BoxPusher-v0", 10, 2), ("mbrl_envs/LatchDoor-v0", 16, 5)])
+def test_what_a_plan_earns_is_told_without_the_host(name, obs, act):
+    """A copy from there while a plan is captured as a graph would be an error."""
+    found, rows = task(name), (torch.zeros(3, obs), torch.zeros(3, act), torch.ones(3, obs))
+    first = found.reward(*rows)
+    with Copies() as copies:
+        assert torch.equal(found.reward(*rows), first)
+        found.terminal(*rows)
+    assert copies.count == 0

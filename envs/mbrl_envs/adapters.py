@@ -124,9 +124,12 @@ class _Rows:
             self.steps[fresh] = 0
         return self.seen()
 
-    def draw(self) -> None:
-        """Which first observations come next."""
-        self.next = self.rng.integers(len(self.starts), size=self.n)
+    def draw(self, fresh: np.ndarray | None = None) -> None:
+        """Which first observations come next; in the rows fresh [n] alone by a stream apart, so that the others' stays
+        as it is."""
+        rng = self.rng if fresh is None else self.rng.spawn(1)[0]
+        drawn = rng.integers(len(self.starts), size=self.n)
+        self.next = drawn if fresh is None else np.where(fresh, drawn, self.next)
 
     def seen(self) -> np.ndarray:
         return self.obs.float().cpu().numpy().copy()  # a copy: who gets it may write to it
@@ -269,7 +272,7 @@ class ModelVectorEnv(VectorEnv):
             raise AdapterError(f"reset: got a reset_mask of {got}, expected bool of shape ({self.num_envs},)")
         self.ended = np.zeros_like(self.ended) if mask is None else self.ended & ~mask
         obs = self.rows.begin(mask)
-        self.rows.draw()
+        self.rows.draw(mask)
         return obs, {}
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:

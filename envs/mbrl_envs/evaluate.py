@@ -7,6 +7,7 @@ rows are the episodes that still run, so n falls as they end.
 import importlib
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -232,23 +233,34 @@ def video(
             env.close()
 
 
+def check_film(path: Path) -> None:
+    """Raises EnvError where no film of that kind can be written: before what is to be filmed takes hours."""
+    with tempfile.TemporaryDirectory() as folder:
+        _writer(Path(folder) / f"film{path.suffix}", path).close()
+
+
+def _writer(part: Path, path: Path, **kw: Any) -> Any:
+    """What writes the frames of the film `path` to the file `part`."""
+    import imageio.v2 as imageio
+
+    try:
+        return imageio.get_writer(part, **kw)
+    except (ImportError, ValueError, OSError) as error:
+        part.unlink(missing_ok=True)
+        hint = "use a name that ends in .gif, or pip install imageio-ffmpeg for .mp4"
+        raise EnvError(f"video: cannot write {path}: {str(error).strip().partition(chr(10))[0]}; {hint}") from error
+
+
 @contextmanager
 def _film(path: Path, fps: int) -> Iterator[Callable[[Any], None]]:
     """A function that takes the frames one by one; of more than 30 a second only some are kept. The file appears when
     the last one is in."""
-    import imageio.v2 as imageio
-
     skip = max(1, round(fps / 30))
     kw: dict[str, Any] = {"duration": 1000 * skip / fps, "loop": 0} if path.suffix == ".gif" else {"fps": fps / skip}
     part = path.with_name(f".{path.stem}.tmp{path.suffix}")
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        writer = imageio.get_writer(part, **kw)
-    except (ImportError, ValueError, OSError) as error:
-        part.unlink(missing_ok=True)
-        hint = "use a name that ends in .gif, or pip install imageio-ffmpeg for .mp4"
-        raise EnvError(f"video: cannot write {path}: {str(error).strip().partition(chr(10))[0]}; {hint}") from error
+    writer = _writer(part, path, **kw)
 
     def add(frame: Any) -> None:
         nonlocal count

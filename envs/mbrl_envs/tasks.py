@@ -46,6 +46,7 @@ and for the robots of `mbrl_envs.robots`:
 A prediction that is not finite is unhealthy, as the simulator's is.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -315,12 +316,17 @@ def _push(version: int, obs: int | None) -> Task:
     2009.11997)."""
     env = "mbrl_envs/BoxPusher-v0"
     widths = _fixed(10, env, obs)
-    goal = torch.tensor([(GOAL + i * BOX, j * BOX) for i in (-1, 1) for j in (-1, 1)], dtype=torch.float64)
+
+    @functools.cache  # a graph cannot be captured of what copies from the host
+    def goal(device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(
+            [(GOAL + i * BOX, j * BOX) for i in (-1, 1) for j in (-1, 1)], dtype=torch.float64, device=device
+        ).to(dtype)
 
     def reward(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
         _lead(widths, env, next_obs.shape[-1])
         corners = next_obs[..., 2:].unflatten(-1, (4, 2))
-        far = (corners - goal.to(corners)).norm(dim=-1)
+        far = (corners - goal(corners.device, corners.dtype)).norm(dim=-1)
         return (1 - (10 * far).tanh()).sum(-1) - 0.25 * act.norm(dim=-1)
 
     return Task(env, _never(widths, env), reward)

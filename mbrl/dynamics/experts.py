@@ -62,6 +62,7 @@ class Experts(Dynamics):
             spec = replace(spec, ctx=spec.ctx or spec.systems)
         self.spec, self.config = spec, config
         self.noise_dim, self.noisy_loss = made[0].noise_dim, made[0].noisy_loss
+        self.tells_reward = made[0].tells_reward
         object.__setattr__(self, "inner", made[0])  # unregistered
         params, buffers = torch.func.stack_module_state(made)
         self.names = {k: k.replace(".", "/") for k in (*params, *buffers)}

@@ -94,6 +94,7 @@ class Filtered(Dynamics):
         self.inner, self.reward, self.k, self.temperature = inner, reward, candidates, temperature
         self.choice, self.chunk = choice, chunk
         self.spec, self.parts, self.noisy_loss = inner.spec, inner.parts, inner.noisy_loss
+        self.tells_reward = inner.tells_reward
         self.schedules = tuple(f"inner.{name}" for name in inner.schedules)
         self.noise_dim = candidates * (inner.noise_dim + (temperature > 0))
         like = next(inner.parameters())

@@ -203,7 +203,7 @@ class Mixer(Markov):
         _check(config)
         width = spec.ctx or config.width
         self.spec = replace(spec, ctx=width) if spec.systems > 1 else spec
-        self.config = config
+        self.config, self.tells_reward = config, config.reward
         device = torch.device("cpu" if generator is None else generator.device)
 
         def draw(*shape: int, fan: int) -> Tensor:

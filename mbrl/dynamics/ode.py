@@ -130,7 +130,7 @@ class NeuralODE(Markov):
     def __init__(self, spec: Spec, config: OdeConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         _check(config)
-        self.spec, self.config = spec, config
+        self.spec, self.config, self.tells_reward = spec, config, config.reward
         width = spec.obs + spec.act
         self.net = StackedMLP(1, [width, *config.hidden, spec.obs], config.activation, uniform, generator)
         device = self.net.weights[0].device

@@ -324,6 +324,7 @@ class Plrnn(Dynamics):
         head = lambda inputs, out: StackedMLP(1, [inputs, *config.heads, out], "silu", uniform, generator)
         self.doubt = head(m + spec.act, spec.obs + 1) if config.noise is True else None
         self.worth = head(2 * m + spec.act, 1) if config.reward else None
+        self.tells_reward = config.reward
         device = p["A"].device
         self.observed, self.rewarded = Normalizer(spec.obs).to(device), Normalizer(1).to(device)
         self.register_buffer("bounds", torch.tensor(LOG_VARIANCE, device=device))
