@@ -32,6 +32,7 @@ from mbrl.terminal import TerminalConfig, fit_terminal, restored
 
 Policy = Callable[[Tensor], Tensor]  # obs [n, O] -> act [n, A]
 Evaluate = Callable[[Policy], Any]  # -> undiscounted returns [episodes]
+VALUED = 2**14  # states at most that a CPU values at a time: a batch of rollouts has millions for MOBILE's penalty
 PROBE = 1000  # transitions at most from which the value's steepness and the model's error are read
 
 
@@ -400,8 +401,11 @@ def bellman_inconsistency(
     k = noise.shape[1] // model.noise_dim if model.noise_dim else 1
     after = model.each(state, StepInput(act, noise, dt), cond, k).obs  # [P, B * k, O]
     parts, n, _ = after.shape
-    flat = after.flatten(0, 1)[None]  # [1, P * B * k, O]
-    value = agent.q(flat, agent.act(flat, act_noise.repeat(parts, 1)[None]), target=True)[0].amin(0)
+    flat, z = after.flatten(0, 1)[None], act_noise.repeat(parts, 1)[None]  # [1, P * B * k, O], [1, P * B * k, A]
+    size = flat.shape[1]
+    cut = -(-size // -(-size // VALUED)) if flat.is_cpu else size
+    pieces = zip(flat.split(cut, 1), z.split(cut, 1), strict=True)
+    value = torch.cat([agent.q(x, agent.act(x, e), target=True)[0].amin(0) for x, e in pieces])
     mean = value.reshape(parts, n // k, k).mean(-1)
     return mean.std(0) if parts > 1 else torch.zeros_like(mean[0])
 

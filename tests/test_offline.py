@@ -179,6 +179,19 @@ def test_bellman_inconsistency_is_that_of_the_stochastic_policy():
     torch.testing.assert_close(second, value.reshape(2, 5, 3).mean(-1).std(0))
 
 
+def test_bellman_inconsistency_is_valued_a_part_at_a_time(monkeypatch):
+    """The activations of all states at once would take tens of gigabytes."""
+    agent = SMALL.build(Spec(1, 1), torch.Generator().manual_seed(0)).one(0)
+    sizes, q = [], agent.q
+    agent.q = lambda obs, act, target=False: (sizes.append(obs.shape[1]), q(obs, act, target))[1]
+    arguments = torch.randn(5, 1), torch.zeros(5, 1), torch.ones(5, 1), (), torch.randn(5, 3), torch.randn(15, 1)
+    call = lambda: offline.bellman_inconsistency(agent, Line(parts=2, noise_dim=1), *arguments)
+    whole = call()
+    monkeypatch.setattr(offline, "VALUED", 8)
+    torch.testing.assert_close(call(), whole)
+    assert sizes == [30, 8, 8, 8, 6]
+
+
 def test_a_relative_threshold_is_in_units_of_the_datas_worst():
     data = line_data()
     limit = offline.uncertainty_limit(Line(), data, Truncation("doubt", 0.5, relative=True), torch.Generator())
