@@ -165,8 +165,9 @@ def run_offline(args: Offline) -> Run:
     _check_plan(replace(args, algorithm=algorithm), world)
     if algorithm.imagination is not None:
         check_fit(args.fitting)
+        model = offline.unfitted(algorithm.imagination, data, args.dynamics)
         try:
-            offline.check_doubts(algorithm.imagination, data, args.dynamics)
+            offline.check_doubts(algorithm.imagination, data, [model])
         except ValueError as error:
             option = "--algorithm.imagination.penalty.coefficient 0, before dynamics:"
             raise ValueError(f"{name_of(algorithm)}: {error} ({option})") from error

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
 from mbrl.baselines import BcConfig, Td3BcConfig
-from mbrl.core import Dynamics, Segment, Spec, StepInput, repeat, rows
+from mbrl.core import Diverged, Dynamics, Segment, Spec, StepInput, repeat, rows
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
@@ -569,7 +569,8 @@ def penalty_unit(model: Dynamics, data: Dataset, config: Penalty, generator: tor
 
 @torch.no_grad()
 def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Generator, most: int = 20_000) -> Tensor:
-    """The uncertainty of that name on the data's own transitions, at most so many of them; the finite ones."""
+    """The uncertainty of that name on the data's own transitions, at most so many of them; the finite ones. Raises
+    Diverged where there is none."""
     index = data.paired.nonzero()[:, 0]
     if len(index) > most:
         order = torch.randperm(len(index), generator=generator, device=index.device)
@@ -581,7 +582,13 @@ def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Genera
             inp = StepInput(data.act[part], model.draw(len(part), 1, generator), data.intervals(part))
             doubt = _named(model.step(model.init(data.obs[part], cond), inp, cond)[1].uncertainty, name)
             found.append(doubt[doubt.isfinite()])
-    return torch.cat(found)
+    doubts = torch.cat(found)
+    if len(doubts) == 0:
+        raise Diverged(
+            f"uncertainty {name!r}: not finite on any of the data's own transitions; the model, or the dynamics reward "
+            "around it, has diverged: try smaller learning rates"
+        )
+    return doubts
 
 
 # ---------------------------------------------------------------- the loop
@@ -622,7 +629,7 @@ def train(
         imagination = replace(imagination, floor=False)
     made: list[Dynamics] = []
     if imagination is not None:
-        check_doubts(imagination, data, dynamics, models)
+        check_doubts(imagination, data, models or [unfitted(imagination, data, dynamics)])
         for seed in seeds:
             model = models[len(made) % len(models)] if models else learn_model(data, dynamics, fitting, seed, record)
             lap("model")
@@ -806,24 +813,35 @@ def group_seed(seeds: Sequence[int]) -> int:
     return seeds[0] if len(seeds) == 1 else int(digest(list(seeds)), 16) % 2**31
 
 
+def unfitted(config: Imagination, data: Dataset, dynamics: Any) -> Dynamics:
+    """The learner, within its filter where there is one, as it is before any fit. Raises ValueError for settings of
+    which there is none, or by which the data cannot be fitted."""
+    device, rule = data.obs.device, config.morec
+    generator = devices.generator(0, device)
+    model = dynamics.build(data.spec, generator).to(device)
+    if rule is None:
+        return model
+    if rule.reward.length > data.longest:
+        raise ValueError(
+            f"RewardConfig: length is {rule.reward.length}, expected at most {data.longest}, the steps of the data's "
+            "longest stretch"
+        )
+    return rule.filter.build(model, rule.reward.build(data.spec, generator).to(device))
+
+
 @torch.no_grad()
-def check_doubts(config: Imagination, data: Dataset, dynamics: Any, models: Sequence[Dynamics] | None = None) -> None:
-    """Raises ValueError where the learner, or a fitted one that stands for it, cannot tell what it is to be penalised
-    and cut by; before anything is fitted."""
+def check_doubts(config: Imagination, data: Dataset, models: Sequence[Dynamics]) -> None:
+    """Raises ValueError where a learner, fitted or not, cannot tell what it is to be penalised and cut by."""
     generator = devices.generator(0, data.obs.device)
-    for model in models or (dynamics.build(data.spec, generator).to(data.obs.device),):
-        _check_doubts(config, data, model, generator, filtered=not models and config.morec is not None)
+    for model in models:
+        _check_doubts(config, data, model, generator)
 
 
-def _check_doubts(
-    config: Imagination, data: Dataset, model: Dynamics, generator: torch.Generator, filtered: bool
-) -> None:
+def _check_doubts(config: Imagination, data: Dataset, model: Dynamics, generator: torch.Generator) -> None:
     cond = model.condition(data.obs.new_zeros(1, model.spec.ctx))
     inp = StepInput(data.act[:1], model.draw(1, 1, generator).to(data.obs), data.obs.new_full((1, 1), data.dt))
     known = model.step(model.init(data.obs[:1], cond), inp, cond)[1].uncertainty
-    if filtered:
-        known = {**known, "implausibility": data.obs}
-    elif config.morec is not None and not isinstance(model, Filtered):
+    if config.morec is not None and not isinstance(model, Filtered):
         raise ValueError(
             f"models: got a {type(model).__name__} for rollouts that a dynamics reward filters (morec); wrap it by "
             "FilterConfig().build(model, reward), or leave morec out"

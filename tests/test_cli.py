@@ -352,6 +352,17 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["online", "--env", "Nowhere-v1", "--seeds", "-20"], "--seeds is -20, expected 0 or more"),
         (["eval", "nowhere", "--seed", "-1"], "--seed is -1, expected 0 or more"),
         (["offline", "--dataset", "embedded:pendulum", "--fitting.patience", "0"], "patience=0"),
+        (
+            [
+                "offline",
+                "--dataset",
+                "embedded:pendulum",
+                "algorithm:morec-mopo",
+                "--algorithm.imagination.morec.filter.candidates",
+                "0",
+            ],
+            "got candidates 0",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):

@@ -9,13 +9,14 @@ import torch
 from worlds import Constant, Line, Memory, earned, line_data, never
 
 from mbrl import offline
-from mbrl.core import Segment, Spec, StepInput
+from mbrl.core import Diverged, Segment, Spec, StepInput
 from mbrl.data import Transitions, joined
 from mbrl.dynamics.experts import ExpertsConfig
+from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.dynamics.mixer import Coda, Geps, MixerConfig
 from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
-from mbrl.offline import Imagination, OfflineConfig, Penalty, Truncation, truncate
+from mbrl.offline import Imagination, Morec, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig, local_lipschitz, value_aware_error
 from mbrl.solvers import RK4, Tsit5
 
@@ -303,6 +304,10 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
     torch.testing.assert_close(got, torch.full((50, 1), 0.3), atol=0.05, rtol=0)
 
 
+def morec(**change):
+    return replace(offline.MOREC_MOPO, imagination=replace(offline.MOREC_MOPO.imagination, morec=Morec(**change)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -318,6 +323,16 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
             for k in ("horizon", "rollouts", "every", "retain", "block", "chunk", "budget")
         ),
         ({"fitting": FitConfig(max_epochs=0)}, "fit: got max_epochs=0; expected at least 1"),
+        *(
+            ({"config": morec(filter=FilterConfig(**bad))}, "expected .*" + says)
+            for bad, says in (
+                ({"candidates": 0}, "candidates >= 1"),
+                ({"temperature": math.nan}, "temperature >= 0"),
+                ({"clip": math.nan}, "0 standard deviations or more"),
+            )
+        ),
+        ({"config": morec(reward=RewardConfig(hidden=(0,)))}, "StackedMLP: got n 10 and sizes"),
+        ({"config": morec(reward=RewardConfig(length=21))}, "length is 21, expected at most 20"),
         ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
         ({"config": offline.MOBILE, "models": [Line()]}, "spread over the parts .* this one has 1"),
         (
@@ -329,10 +344,22 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_one_error(change, message):
+def test_settings_that_do_not_fit_are_one_error(change, message, monkeypatch):
+    """Before anything is fitted."""
+    monkeypatch.setattr(offline, "fit", lambda *a, **k: pytest.fail("fitted"))
     config = change.pop("config", offline.MOPO)
     with pytest.raises(ValueError, match=message):
         offline.train(config, line_data(), **change)
+
+
+@pytest.mark.parametrize("change", [
+    {"truncation": Truncation("doubt", 1.0, relative=True)}, {"penalty": Penalty(1.0, "doubt", scaled=True)}
+])  # fmt: skip
+def test_a_model_that_has_diverged_is_one_error(change):
+    model = Line()
+    model.anchor.data.fill_(math.nan)
+    with pytest.raises(Diverged, match="'doubt': not finite on any of the data's own transitions"):
+        offline.train(small(**change), line_data(), models=[model], terminal=never)
 
 
 def test_every_rollout_cut_at_its_start_is_an_error():

@@ -43,6 +43,8 @@ class FilterConfig:
     chunk: int = 16_384
 
     def build(self, inner: Dynamics, reward: "DynamicsReward") -> "Filtered":
+        if not self.clip >= 0:
+            raise ValueError(f"FilterConfig: clip is {self.clip}, expected 0 standard deviations or more")
         low, high = reward.bounds(self.clip)
         return Filtered(
             inner,
@@ -84,7 +86,7 @@ class Filtered(Dynamics):
         chunk: int = 16_384,
     ) -> None:
         super().__init__()
-        if candidates < 1 or temperature < 0 or chunk < 1:
+        if candidates < 1 or not temperature >= 0 or chunk < 1:
             raise ValueError(
                 f"Filtered: got candidates {candidates}, temperature {temperature}, chunk {chunk}; "
                 "expected candidates >= 1, temperature >= 0, chunk >= 1"
