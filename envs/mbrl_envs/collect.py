@@ -138,14 +138,15 @@ class Recorder(gym.Wrapper):
         self.rows: list[tuple] = []
 
     def reset(self, **kw: Any) -> tuple[Any, dict]:
-        self.last, info = self.env.reset(**kw)
-        return self.last, info
+        obs, info = self.env.reset(**kw)
+        self.last = np.array(obs)  # the environment may write on its own
+        return obs, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         obs, reward, terminal, timeout, info = self.env.step(action)
         row = (self.last, action, reward, obs, terminal, timeout and not terminal)
         self.rows.append(tuple(np.array(x) for x in row))
-        self.last = obs
+        self.last = self.rows[-1][3]
         return obs, reward, terminal, timeout, info
 
     def steps(self) -> Steps:
