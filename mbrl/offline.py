@@ -321,10 +321,10 @@ def fitted_name(kind: str, sha256: str, steps: int, *settings: Any) -> str:
 
 def learn_model(data: Dataset, dynamics: Any, config: FitConfig, seed: int, record: Record) -> Dynamics:
     """The fitted learner: from the record where it holds one, else fitted (and resumed where that was interrupted)."""
-    device = data.obs.device
+    like = data.obs
     name = fitted_name("model", data.sha256, len(data), dynamics, config, seed)
-    generator = devices.generator(seed, device)
-    model = dynamics.build(data.spec, generator).to(device)
+    generator = devices.generator(seed, like.device)
+    model = dynamics.build(data.spec, generator).to(like)
     if kept := record.load(name):
         model.load_state_dict(kept[0])
         return model.eval()
@@ -340,10 +340,10 @@ def learn_reward(
     model: Dynamics, data: Dataset, dynamics: Any, fitting: FitConfig, config: RewardConfig, seed: int, record: Record
 ) -> DynamicsReward:
     """The dynamics reward fitted against the model, by the same rules as `learn_model`."""
-    device = data.obs.device
+    like = data.obs
     name = fitted_name("reward", data.sha256, len(data), dynamics, fitting, config, seed)
     if kept := record.load(name):
-        reward = config.build(data.spec).to(device)
+        reward = config.build(data.spec).to(like)
         reward.load_state_dict(kept[0])
         return reward.eval()
     keep = lambda state: record.save(f"{name}.partial", state, {})
@@ -353,7 +353,7 @@ def learn_reward(
         model,
         data,
         config,
-        devices.generator(seed + 1, device),
+        devices.generator(seed + 1, like.device),
         progress=told,
         checkpoint=keep,
         resume=partial[0] if partial else None,
@@ -373,7 +373,7 @@ def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Rec
     """A termination head, for a source whose termination nobody has written down."""
     name = fitted_name("terminal", data.sha256, len(data), config, seed)
     if kept := record.load(name):
-        return restored(kept[0], data.spec, config).to(data.obs.device)
+        return restored(kept[0], data.spec, config).to(data.obs)
     head = fit_terminal(data, config, devices.generator(seed + 2, data.obs.device))
     figures = {"endings": float(head.endings), "accuracy": float(head.accuracy)}
     tell(record, "terminal", config.steps, config.steps, {k: v for k, v in figures.items() if not math.isnan(v)})
@@ -608,7 +608,8 @@ def train(
     start: Mapping[str, Tensor] | None = None,
     record: Record | None = None,
 ) -> Result:
-    """Fit a model (and a dynamics reward) to the data, then learn a policy in it.
+    """Fit a model (and a dynamics reward) to the data, then learn a policy in it, all on the data's device and in their
+    floating point type.
 
     dynamics: a learner's config, the probabilistic ensemble by default. terminal: the task's termination, learned
     from the data where None. reward: the task's reward, the learner's own head where None. evaluate: called with a
@@ -636,7 +637,7 @@ def train(
             if imagination.morec is not None and not models:
                 rule = imagination.morec
                 r = learn_reward(model, data, dynamics, fitting, rule.reward, seed, record)
-                model = rule.filter.build(model, r).to(device).eval()
+                model = rule.filter.build(model, r).to(data.obs).eval()
                 lap("reward")
             made.append(model)
             cut = imagination.truncation
@@ -654,7 +655,7 @@ def train(
     if isinstance(settings, SacConfig):
         floor = 0.0 if imagination is not None and imagination.floor else settings.target_min
         settings = replace(settings, total=config.updates, target_min=floor)
-    agent = settings.build(spec, generator, seeds=len(seeds)).to(device)
+    agent = settings.build(spec, generator, seeds=len(seeds), dtype=data.obs.dtype).to(device)
     if settings.normalize:
         agent.set_normalizer(*normalizer_of(data.obs))
     if start is not None:
@@ -816,9 +817,9 @@ def group_seed(seeds: Sequence[int]) -> int:
 def unfitted(config: Imagination, data: Dataset, dynamics: Any) -> Dynamics:
     """The learner, within its filter where there is one, as it is before any fit. Raises ValueError for settings of
     which there is none, or by which the data cannot be fitted."""
-    device, rule = data.obs.device, config.morec
-    generator = devices.generator(0, device)
-    model = dynamics.build(data.spec, generator).to(device)
+    like, rule = data.obs, config.morec
+    generator = devices.generator(0, like.device)
+    model = dynamics.build(data.spec, generator).to(like)
     if rule is None:
         return model
     if rule.reward.length > data.longest:
@@ -826,7 +827,7 @@ def unfitted(config: Imagination, data: Dataset, dynamics: Any) -> Dynamics:
             f"RewardConfig: length is {rule.reward.length}, expected at most {data.longest}, the steps of the data's "
             "longest stretch"
         )
-    return rule.filter.build(model, rule.reward.build(data.spec, generator).to(device))
+    return rule.filter.build(model, rule.reward.build(data.spec, generator).to(like))
 
 
 @torch.no_grad()

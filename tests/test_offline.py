@@ -287,6 +287,28 @@ def test_an_interrupted_loop_continues_to_the_same_numbers(seeds):
     assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in whole.agent.state_dict().items())
 
 
+@pytest.mark.parametrize("preset", [offline.MOREC_MOBILE, offline.BC, offline.TD3_BC], ids=["morec", "bc", "td3-bc"])
+def test_the_loop_is_as_precise_as_the_data(preset):
+    """Again where it takes up what was fitted."""
+    reward = RewardConfig(members=2, hidden=(8,), updates=10, anchors=2, anchor_hidden=(8,), anchor_updates=10)
+    dynamics = offline.EnsembleConfig(members=3, elites=2, hidden=(8,), weight_decay=(0.0,) * 2)
+    agent = replace(preset.agent, hidden=(8,))
+    config = replace(preset, agent=agent, updates=10, batch=16, evaluate_every=10)
+    if (imagination := preset.imagination) is not None:
+        own = {"horizon": 2, "rollouts": 20, "budget": None, "morec": Morec(reward)}
+        config = replace(config, imagination=replace(imagination, **own))
+    data, record = line_data().to(torch.float64), Memory()
+    call = lambda: offline.train(
+        config, data, dynamics=dynamics, fitting=FitConfig(max_epochs=1), evaluate=earned, record=record
+    )
+    whole = call()
+    del record.kept["policy.partial"]
+    again = call()
+    for module in (whole.agent, *whole.models):
+        assert {p.dtype for p in module.parameters()} == {torch.float64}
+    assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in whole.agent.state_dict().items())
+
+
 def test_without_imagination_only_the_data_are_seen():
     preset = replace(offline.BC, updates=300, evaluate_every=300, batch=64)
     result = offline.train(preset, replace(line_data(), act=torch.full((400, 1), 0.3)))
