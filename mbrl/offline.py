@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
@@ -560,9 +561,16 @@ def uncertainty_limit(model: Dynamics, data: Dataset, config: Truncation, genera
 
 
 def penalty_unit(model: Dynamics, data: Dataset, config: Penalty, generator: torch.Generator) -> float:
-    """What a scaled coefficient is multiplied by: the reward's standard deviation over the mean uncertainty."""
+    """What a scaled coefficient is multiplied by: the reward's standard deviation over the mean uncertainty. Warns
+    where that is 0."""
     if not config.scaled or not config.coefficient:
         return 1.0
+    if bool((data.reward == data.reward[0]).all()):
+        warnings.warn(
+            f"{data.name or 'data'}: every reward is {data.reward[0]:g}, in whose standard deviation, 0, the penalty's "
+            "coefficient is given: nothing is penalised; pass a coefficient that is not scaled",
+            stacklevel=2,
+        )
     mean = doubts_on(model, data, config.name, generator).double().mean()
     return float(data.reward.double().std(correction=0) / mean.clamp(min=1e-12))
 

@@ -433,6 +433,14 @@ def test_a_scaled_penalty_is_in_the_datas_own_units():
         assert result * data.next_obs.abs().mean() == pytest.approx(scaled.reward.std(correction=0).item(), rel=1e-5)
 
 
+def test_a_scaled_penalty_of_nothing_is_told_of():
+    """As where a pole that is held up earns one a step, and falls in none of the data."""
+    data = replace(line_data(), reward=torch.ones(400))
+    with pytest.warns(UserWarning, match="line: every reward is 1, .* nothing is penalised"):
+        unit = offline.penalty_unit(Line(), data, Penalty(0.5, "doubt", scaled=True), torch.Generator())
+    assert unit == 0
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"coefficient": x} for x in (-1.0, math.nan, math.inf)] + [{"samples": 0}, {"name": "bellman", "scaled": True}],
