@@ -51,6 +51,13 @@ class Own(Walk):
         return self.seen
 
 
+class Endless(Own):
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        return obs, reward, False, False, info
+
+
+gym.register("Endless-v0", f"{__name__}:Endless", disable_env_checker=True)
 gym.register("Own-v0", f"{__name__}:Own", disable_env_checker=True)
 gym.register("Walk-v0", f"{__name__}:Walk", disable_env_checker=True)
 gym.register("Local-v0", lambda: Walk(), disable_env_checker=True)  # noqa: PLW0108 - cannot be written down
@@ -375,6 +382,14 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_trained(option,
     place = tmp_path / "file" / "x"
     with pytest.raises(c.CollectError, match=rf"nothing can be written to .*file.* pass another --{option}"):
         c.collect(learned(tmp_path, quality="medium", **{option: place}))
+
+
+def test_a_policy_is_not_judged_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "ENDLESS", 50)
+    with pytest.raises(c.CollectError, match="an episode of Endless-v0 took 50 steps and the environment states no"):
+        c.measure("Endless-v0", 1, 0)
+    assert c.measure("Pendulum-v1", 1, 0).shape == (1,)
+    assert len(read(c.collect(tiny(tmp_path, env="Endless-v0", steps=60)))[0]["rewards"]) == 60
 
 
 def test_an_existing_file_is_kept(tmp_path):
