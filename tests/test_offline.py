@@ -240,6 +240,45 @@ def test_the_loop_learns_in_a_model_that_is_the_environment():
     assert [u for u, _ in result.returns] == [200, 400, 600]
 
 
+class Doubtful(Line):
+    """`Line`, whose doubt is scaled, and which keeps the intervals that it is asked for."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.asked = scale, []
+
+    def step(self, state, inp, cond):
+        self.asked += inp.dt.unique().tolist()
+        state, pred = super().step(state, inp, cond)
+        return state, pred._replace(uncertainty={"doubt": self.scale * pred.uncertainty["doubt"]})
+
+
+def test_each_seed_learns_in_its_own_model_by_that_models_units(monkeypatch):
+    own, rollouts = [], offline.rollouts
+
+    def watched(agent, model, data, terminal, reward, config, limit, generator, unit, after):
+        own.append((model.scale, limit, unit))
+        return rollouts(agent, model, data, terminal, reward, config, limit, generator, unit, after)
+
+    monkeypatch.setattr(offline, "rollouts", watched)
+    doubt = {"truncation": Truncation("doubt", 2.0, relative=True), "penalty": Penalty(0.1, "doubt", scaled=True)}
+    data, models = replace(line_data(), dt=0.25), [Doubtful(1.0), Doubtful(10.0)]
+    offline.train(small(updates=1, **doubt), data, models=models, terminal=never, seeds=(1, 2))
+    (one, limit, unit), (ten, wide, small_unit) = own
+    assert (one, ten) == (1.0, 10.0)
+    assert limit == pytest.approx(2 * data.next_obs.abs().max().item())
+    assert (wide, small_unit) == pytest.approx((10 * limit, unit / 10))
+    assert {*models[0].asked, *models[1].asked} == {0.25}, "intervals are the data's"
+
+
+def test_the_agent_reads_the_data_standardised_and_slows_down_over_its_updates():
+    config = replace(small(updates=4), agent=replace(SMALL, normalize=True))
+    agent = offline.train(config, line_data(), models=[Line()], terminal=never).agent
+    mean, std = offline.normalizer_of(line_data().obs)
+    torch.testing.assert_close((agent.obs_mean, agent.obs_std), (mean, std))
+    assert agent.actor_lr() == pytest.approx(0.0, abs=1e-9), "it is done"
+
+
 def test_values_are_probed_where_state_is_saved():
     """On the data's own transitions; state at the first evaluation far enough from the last, and at the end."""
 
