@@ -281,7 +281,12 @@ class Result:
     seconds: dict[str, float]
 
     def last(self, n: int = 10) -> Tensor:
-        """[S]: each seed's mean return over the last n evaluations. Not the best: the last."""
+        """[S]: each seed's mean return over the last n evaluations. Not the best: the last. Raises ValueError where
+        there is none."""
+        if n < 1 or not self.returns:
+            raise ValueError(
+                f"last: got n={n} of {len(self.returns)} evaluations, expected one or more; pass `evaluate`"
+            )
         return torch.tensor([r for _, r in self.returns[-n:]]).mean((0, 2))
 
 

@@ -84,6 +84,9 @@ def test_the_last_ten_are_ten():
     result = offline.Result(None, [], [(n, [[float(n), n + 2.0], [0.0, 0.0]]) for n in range(12)], {})
     assert result.last().tolist() == [sum(range(2, 12)) / 10 + 1, 0.0]
     assert result.last(1).tolist() == [12.0, 0.0]
+    for none, n in ((result, 0), (offline.Result(None, [], [], {}), 10)):
+        with pytest.raises(ValueError, match=f"last: got n={n} of {len(none.returns)} evaluations"):
+            none.last(n)
 
 
 @pytest.mark.parametrize("chunk", [7, 100])
