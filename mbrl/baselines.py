@@ -4,12 +4,13 @@ Both follow the protocol of `mbrl.sac`: `build`, `act`, `update(batch, noise)` i
 Their policies are deterministic: `act` takes noise for the protocol's sake and does not read it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mbrl.core import Spec
+from mbrl.core import Spec, demand
 from mbrl.data import Transitions
 from mbrl.sac import ActorCritic, Adam, Agent, FlatMLP, cloning_grad
 
@@ -36,6 +37,7 @@ class Bc(Agent):
         super().__init__(spec, seeds, config.normalize, torch.zeros(0, dtype=dtype, device=generator.device))
         if min(config.hidden, default=0) < 1:
             raise ValueError(f"BcConfig: got hidden={config.hidden}, expected at least one layer, of positive width")
+        _check(config, "lr")
         self.config, self.actor_net = config, FlatMLP((spec.obs, *config.hidden, spec.act))
         actor = torch.stack([self.actor_net.init(generator, dtype) for _ in range(seeds)])
         self.actor = nn.Parameter(actor, requires_grad=False)  # [S, P]
@@ -95,6 +97,8 @@ class Td3Bc(ActorCritic):
     ) -> None:
         if config.policy_delay < 1:
             raise ValueError(f"Td3BcConfig: got policy_delay={config.policy_delay}, expected at least 1")
+        _check(config, "actor_lr", "critic_lr", "alpha", "policy_noise", "noise_clip")
+        _check(config, "gamma", "tau", most=1.0)
         super().__init__(config, spec.act, spec, generator, seeds, dtype)
         self.config = config
         self.register_buffer("actor_target", self.actor.clone())
@@ -154,3 +158,10 @@ class Td3Bc(ActorCritic):
             "q": q.mean((1, 2)),
             "skipped": 1 - fine + when.to(ok) - ok,
         }
+
+
+def _check(config: BcConfig | Td3BcConfig, *names: str, most: float = math.inf) -> None:
+    """Raises ValueError for settings that are below 0, above the most, or not finite."""
+    want = "a finite number >= 0" if most == math.inf else f"a number in [0, {most:g}]"
+    values = {k: getattr(config, k) for k in names}
+    demand(type(config).__name__, *((k, x, want, 0 <= x <= most and x < math.inf) for k, x in values.items()))

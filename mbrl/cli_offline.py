@@ -164,9 +164,10 @@ def run_offline(args: Offline) -> Run:
     _check_plan(replace(args, algorithm=algorithm), world)
     if algorithm.imagination is not None:
         check_fit(args.fitting)
-        check_reward(args.dynamics.build(data.spec, devices.generator(0)), world.reward)
+        model = offline.unfitted(algorithm.imagination, data, args.dynamics)
+        check_reward(model, world.reward)
         try:
-            offline.check_doubts(algorithm.imagination, data, args.dynamics)
+            offline.check_doubts(algorithm.imagination, data, [model])
         except ValueError as error:
             option = "--algorithm.imagination.penalty.coefficient 0, before dynamics:"
             raise ValueError(f"{name_of(algorithm)}: {error} ({option})") from error

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from mbrl import suite
@@ -52,6 +54,10 @@ def run_suite(args: Suite) -> dict[str, Any]:
     """The command `mbrl suite`; returns the summary that it also writes to <out>/summary.json."""
     if args.scale and len(args.scale) not in (1, len(args.datasets)):
         raise ValueError(f"--scale: got {len(args.scale)} for {len(args.datasets)} datasets, expected one or one each")
+    if empty := [f"--{name}" for name in ("datasets", "algorithms", "seeds") if not getattr(args, name)]:
+        raise ValueError(f"{', '.join(empty)}: got none, expected at least one")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds: got {' '.join(map(str, args.seeds))}, expected no two alike")
     for name in args.algorithms:
         algorithm_named(name)
     stems = [_stem(source) for source in args.datasets]
@@ -86,19 +92,26 @@ def run_suite(args: Suite) -> dict[str, Any]:
                 )
                 cells.append((cell, folder))
             groups.append(cells)
-    failures: list[str] = []
+    failures: dict[Path, str] = {}
     if not args.report:
         if args.workers > 1:
             watch = {"initializer": _leave_with, "initargs": (os.getpid(),)}
             with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), **watch) as pool:
-                for done in pool.map(_run_group, groups):
-                    failures += done
+                try:
+                    for done in pool.map(_run_group, groups):
+                        failures |= done
+                except BrokenProcessPool:
+                    raise RunError(
+                        "a worker was killed, for its memory perhaps; the same command goes on, with fewer --workers"
+                    ) from None
         else:
             for cells in groups:
-                failures += _run_group(cells)
+                failures |= _run_group(cells)
     results, counted, twice = [], {}, []
     asked = {folder for cells in groups for _, folder in cells}
     for path in sorted(args.out.glob("*/*/*/result.json"), key=lambda p: (p.parent not in asked, p)):
+        if path.parent in failures:  # it is of other settings or data
+            continue
         found, folder = Run(path.parent).result or {}, path.parent
         results.append(found | {"algorithm": folder.parent.name, "dataset": folder.parent.parent.name})
         for seed, _ in zip(found.get("seeds", ()), found.get("score_last10") or (), strict=False):
@@ -111,8 +124,8 @@ def run_suite(args: Suite) -> dict[str, Any]:
         console.print(words, **PLAIN)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "summary.json", summary)
-    for failure in failures:
-        console.print(f"[red]failed[/red] {failure}")
+    for folder, words in failures.items():
+        console.print(f"[red]failed[/red] {escape(f'{folder}: {words}')}")
     if failures:
         raise RunError(f"{len(failures)} of {sum(map(len, groups))} runs failed; the same command tries them again")
     return summary
@@ -155,17 +168,18 @@ def _leave_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run_group(cells: Sequence[tuple[Offline, Path]]) -> list[str]:
-    """Runs, one after another, on the same data and seeds: the first fits the models that the others read."""
+def _run_group(cells: Sequence[tuple[Offline, Path]]) -> dict[Path, str]:
+    """Runs, one after another, on the same data and seeds: the first fits the models that the others read. Returns what
+    went wrong in which folders."""
     from mbrl_envs import datasets
 
-    failures = []
+    failures: dict[Path, str] = {}
     sha256 = functools.cache(lambda: datasets.load(cells[0][0].dataset).sha256)
     for cell, folder in cells:
         began = time.perf_counter()
         try:
             if wrong := _other(cell, folder, sha256):
-                failures.append(f"{folder}: holds a run with {wrong}; name another --out, or remove that folder")
+                failures[folder] = f"holds a run with {wrong}; name another --out, or remove that folder"
                 continue
             if (folder / "result.json").exists():
                 continue
@@ -177,7 +191,7 @@ def _run_group(cells: Sequence[tuple[Offline, Path]]) -> list[str]:
             result = run.result or {}
             print(f"{folder}: last-10 {result.get('last10')}, {time.perf_counter() - began:.0f} s", flush=True)
         except (ValueError, RuntimeError, OSError) as error:  # one cell's fault is not the others'
-            failures.append(f"{folder}: {error}")
+            failures[folder] = str(error)
     return failures
 
 

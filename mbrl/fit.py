@@ -26,7 +26,7 @@ class FitConfig:
     batch: int = 256  # windows a part and step
     lr: float = 1e-3
     length: int = 1  # steps a window
-    holdout: float = 0.2  # of the windows, at most `holdout_max`; whole episodes where windows are longer than 1
+    holdout: float = 0.2  # of the windows, `holdout_max` at most, not all; whole episodes where these are longer than 1
     holdout_max: int = 1000
     patience: int = 5  # epochs without a gain after which a part stops
     gain: float = 0.01  # the relative fall of the held-out error that counts as one
@@ -117,12 +117,11 @@ def check_fit(config: FitConfig) -> None:
     found = {k: getattr(config, k) for k in ("batch", "length", "patience", "max_epochs")}
     if wrong := [f"{k}={v}" for k, v in found.items() if v is not None and v < 1]:
         raise ValueError(f"fit: got {', '.join(wrong)}; expected at least 1")
-    if not 0 <= config.holdout <= 1:
-        raise ValueError(f"fit: got holdout={config.holdout}, expected a share in [0, 1]")
     demand(
         "fit",
+        ("holdout", config.holdout, "a share in [0, 1]", 0 <= config.holdout <= 1),
         ("lr", config.lr, "a rate above 0", 0 < config.lr < math.inf),
-        ("gain", config.gain, "0 or more", config.gain >= 0),
+        ("gain", config.gain, "a number >= 0", config.gain >= 0),
         ("clip", config.clip, "a norm above 0, or None", config.clip is None or config.clip > 0),
     )
 
@@ -185,7 +184,7 @@ class Rows:
                 f"fit: the data hold {total} windows of {t} steps within an episode, expected at least 2: "
                 "pass more data, or a smaller window length"
             )
-        count = max(1, min(int(total * config.holdout), config.holdout_max))
+        count = max(1, min(int(total * config.holdout), config.holdout_max, total - 1))
         if t == 1:
             train, held = data.split(count, generator)
             return train.to(device), held.to(device)

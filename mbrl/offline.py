@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
 from mbrl.baselines import BcConfig, Td3BcConfig
-from mbrl.core import Dynamics, Segment, Spec, StepInput, check_reward, repeat, rows
+from mbrl.core import Diverged, Dynamics, Segment, Spec, StepInput, check_reward, repeat, rows
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
@@ -32,6 +33,7 @@ from mbrl.terminal import TerminalConfig, fit_terminal, restored
 
 Policy = Callable[[Tensor], Tensor]  # obs [n, O] -> act [n, A]
 Evaluate = Callable[[Policy], Any]  # -> undiscounted returns [episodes]
+VALUED = 2**14  # states at most that a CPU values at a time: a batch of rollouts has millions for MOBILE's penalty
 PROBE = 1000  # transitions at most from which the value's steepness and the model's error are read
 
 
@@ -279,7 +281,12 @@ class Result:
     seconds: dict[str, float]
 
     def last(self, n: int = 10) -> Tensor:
-        """[S]: each seed's mean return over the last n evaluations. Not the best: the last."""
+        """[S]: each seed's mean return over the last n evaluations. Not the best: the last. Raises ValueError where
+        there is none."""
+        if n < 1 or not self.returns:
+            raise ValueError(
+                f"last: got n={n} of {len(self.returns)} evaluations, expected one or more; pass `evaluate`"
+            )
         return torch.tensor([r for _, r in self.returns[-n:]]).mean((0, 2))
 
 
@@ -320,10 +327,10 @@ def fitted_name(kind: str, sha256: str, steps: int, *settings: Any) -> str:
 
 def learn_model(data: Dataset, dynamics: Any, config: FitConfig, seed: int, record: Record) -> Dynamics:
     """The fitted learner: from the record where it holds one, else fitted (and resumed where that was interrupted)."""
-    device = data.obs.device
+    like = data.obs
     name = fitted_name("model", data.sha256, len(data), dynamics, config, seed)
-    generator = devices.generator(seed, device)
-    model = dynamics.build(data.spec, generator).to(device)
+    generator = devices.generator(seed, like.device)
+    model = dynamics.build(data.spec, generator).to(like)
     if kept := record.load(name):
         model.load_state_dict(kept[0])
         return model.eval()
@@ -339,10 +346,10 @@ def learn_reward(
     model: Dynamics, data: Dataset, dynamics: Any, fitting: FitConfig, config: RewardConfig, seed: int, record: Record
 ) -> DynamicsReward:
     """The dynamics reward fitted against the model, by the same rules as `learn_model`."""
-    device = data.obs.device
+    like = data.obs
     name = fitted_name("reward", data.sha256, len(data), dynamics, fitting, config, seed)
     if kept := record.load(name):
-        reward = config.build(data.spec).to(device)
+        reward = config.build(data.spec).to(like)
         reward.load_state_dict(kept[0])
         return reward.eval()
     keep = lambda state: record.save(f"{name}.partial", state, {})
@@ -352,7 +359,7 @@ def learn_reward(
         model,
         data,
         config,
-        devices.generator(seed + 1, device),
+        devices.generator(seed + 1, like.device),
         progress=told,
         checkpoint=keep,
         resume=partial[0] if partial else None,
@@ -372,7 +379,7 @@ def learn_terminal(data: Dataset, config: TerminalConfig, seed: int, record: Rec
     """A termination head, for a source whose termination nobody has written down."""
     name = fitted_name("terminal", data.sha256, len(data), config, seed)
     if kept := record.load(name):
-        return restored(kept[0], data.spec, config).to(data.obs.device)
+        return restored(kept[0], data.spec, config).to(data.obs)
     head = fit_terminal(data, config, devices.generator(seed + 2, data.obs.device))
     figures = {"endings": float(head.endings), "accuracy": float(head.accuracy)}
     tell(record, "terminal", config.steps, config.steps, {k: v for k, v in figures.items() if not math.isnan(v)})
@@ -400,8 +407,11 @@ def bellman_inconsistency(
     k = noise.shape[1] // model.noise_dim if model.noise_dim else 1
     after = model.each(state, StepInput(act, noise, dt), cond, k).obs  # [P, B * k, O]
     parts, n, _ = after.shape
-    flat = after.flatten(0, 1)[None]  # [1, P * B * k, O]
-    value = agent.q(flat, agent.act(flat, act_noise.repeat(parts, 1)[None]), target=True)[0].amin(0)
+    flat, z = after.flatten(0, 1)[None], act_noise.repeat(parts, 1)[None]  # [1, P * B * k, O], [1, P * B * k, A]
+    size = flat.shape[1]
+    cut = -(-size // -(-size // VALUED)) if flat.is_cpu else size
+    pieces = zip(flat.split(cut, 1), z.split(cut, 1), strict=True)
+    value = torch.cat([agent.q(x, agent.act(x, e), target=True)[0].amin(0) for x, e in pieces])
     mean = value.reshape(parts, n // k, k).mean(-1)
     return mean.std(0) if parts > 1 else torch.zeros_like(mean[0])
 
@@ -556,16 +566,24 @@ def uncertainty_limit(model: Dynamics, data: Dataset, config: Truncation, genera
 
 
 def penalty_unit(model: Dynamics, data: Dataset, config: Penalty, generator: torch.Generator) -> float:
-    """What a scaled coefficient is multiplied by: the reward's standard deviation over the mean uncertainty."""
+    """What a scaled coefficient is multiplied by: the reward's standard deviation over the mean uncertainty. Warns
+    where that is 0."""
     if not config.scaled or not config.coefficient:
         return 1.0
+    if bool((data.reward == data.reward[0]).all()):
+        warnings.warn(
+            f"{data.name or 'data'}: every reward is {data.reward[0]:g}, in whose standard deviation, 0, the penalty's "
+            "coefficient is given: nothing is penalised; pass a coefficient that is not scaled",
+            stacklevel=2,
+        )
     mean = doubts_on(model, data, config.name, generator).double().mean()
     return float(data.reward.double().std(correction=0) / mean.clamp(min=1e-12))
 
 
 @torch.no_grad()
 def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Generator, most: int = 20_000) -> Tensor:
-    """The uncertainty of that name on the data's own transitions, at most so many of them; the finite ones."""
+    """The uncertainty of that name on the data's own transitions, at most so many of them; the finite ones. Raises
+    Diverged where there is none."""
     index = data.paired.nonzero()[:, 0]
     if len(index) > most:
         order = torch.randperm(len(index), generator=generator, device=index.device)
@@ -577,7 +595,13 @@ def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Genera
             inp = StepInput(data.act[part], model.draw(len(part), 1, generator), data.intervals(part))
             doubt = _named(model.step(model.init(data.obs[part], cond), inp, cond)[1].uncertainty, name)
             found.append(doubt[doubt.isfinite()])
-    return torch.cat(found)
+    doubts = torch.cat(found)
+    if len(doubts) == 0:
+        raise Diverged(
+            f"uncertainty {name!r}: not finite on any of the data's own transitions; the model, or the dynamics reward "
+            "around it, has diverged: try smaller learning rates"
+        )
+    return doubts
 
 
 # ---------------------------------------------------------------- the loop
@@ -597,7 +621,8 @@ def train(
     start: Mapping[str, Tensor] | None = None,
     record: Record | None = None,
 ) -> Result:
-    """Fit a model (and a dynamics reward) to the data, then learn a policy in it.
+    """Fit a model (and a dynamics reward) to the data, then learn a policy in it, all on the data's device and in their
+    floating point type.
 
     dynamics: a learner's config, the probabilistic ensemble by default. terminal: the task's termination, learned
     from the data where None. reward: the task's reward, the learner's own head where None. evaluate: called with a
@@ -618,8 +643,9 @@ def train(
         imagination = replace(imagination, floor=False)
     made: list[Dynamics] = []
     if imagination is not None:
-        check_doubts(imagination, data, dynamics, models)
-        for model in models or (dynamics.build(spec, devices.generator(0)),):
+        tried = models or [unfitted(imagination, data, dynamics)]
+        check_doubts(imagination, data, tried)
+        for model in tried:
             check_reward(model, reward)
         for seed in seeds:
             model = models[len(made) % len(models)] if models else learn_model(data, dynamics, fitting, seed, record)
@@ -627,7 +653,7 @@ def train(
             if imagination.morec is not None and not models:
                 rule = imagination.morec
                 r = learn_reward(model, data, dynamics, fitting, rule.reward, seed, record)
-                model = rule.filter.build(model, r).to(device).eval()
+                model = rule.filter.build(model, r).to(data.obs).eval()
                 lap("reward")
             made.append(model)
             cut = imagination.truncation
@@ -645,7 +671,7 @@ def train(
     if isinstance(settings, SacConfig):
         floor = 0.0 if imagination is not None and imagination.floor else settings.target_min
         settings = replace(settings, total=config.updates, target_min=floor)
-    agent = settings.build(spec, generator, seeds=len(seeds)).to(device)
+    agent = settings.build(spec, generator, seeds=len(seeds), dtype=data.obs.dtype).to(device)
     if settings.normalize:
         agent.set_normalizer(*normalizer_of(data.obs))
     if start is not None:
@@ -804,24 +830,35 @@ def group_seed(seeds: Sequence[int]) -> int:
     return seeds[0] if len(seeds) == 1 else int(digest(list(seeds)), 16) % 2**31
 
 
+def unfitted(config: Imagination, data: Dataset, dynamics: Any) -> Dynamics:
+    """The learner, within its filter where there is one, as it is before any fit. Raises ValueError for settings of
+    which there is none, or by which the data cannot be fitted."""
+    like, rule = data.obs, config.morec
+    generator = devices.generator(0, like.device)
+    model = dynamics.build(data.spec, generator).to(like)
+    if rule is None:
+        return model
+    if rule.reward.length > data.longest:
+        raise ValueError(
+            f"RewardConfig: length is {rule.reward.length}, expected at most {data.longest}, the steps of the data's "
+            "longest stretch"
+        )
+    return rule.filter.build(model, rule.reward.build(data.spec, generator).to(like))
+
+
 @torch.no_grad()
-def check_doubts(config: Imagination, data: Dataset, dynamics: Any, models: Sequence[Dynamics] | None = None) -> None:
-    """Raises ValueError where the learner, or a fitted one that stands for it, cannot tell what it is to be penalised
-    and cut by; before anything is fitted."""
+def check_doubts(config: Imagination, data: Dataset, models: Sequence[Dynamics]) -> None:
+    """Raises ValueError where a learner, fitted or not, cannot tell what it is to be penalised and cut by."""
     generator = devices.generator(0, data.obs.device)
-    for model in models or (dynamics.build(data.spec, generator).to(data.obs.device),):
-        _check_doubts(config, data, model, generator, filtered=not models and config.morec is not None)
+    for model in models:
+        _check_doubts(config, data, model, generator)
 
 
-def _check_doubts(
-    config: Imagination, data: Dataset, model: Dynamics, generator: torch.Generator, filtered: bool
-) -> None:
+def _check_doubts(config: Imagination, data: Dataset, model: Dynamics, generator: torch.Generator) -> None:
     cond = model.condition(data.obs.new_zeros(1, model.spec.ctx))
     inp = StepInput(data.act[:1], model.draw(1, 1, generator).to(data.obs), data.obs.new_full((1, 1), data.dt))
     known = model.step(model.init(data.obs[:1], cond), inp, cond)[1].uncertainty
-    if filtered:
-        known = {**known, "implausibility": data.obs}
-    elif config.morec is not None and not isinstance(model, Filtered):
+    if config.morec is not None and not isinstance(model, Filtered):
         raise ValueError(
             f"models: got a {type(model).__name__} for rollouts that a dynamics reward filters (morec); wrap it by "
             "FilterConfig().build(model, reward), or leave morec out"

@@ -235,6 +235,13 @@ def test_a_broken_batch_of_one_seed_touches_nobody(config):
         (BcConfig(hidden=()), "hidden"),
         (Td3BcConfig(hidden=(0,)), "hidden"),
         (Td3BcConfig(policy_delay=0), "policy_delay=0"),
+        *((BcConfig(lr=x), f"BcConfig: lr is {x}, expected a finite number >= 0") for x in (-1e-3, math.nan, math.inf)),
+        *(
+            (Td3BcConfig(**{k: x}), f"Td3BcConfig: {k} is {x}, expected a finite number >= 0")
+            for k in ("actor_lr", "critic_lr", "alpha", "policy_noise", "noise_clip")
+            for x in (-1.0, math.nan)
+        ),
+        *((Td3BcConfig(**{k: 1.5}), rf"{k} is 1.5, expected a number in \[0, 1\]") for k in ("gamma", "tau")),
     ],
 )
 def test_bad_settings_are_one_clear_error(config, words):

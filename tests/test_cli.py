@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -351,7 +352,20 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["offline", "--dataset", "nowhere.hdf5", "--seeds", "3", "-20"], "--seeds is -20, expected 0 or more"),
         (["online", "--env", "Nowhere-v1", "--seeds", "-20"], "--seeds is -20, expected 0 or more"),
         (["eval", "nowhere", "--seed", "-1"], "--seed is -1, expected 0 or more"),
+        (["suite", "--datasets", "embedded:pendulum", "--seeds"], "--seeds: got none, expected at least one"),
+        (["suite", "--datasets", "embedded:pendulum", "--seeds", "2", "2"], "--seeds: got 2 2, expected no two alike"),
         (["offline", "--dataset", "embedded:pendulum", "--fitting.patience", "0"], "patience=0"),
+        (
+            [
+                "offline",
+                "--dataset",
+                "embedded:pendulum",
+                "algorithm:morec-mopo",
+                "--algorithm.imagination.morec.filter.candidates",
+                "0",
+            ],
+            "got candidates 0",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypatch):
@@ -531,9 +545,41 @@ def test_a_suite_does_not_report_runs_with_other_settings(pendulum, tmp_path, ca
     cli.main([*args, "20"])
     cli.main([*args, "20"])
     capsys.readouterr()
+    summary = tmp_path / "s/summary.json"
+    assert json.loads(summary.read_text())["scores"]
     with pytest.raises(SystemExit):
         cli.main([*args, "30"])
-    assert "holds a run with other settings (algorithm)" in capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "holds a run with other settings (algorithm)" in said
+    assert "no finished run with a score yet" in said
+    assert json.loads(summary.read_text())["results"] == [], "it counts among none of these"
+
+
+class Killed:
+    """A pool whose worker the machine has killed."""
+
+    def __init__(self, *args, **kw): ...
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args): ...
+    def map(self, *args):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+
+def test_a_worker_that_is_killed_is_one_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli_suite, "ProcessPoolExecutor", Killed)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["suite", "--datasets", "embedded:pendulum", "--workers", "2", "--out", str(tmp_path / "s")])
+    assert stop.value.code == 2
+    assert "a worker was killed, for its memory perhaps" in capsys.readouterr().err
+
+
+def test_failures_are_told_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli_suite, "_run_group", lambda cells: {tmp_path: "got [bold], expected [/red]"})
+    with pytest.raises(SystemExit):
+        cli.main(["suite", "--datasets", "embedded:pendulum", "--out", str(tmp_path / "s")])
+    assert "[bold], expected [/red]" in capsys.readouterr().out
 
 
 def in_folder(folder, cell, sha256="a" * 64):
@@ -560,14 +606,14 @@ def test_a_suite_does_not_take_other_data_for_its_own(bare, pendulum, tmp_path):
     """Two files of one name, say, one after the other: with settings beside the result, or without."""
     cell = cli_offline.Offline(dataset=str(pendulum), seeds=(1,), algorithm=offline.BC)
     folder, own = tmp_path / "run", worlds.load(str(pendulum)).sha256
-    for sha256, want in ((own, []), ("a" * 64, [f"other data (aaaaaaaaaaaa, {pendulum} is {own[:12]})"])):
+    for sha256, want in ((own, ""), ("a" * 64, f"other data (aaaaaaaaaaaa, {pendulum} is {own[:12]})")):
         shutil.rmtree(folder, ignore_errors=True)
         in_folder(folder, cell, sha256)
         if bare:
             (folder / "config.json").unlink()
         (folder / "result.json").write_text(json.dumps({"sha256": sha256, "updates": cell.algorithm.updates}))
-        words = "{}: holds a run with {}; name another --out, or remove that folder"
-        assert cli_suite._run_group([(cell, folder)]) == [words.format(folder, x) for x in want]
+        words = "holds a run with {}; name another --out, or remove that folder"
+        assert cli_suite._run_group([(cell, folder)]) == ({folder: words.format(want)} if want else {})
 
 
 def test_a_suite_calls_an_id_by_the_whole_of_it():

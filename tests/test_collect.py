@@ -40,6 +40,25 @@ class Lines(Walk):
     observation_space = spaces.Sequence(spaces.Discrete(3))
 
 
+class Own(Walk):
+    """Counts steps in one array of its own, which is also what it returns."""
+
+    observation_space = spaces.Box(-9, 9, (1,), np.float32)
+    seen = np.zeros(1, np.float32)
+
+    def obs(self):
+        self.seen[:] = self.at
+        return self.seen
+
+
+class Endless(Own):
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        return obs, reward, False, False, info
+
+
+gym.register("Endless-v0", f"{__name__}:Endless", disable_env_checker=True)
+gym.register("Own-v0", f"{__name__}:Own", disable_env_checker=True)
 gym.register("Walk-v0", f"{__name__}:Walk", disable_env_checker=True)
 gym.register("Local-v0", lambda: Walk(), disable_env_checker=True)  # noqa: PLW0108 - cannot be written down
 gym.register("Lines-v0", f"{__name__}:Lines", disable_env_checker=True)
@@ -119,6 +138,12 @@ def test_nested_observations_are_flattened_and_an_end_is_the_tasks_where_both_ho
     np.testing.assert_array_equal(np.flatnonzero(data["terminals"]), [4, 9])  # also truncated there: the task wins
     np.testing.assert_array_equal(np.flatnonzero(data["timeouts"]), [11])
     assert attrs["episodes"] == 3
+
+
+def test_an_environment_may_write_on_what_it_returned(tmp_path):
+    data, _ = read(c.collect(tiny(tmp_path, env="Own-v0", steps=10)))
+    np.testing.assert_array_equal(data["observations"][:, 0], [*range(5)] * 2)
+    np.testing.assert_array_equal(data["next_observations"], data["observations"] + 1)
 
 
 def test_compact_keeps_what_followed_each_episode(tmp_path):
@@ -357,6 +382,14 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_trained(option,
     place = tmp_path / "file" / "x"
     with pytest.raises(c.CollectError, match=rf"nothing can be written to .*file.* pass another --{option}"):
         c.collect(learned(tmp_path, quality="medium", **{option: place}))
+
+
+def test_a_policy_is_not_judged_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "ENDLESS", 50)
+    with pytest.raises(c.CollectError, match="an episode of Endless-v0 took 50 steps and the environment states no"):
+        c.measure("Endless-v0", 1, 0)
+    assert c.measure("Pendulum-v1", 1, 0).shape == (1,)
+    assert len(read(c.collect(tiny(tmp_path, env="Endless-v0", steps=60)))[0]["rewards"]) == 60
 
 
 def test_an_existing_file_is_kept(tmp_path):

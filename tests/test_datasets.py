@@ -755,6 +755,16 @@ def test_minari(minari_home, tmp_path):
         load("minari:test/walk-v0")
 
 
+def test_a_part_of_a_minari_dataset_is_not_called_as_the_whole_or_another_part(minari_home):
+    """What was fitted to one half would be taken for the other's, of as many steps."""
+    rng, space = np.random.default_rng(0), spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    stored = store(minari_home, "test/walk-v0", [episode(5, rng) for _ in range(2)], space, env="Pendulum-v1")
+    halves = [load(stored.filter_episodes(lambda e, i=i: e.id == i)) for i in range(2)]
+    assert not torch.equal(halves[0].obs, halves[1].obs)
+    assert len({load(stored).sha256, *(x.sha256 for x in halves)}) == 3
+    assert load(stored.filter_episodes(lambda e: e.id == 1)).sha256 == halves[1].sha256
+
+
 def test_minari_without_reference_scores_takes_the_environments(minari_home, monkeypatch, tmp_path):
     monkeypatch.setattr(scores, "V5_FILE", tmp_path / "v5.json")
     scores.V5_FILE.write_text(json.dumps({"Pendulum-v1": {"min": -1200, "max": -150, "command": ""}}))

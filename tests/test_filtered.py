@@ -668,7 +668,11 @@ def test_no_window_is_an_error():
 
 @pytest.mark.parametrize(
     "setting",
-    [{"members": 0}, {"late": 0.0}, {"members": 41}, {"batch": 0}, {"length": 0}, {"anchor_updates": 0}],
+    [
+        *({"members": 0}, {"late": 0.0}, {"members": 41}, {"batch": 0}, {"length": 0}, {"anchor_updates": 0}),
+        *({name: x} for name in ("lr", "anchor_lr", "generator_lr", "penalty", "likelihood") for x in (-1.0, math.nan)),
+        {"betas": (0.5, 1.0)},
+    ],
     ids=lambda s: next(iter(s)),
 )
 def test_settings_that_make_no_reward_are_refused(setting):

@@ -279,6 +279,13 @@ def test_the_holdout_is_a_fifth_up_to_a_thousand(n, count):
     assert torch.equal(torch.cat([train, held]).sort().values, torch.arange(n))
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_holdout_of_all_leaves_something_to_learn_from(length):
+    train, held = Rows(linear(60), length, torch.zeros(1)).split(FitConfig(length=length, holdout=1.0), gen())
+    assert len(train) > 0
+    assert len(held) > 0
+
+
 def test_a_step_without_a_successor_is_left_out():
     data = linear(60)
     paired = data.paired.clone()
@@ -333,10 +340,10 @@ def test_longer_windows_train():
 @pytest.mark.parametrize(
     ("bad", "says"),
     [({k: 0}, f"got {k}=0; expected at least 1") for k in ("batch", "length", "patience", "max_epochs")]
-    + [({"holdout": x}, f"holdout={x}, expected a share") for x in (-0.1, 1.5, math.nan)]
+    + [({"holdout": x}, f"holdout is {x}, expected a share") for x in (-0.1, 1.5, math.nan)]
     + [({"lr": x}, f"lr is {x}, expected a rate above 0") for x in (0.0, -1e-3, math.nan, math.inf)]
     + [({"clip": x}, f"clip is {x}, expected a norm above 0") for x in (0.0, -1.0, math.nan)]
-    + [({"gain": -0.1}, "gain is -0.1, expected 0 or more")],
+    + [({"gain": x}, f"gain is {x}, expected a number >= 0") for x in (-0.1, math.nan)],
 )
 def test_settings_that_no_fit_goes_by_are_refused(bad, says):
     with pytest.raises(ValueError, match=says):

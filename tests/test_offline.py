@@ -9,13 +9,14 @@ import torch
 from worlds import Constant, Line, Memory, earned, line_data, never
 
 from mbrl import offline
-from mbrl.core import Segment, Spec, StepInput
+from mbrl.core import Diverged, Segment, Spec, StepInput
 from mbrl.data import Transitions, joined
 from mbrl.dynamics.experts import ExpertsConfig
+from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.dynamics.mixer import Coda, Geps, MixerConfig
 from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
-from mbrl.offline import Imagination, OfflineConfig, Penalty, Truncation, truncate
+from mbrl.offline import Imagination, Morec, OfflineConfig, Penalty, Truncation, truncate
 from mbrl.sac import SacConfig, local_lipschitz, value_aware_error
 from mbrl.solvers import RK4, Tsit5
 
@@ -83,6 +84,9 @@ def test_the_last_ten_are_ten():
     result = offline.Result(None, [], [(n, [[float(n), n + 2.0], [0.0, 0.0]]) for n in range(12)], {})
     assert result.last().tolist() == [sum(range(2, 12)) / 10 + 1, 0.0]
     assert result.last(1).tolist() == [12.0, 0.0]
+    for none, n in ((result, 0), (offline.Result(None, [], [], {}), 10)):
+        with pytest.raises(ValueError, match=f"last: got n={n} of {len(none.returns)} evaluations"):
+            none.last(n)
 
 
 @pytest.mark.parametrize("chunk", [7, 100])
@@ -179,6 +183,19 @@ def test_bellman_inconsistency_is_that_of_the_stochastic_policy():
     torch.testing.assert_close(second, value.reshape(2, 5, 3).mean(-1).std(0))
 
 
+def test_bellman_inconsistency_is_valued_a_part_at_a_time(monkeypatch):
+    """The activations of all states at once would take tens of gigabytes."""
+    agent = SMALL.build(Spec(1, 1), torch.Generator().manual_seed(0)).one(0)
+    sizes, q = [], agent.q
+    agent.q = lambda obs, act, target=False: (sizes.append(obs.shape[1]), q(obs, act, target))[1]
+    arguments = torch.randn(5, 1), torch.zeros(5, 1), torch.ones(5, 1), (), torch.randn(5, 3), torch.randn(15, 1)
+    call = lambda: offline.bellman_inconsistency(agent, Line(parts=2, noise_dim=1), *arguments)
+    whole = call()
+    monkeypatch.setattr(offline, "VALUED", 8)
+    torch.testing.assert_close(call(), whole)
+    assert sizes == [30, 8, 8, 8, 6]
+
+
 def test_a_relative_threshold_is_in_units_of_the_datas_worst():
     data = line_data()
     limit = offline.uncertainty_limit(Line(), data, Truncation("doubt", 0.5, relative=True), torch.Generator())
@@ -224,6 +241,45 @@ def test_the_loop_learns_in_a_model_that_is_the_environment():
     assert best < 0
     assert result.last(1).item() > best + 0.15 * (nothing - best)
     assert [u for u, _ in result.returns] == [200, 400, 600]
+
+
+class Doubtful(Line):
+    """`Line`, whose doubt is scaled, and which keeps the intervals that it is asked for."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.asked = scale, []
+
+    def step(self, state, inp, cond):
+        self.asked += inp.dt.unique().tolist()
+        state, pred = super().step(state, inp, cond)
+        return state, pred._replace(uncertainty={"doubt": self.scale * pred.uncertainty["doubt"]})
+
+
+def test_each_seed_learns_in_its_own_model_by_that_models_units(monkeypatch):
+    own, rollouts = [], offline.rollouts
+
+    def watched(agent, model, data, terminal, reward, config, limit, generator, unit, after):
+        own.append((model.scale, limit, unit))
+        return rollouts(agent, model, data, terminal, reward, config, limit, generator, unit, after)
+
+    monkeypatch.setattr(offline, "rollouts", watched)
+    doubt = {"truncation": Truncation("doubt", 2.0, relative=True), "penalty": Penalty(0.1, "doubt", scaled=True)}
+    data, models = replace(line_data(), dt=0.25), [Doubtful(1.0), Doubtful(10.0)]
+    offline.train(small(updates=1, **doubt), data, models=models, terminal=never, seeds=(1, 2))
+    (one, limit, unit), (ten, wide, small_unit) = own
+    assert (one, ten) == (1.0, 10.0)
+    assert limit == pytest.approx(2 * data.next_obs.abs().max().item())
+    assert (wide, small_unit) == pytest.approx((10 * limit, unit / 10))
+    assert {*models[0].asked, *models[1].asked} == {0.25}, "intervals are the data's"
+
+
+def test_the_agent_reads_the_data_standardised_and_slows_down_over_its_updates():
+    config = replace(small(updates=4), agent=replace(SMALL, normalize=True))
+    agent = offline.train(config, line_data(), models=[Line()], terminal=never).agent
+    mean, std = offline.normalizer_of(line_data().obs)
+    torch.testing.assert_close((agent.obs_mean, agent.obs_std), (mean, std))
+    assert agent.actor_lr() == pytest.approx(0.0, abs=1e-9), "it is done"
 
 
 def test_values_are_probed_where_state_is_saved():
@@ -273,6 +329,28 @@ def test_an_interrupted_loop_continues_to_the_same_numbers(seeds):
     assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in whole.agent.state_dict().items())
 
 
+@pytest.mark.parametrize("preset", [offline.MOREC_MOBILE, offline.BC, offline.TD3_BC], ids=["morec", "bc", "td3-bc"])
+def test_the_loop_is_as_precise_as_the_data(preset):
+    """Again where it takes up what was fitted."""
+    reward = RewardConfig(members=2, hidden=(8,), updates=10, anchors=2, anchor_hidden=(8,), anchor_updates=10)
+    dynamics = offline.EnsembleConfig(members=3, elites=2, hidden=(8,), weight_decay=(0.0,) * 2)
+    agent = replace(preset.agent, hidden=(8,))
+    config = replace(preset, agent=agent, updates=10, batch=16, evaluate_every=10)
+    if (imagination := preset.imagination) is not None:
+        own = {"horizon": 2, "rollouts": 20, "budget": None, "morec": Morec(reward)}
+        config = replace(config, imagination=replace(imagination, **own))
+    data, record = line_data().to(torch.float64), Memory()
+    call = lambda: offline.train(
+        config, data, dynamics=dynamics, fitting=FitConfig(max_epochs=1), evaluate=earned, record=record
+    )
+    whole = call()
+    del record.kept["policy.partial"]
+    again = call()
+    for module in (whole.agent, *whole.models):
+        assert {p.dtype for p in module.parameters()} == {torch.float64}
+    assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in whole.agent.state_dict().items())
+
+
 def test_without_imagination_only_the_data_are_seen():
     preset = replace(offline.BC, updates=300, evaluate_every=300, batch=64)
     result = offline.train(preset, replace(line_data(), act=torch.full((400, 1), 0.3)))
@@ -290,6 +368,10 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
     torch.testing.assert_close(got, torch.full((50, 1), 0.3), atol=0.05, rtol=0)
 
 
+def morec(**change):
+    return replace(offline.MOREC_MOPO, imagination=replace(offline.MOREC_MOPO.imagination, morec=Morec(**change)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -305,6 +387,16 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
             for k in ("horizon", "rollouts", "every", "retain", "block", "chunk", "budget")
         ),
         ({"fitting": FitConfig(max_epochs=0)}, "fit: got max_epochs=0; expected at least 1"),
+        *(
+            ({"config": morec(filter=FilterConfig(**bad))}, "expected .*" + says)
+            for bad, says in (
+                ({"candidates": 0}, "candidates >= 1"),
+                ({"temperature": math.nan}, "temperature >= 0"),
+                ({"clip": math.nan}, "0 standard deviations or more"),
+            )
+        ),
+        ({"config": morec(reward=RewardConfig(hidden=(0,)))}, "StackedMLP: got n 10 and sizes"),
+        ({"config": morec(reward=RewardConfig(length=21))}, "length is 21, expected at most 20"),
         ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
         ({"config": offline.MOBILE, "models": [Line()]}, "spread over the parts .* this one has 1"),
         (
@@ -316,10 +408,22 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_one_error(change, message):
+def test_settings_that_do_not_fit_are_one_error(change, message, monkeypatch):
+    """Before anything is fitted."""
+    monkeypatch.setattr(offline, "fit", lambda *a, **k: pytest.fail("fitted"))
     config = change.pop("config", offline.MOPO)
     with pytest.raises(ValueError, match=message):
         offline.train(config, line_data(), **change)
+
+
+@pytest.mark.parametrize("change", [
+    {"truncation": Truncation("doubt", 1.0, relative=True)}, {"penalty": Penalty(1.0, "doubt", scaled=True)}
+])  # fmt: skip
+def test_a_model_that_has_diverged_is_one_error(change):
+    model = Line()
+    model.anchor.data.fill_(math.nan)
+    with pytest.raises(Diverged, match="'doubt': not finite on any of the data's own transitions"):
+        offline.train(small(**change), line_data(), models=[model], terminal=never)
 
 
 def test_every_rollout_cut_at_its_start_is_an_error():
@@ -382,6 +486,14 @@ def test_a_learner_that_tells_no_reward_is_an_error_where_no_function_does():
     with pytest.raises(ValueError, match="no function tells it, and this NeuralODE has no head for it"):
         offline.train(config, **given)
     offline.train(config, **given, reward=lambda obs, act, after: -(after[:, 0] ** 2))
+
+
+def test_a_scaled_penalty_of_nothing_is_told_of():
+    """As where a pole that is held up earns one a step, and falls in none of the data."""
+    data = replace(line_data(), reward=torch.ones(400))
+    with pytest.warns(UserWarning, match="line: every reward is 1, .* nothing is penalised"):
+        unit = offline.penalty_unit(Line(), data, Penalty(0.5, "doubt", scaled=True), torch.Generator())
+    assert unit == 0
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from mbrl_envs.evaluate import ENDLESS
+
 Quality = Literal["random", "medium", "medium-replay", "expert"]
 Progress = Callable[[int, int | None, dict[str, float]], None]
 SCORES = Path(__file__).parent / "data" / "v5_scores.json"
@@ -138,14 +140,15 @@ class Recorder(gym.Wrapper):
         self.rows: list[tuple] = []
 
     def reset(self, **kw: Any) -> tuple[Any, dict]:
-        self.last, info = self.env.reset(**kw)
-        return self.last, info
+        obs, info = self.env.reset(**kw)
+        self.last = np.array(obs)  # the environment may write on its own
+        return obs, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         obs, reward, terminal, timeout, info = self.env.step(action)
         row = (self.last, action, reward, obs, terminal, timeout and not terminal)
         self.rows.append(tuple(np.array(x) for x in row))
-        self.last = obs
+        self.last = self.rows[-1][3]
         return obs, reward, terminal, timeout, info
 
     def steps(self) -> Steps:
@@ -210,15 +213,20 @@ def seeds(seed: int, *path: int) -> int:
 
 
 def evaluate(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int) -> np.ndarray:
-    """Returns [episodes]."""
+    """Returns [episodes]. Raises CollectError for an episode without an end."""
     totals = np.zeros(episodes)
     for i in range(episodes):
         obs, _ = env.reset(seed=seed if i == 0 else None)
-        done = False
+        done, steps = False, 0
         while not done:
             obs, reward, terminal, timeout, _ = env.step(policy(obs))
             totals[i] += float(reward)
-            done = terminal or timeout
+            done, steps = terminal or timeout, steps + 1
+            if steps >= ENDLESS and not done and env.spec is not None and env.spec.max_episode_steps is None:
+                raise CollectError(
+                    f"collect: an episode of {env.spec.id} took {steps} steps and the environment states no limit; "
+                    "register it with max_episode_steps"
+                )
     return totals
 
 

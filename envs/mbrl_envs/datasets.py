@@ -668,6 +668,9 @@ def _minari(dataset: Any, label: str, strict: bool) -> Dataset:
         source.scores = minari_scores(metadata)
         folder = Path(dataset.storage.data_path)
         source.sha256 = _sha256(*sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "metadata.json"))
+        kept = [int(i) for i in dataset.episode_indices]
+        if kept != list(range(dataset.storage.total_episodes)):  # else a part would be called as the whole
+            source.sha256 = hashlib.sha256(json.dumps([source.sha256, kept]).encode()).hexdigest()
         raw = dataset.storage.read_raw_metadata(folder).get("observation_space")
         space = dataset.observation_space if raw is None else _declared(json.loads(raw))
         columns = _episodes(source, dataset.iterate_episodes(), space, dataset.action_space)

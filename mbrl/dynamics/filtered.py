@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbrl.core import Dynamics, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat, take
+from mbrl.core import Dynamics, Prediction, Segment, Spec, StepInput, Tree, demand, group, randn, repeat, take
 from mbrl.data import Dataset
 from mbrl.fit import SAMPLE, FitConfig, Rows, noise_of
 from mbrl.nets import Normalizer, StackedMLP, uniform
@@ -43,6 +43,8 @@ class FilterConfig:
     chunk: int = 16_384
 
     def build(self, inner: Dynamics, reward: "DynamicsReward") -> "Filtered":
+        if not self.clip >= 0:
+            raise ValueError(f"FilterConfig: clip is {self.clip}, expected 0 standard deviations or more")
         low, high = reward.bounds(self.clip)
         return Filtered(
             inner,
@@ -84,7 +86,7 @@ class Filtered(Dynamics):
         chunk: int = 16_384,
     ) -> None:
         super().__init__()
-        if candidates < 1 or temperature < 0 or chunk < 1:
+        if candidates < 1 or not temperature >= 0 or chunk < 1:
             raise ValueError(
                 f"Filtered: got candidates {candidates}, temperature {temperature}, chunk {chunk}; "
                 "expected candidates >= 1, temperature >= 0, chunk >= 1"
@@ -258,6 +260,10 @@ class RewardConfig:
                 f"RewardConfig: got batch {self.batch}, length {self.length}, every {self.every}, anchors "
                 f"{self.anchors}; expected 1 or more, and 0 or more anchors"
             )
+        rates = ("lr", "anchor_lr", "generator_lr", "penalty", "likelihood")
+        values = {name: getattr(self, name) for name in rates}
+        demand("RewardConfig", *((k, x, "a finite number >= 0", 0 <= x < math.inf) for k, x in values.items()))
+        demand("RewardConfig", ("betas", self.betas, "two numbers in [0, 1)", all(0 <= x < 1 for x in self.betas)))
         if self.anchors and self.anchor_updates < 1:
             raise ValueError(f"RewardConfig: anchor_updates is {self.anchor_updates}, expected at least 1")
         if self.spread < 0 or (self.spread and not self.anchors):
