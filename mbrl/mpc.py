@@ -3,7 +3,6 @@ which fits the learner to what the control has seen, episode after episode.
 
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,20 @@ from torch.utils import _pytree as pytree
 from mbrl import device as devices
 from mbrl.adapt import adapt, known
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Dynamics, Segment, Spec, StepInput, Tree, choose, demand, first_context, repeat, rows
+from mbrl.core import (
+    Dynamics,
+    Segment,
+    Spec,
+    StepInput,
+    Tree,
+    check_functions,
+    choose,
+    demand,
+    first_context,
+    like_of,
+    repeat,
+    rows,
+)
 from mbrl.data import Dataset
 from mbrl.fit import FitConfig, fit
 from mbrl.offline import Forget, Record, check_whose, digest
@@ -76,7 +88,9 @@ class Mpc:
             raise ValueError(f"Mpc: the planner wants {planner.proposals} proposals a plan, and there is no policy")
         self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
-        self.like = next(itertools.chain(model.parameters(), model.buffers()))
+        self.like = like_of(model)
+        obs, act = (self.like.new_zeros(2, n) for n in (model.spec.obs, model.spec.act))
+        check_functions(obs, act, obs, reward=reward, terminal=terminal)
         self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
         self.ctx = (first_context(model, self.like.device) if ctx is None else ctx).to(self.like)
         self.pins = worth.pinned and model.parts > 1

@@ -83,6 +83,13 @@ def test_the_last_ten_are_ten():
     result = offline.Result(None, [], [(n, [[float(n), n + 2.0], [0.0, 0.0]]) for n in range(12)], {})
     assert result.last().tolist() == [sum(range(2, 12)) / 10 + 1, 0.0]
     assert result.last(1).tolist() == [12.0, 0.0]
+    with pytest.raises(ValueError, match="no evaluation; pass `evaluate`"):
+        offline.Result(None, [], [], {}).last()
+
+
+def test_an_evaluation_that_is_no_list_of_returns_is_named():
+    with pytest.raises(ValueError, match=r"it returned 3\.0, expected a list of returns"):
+        offline.train(small(1), line_data(), models=[Line()], terminal=never, evaluate=lambda policy: 3.0)
 
 
 @pytest.mark.parametrize("chunk", [7, 100])
@@ -306,6 +313,12 @@ def test_cloning_asks_for_the_actions_of_the_data_not_of_the_rollouts():
         ),
         ({"fitting": FitConfig(max_epochs=0)}, "fit: got max_epochs=0; expected at least 1"),
         ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
+        ({"evaluate": object()}, "got a object, expected a function of a policy"),
+        (
+            {"reward": lambda obs, act, after: after[:, :1]},
+            r"reward: .* shape \[2, 1\], expected a tensor of shape \[2\]",
+        ),
+        ({"terminal": lambda obs, act, after: after[:, 0]}, r"terminal: .*float32 .* expected a bool tensor of"),
         ({"config": offline.MOBILE, "models": [Line()]}, "spread over the parts .* this one has 1"),
         (
             {
