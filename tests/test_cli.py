@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -612,6 +612,11 @@ class MineConfig:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class AsksConfig(MineConfig):
+    depth: int = field(kw_only=True)
+
+
 class Point:
     def __init__(self, name, value):
         self.name, self.value, self.load = name, "somewhere:Config", value
@@ -619,6 +624,11 @@ class Point:
 
 def test_learners_of_other_packages_are_found(monkeypatch):
     points = [Point("mine", lambda: MineConfig), Point("broken", lambda: 1 / 0), Point("no", lambda: int)]
+    points += [
+        Point("asks", lambda: AsksConfig),
+        Point("made", MineConfig),
+        Point("single", lambda: MineConfig),
+    ]
     monkeypatch.setattr(choices.metadata, "entry_points", lambda group: points if group == "mbrl.learners" else [])
     with pytest.warns(UserWarning, match="learner") as warned:
         found = choices.learners()
@@ -635,7 +645,8 @@ def test_learners_of_other_packages_are_found(monkeypatch):
         "experts",
         "mine",
     }
-    assert len(warned) == 2
+    assert found["single"] == choices.SingleConfig()
+    assert len(warned) == 5
 
 
 @pytest.mark.slow
