@@ -592,6 +592,20 @@ def test_a_suite_counts_a_seed_once_and_says_so(tmp_path, capsys, monkeypatch):
         assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_suite_shows_the_returns_of_data_without_a_scale(scored, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "aggregate", lambda scores: {})
+    for data, seed, row in (("mine", 1, {}), ("mine", 2, {}), ("known", 1, {"score_last10": [50.0]})):
+        if data == "mine" or scored:
+            folder = tmp_path / data / "bc" / str(seed)
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps({"seeds": [seed], "last10": [7.0 * seed], **row}))
+    summary = cli_suite.run_suite(cli_suite.Suite(("mine", "known"), ("bc",), (1, 2), tmp_path, report=True))
+    assert summary["returns"] == {"bc": {"mine": [7.0, 14.0]}}
+    assert summary.get("scores") == ({"bc": {"known": [50.0]}} if scored else None)
+    assert "10.5 ± 3.5 (2)" in capsys.readouterr().out
+
+
 def test_list_names_everything(capsys):
     cli.main(["list"])
     out = capsys.readouterr().out
