@@ -1003,3 +1003,8 @@ def test_draw_writes_one_whole_figure(tmp_path):
     with pytest.raises(ValueError, match="nonsense"):
         overview.draw(data, tmp_path / "out" / "figure.nonsense")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["figure.png"]
+
+
+def test_returns_that_single_precision_cannot_part_are_drawn(tmp_path):
+    data = load(columns((5,), ended=(False,)) | {"rewards": np.full(5, -4.4e6, np.float32)})
+    overview.draw(data, tmp_path / "figure.png")
