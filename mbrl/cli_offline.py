@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -230,6 +231,14 @@ class World:
                 evaluate.open()
             except ValueError as error:
                 raise ValueError(f"{error}; or pass --env none, to learn without evaluations") from error
+            box = evaluate.envs[0].action_space
+            if data.meta.get("bounds") == "assumed" and not ((box.low == -1).all() and (box.high == 1).all()):
+                warnings.warn(
+                    f"{data.name}: states no action bounds, so its actions are taken as they are, and kept within "
+                    f"[-1, 1]; those of {env} go from {box.low.tolist()} to {box.high.tolist()}: state action_low and "
+                    "action_high, or env_id, in the file (`mbrl data info` shows what it states)",
+                    stacklevel=2,
+                )
         elsewhere = instead or args.env
         scale = scale_of(args.scale) if args.scale else scale_of(env or data.name, None if elsewhere else data)
         if args.scale and scale is None:

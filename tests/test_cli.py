@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -408,6 +409,18 @@ def test_evaluations_begin_from_seeds_that_every_environment_takes():
     data = worlds.load("embedded:pendulum")
     seed = lambda s: cli_offline.World.of(cli_offline.Offline(seeds=(s,)), data).evaluate.seed
     assert [seed(s) for s in (0, 7, 2**31 - 1)] == [10_000, 17_000, 9_000]
+
+
+@pytest.mark.parametrize(("bounds", "said"), [({}, 1), ({"action_low": [-2.0], "action_high": [2.0]}, 0)])
+def test_actions_of_no_stated_bounds_are_warned_of_where_the_worlds_are_others(bounds, said):
+    """A file whose actions are -2 .. 2 of Pendulum's or shares of them: nobody but its owner can tell."""
+    zero, act = np.zeros(4, np.float32), np.zeros((4, 1), np.float32)
+    obs = np.zeros((4, 3), np.float32)
+    told = {"observations": obs, "actions": act, "rewards": zero, "terminals": zero, **bounds}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        cli_offline.World.of(cli_offline.Offline(seeds=(0,), env="Pendulum-v1"), worlds.load(told))
+    assert sum("states no action bounds" in str(x.message) for x in warned) == said
 
 
 def test_a_run_folder_is_not_written_over(finished, pendulum, capsys):
