@@ -28,7 +28,8 @@ class Offline:
     """Learn a policy from a fixed dataset, in a learned model of it, and run it in the true simulator."""
 
     dataset: str | None = None
-    """A D4RL HDF5 file or id, minari:<id>, a NeoRL .npz, or embedded:pendulum / embedded:hopper."""
+    """A file of your own or D4RL's (HDF5, or .npz with its columns), a D4RL id, minari:<id>, a NeoRL .npz, or
+    embedded:pendulum / embedded:hopper."""
     resume: Path | None = None
     """Continue this run folder where it stopped, to the same numbers and by its own settings: what is given beside and
     differs from them is refused, but for --threads, --quiet, --env, --scale, and where its data lie now."""
@@ -41,8 +42,9 @@ class Offline:
     evaluate_every: int | None = None
     """Updates between evaluations, instead of the algorithm's own number."""
     env: str | None = None
-    """Evaluate in this gymnasium environment instead of the data's own; "none" for no evaluation. Its termination holds
-    in the model, too, where it is known; but with --resume that of the run's own does."""
+    """Evaluate in this gymnasium environment instead of the data's own, named as my_module:Mine-v0 where a module
+    registers it; "none" for no evaluation. Its termination holds in the model, too, where it is known; but with
+    --resume that of the run's own does."""
     episodes: int = 10
     """Episodes an evaluation."""
     scale: str | None = None

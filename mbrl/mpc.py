@@ -409,7 +409,7 @@ def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
         if len(acts) == ENDLESS and steps is None and not (limited or terminated or truncated):
             raise ValueError(
                 f"environment: an episode took {ENDLESS} steps and the environment states no limit; wrap it in "
-                "gymnasium's TimeLimit"
+                "gymnasium's TimeLimit, or name one with its id, as in 'Id-v0{\"max_episode_steps\": 1000}'"
             )
     return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), terminated)
 

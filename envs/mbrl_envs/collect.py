@@ -65,7 +65,7 @@ class CollectConfig:
     to the expert by default. medium-replay: what SAC saw on the way there."""
 
     env: str
-    """gymnasium id with a bounded Box action space"""
+    """gymnasium id with a bounded Box action space; my_module:Mine-v0 where a module registers it"""
     quality: Quality = "random"
     steps: int = 10_000
     """rows of the file"""
