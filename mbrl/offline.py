@@ -682,6 +682,7 @@ def train(
         generator.set_state(tensors["generator"].cpu())
         sums = {k[5:]: v.to(device) for k, v in tensors.items() if k.startswith("sums.")}
         first, history, counts, counted = (facts[k] for k in ("updates", "returns", "counts", "counted"))
+        history = [(updates, found) for updates, found in history]  # JSON has no tuples
         for name, value in facts["seconds"].items():
             lap.seconds[name] = lap.seconds.get(name, 0.0) + value
 
