@@ -233,7 +233,7 @@ class World:
                 evaluate.open()
             except ValueError as error:
                 raise ValueError(f"{error}; or pass --env none, to learn without evaluations") from error
-            box = evaluate.envs[0].action_space
+            box: Any = evaluate.envs[0].action_space
             if data.meta.get("bounds") == "assumed" and not ((box.low == -1).all() and (box.high == 1).all()):
                 warnings.warn(
                     f"{data.name}: states no action bounds, so its actions are taken as they are, and kept within "
