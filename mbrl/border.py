@@ -27,6 +27,11 @@ def spec_of(env: Env) -> Spec:
     """The widths of an environment. Raises ValueError for one whose spaces do not serve."""
     if hasattr(env, "num_envs"):
         raise ValueError("environment: got a vector of environments, expected a single one")
+    if not (hasattr(env, "action_space") and hasattr(env, "observation_space")):
+        raise ValueError(
+            f"environment: got a {type(env).__name__}, expected an object with gymnasium's spaces, reset and step, as "
+            "gymnasium.make gives"
+        )
     act, obs = env.action_space, env.observation_space
     flat = lambda x: hasattr(x, "low") and hasattr(x, "high") and len(x.shape) == 1 and x.shape[0] > 0
     if not flat(act):

@@ -53,17 +53,20 @@ def learners() -> dict[str, Any]:
     found |= {"hyper": HyperConfig(gaussian=True), "experts": ExpertsConfig(SingleConfig())}
     found |= {"mixer": MixerConfig(Coda((128, 128)), gating="gradient", reward=True)}
     for point in metadata.entry_points(group="mbrl.learners"):
+        if point.name in found:
+            warnings.warn(f"learner {point.name!r} of {point.value}: the name is taken; passed over", stacklevel=2)
+            continue
         try:
             cls = point.load()
+            if not (isinstance(cls, type) and is_dataclass(cls) and hasattr(cls, "build")):
+                warnings.warn(
+                    f"learner {point.name!r}: {point.value} is not a dataclass with build(); passed over", stacklevel=2
+                )
+                continue
+            config: Any = cls()
         except Exception as error:  # another package's fault must not take the command line down
             warnings.warn(f"learner {point.name!r} of {point.value} cannot be loaded: {error!r}", stacklevel=2)
             continue
-        if not is_dataclass(cls) or not hasattr(cls, "build"):
-            warnings.warn(
-                f"learner {point.name!r}: {point.value} is not a dataclass with build(); passed over", stacklevel=2
-            )
-            continue
-        config = cls()  # type: ignore[operator]
         names = {x.__name__: x for x in types_of(*found.values(), offline.MOREC_MOPO)}
         if taken := [x.__name__ for x in types_of(config) if names.get(x.__name__, x) is not x]:
             warnings.warn(

@@ -1,6 +1,7 @@
 """What the commands have in common that drive an environment, and one of them: `mbrl online` (MBPO)."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,8 @@ class Driving:
     """What the two commands have in common."""
 
     env: str | None = None
-    """A gymnasium id."""
+    """A gymnasium id, with the module that registers it before a colon, and arguments after it, where there are such:
+    my_module:Mine-v0, 'Pendulum-v1{"g": 1.6}', 'Mine-v0{"max_episode_steps": 500}'."""
     resume: Path | None = None
     """Continue this run folder from what it last saved, to the same numbers and by its own settings: what is given
     beside and differs from them is refused, but for --threads and --quiet."""
@@ -62,12 +64,12 @@ class Online(Driving):
 
 
 def opened(env_id: str | None, **kw: Any) -> Any:
-    """The environment. Raises ValueError for a name that is none."""
+    """The environment, its observations flat. Raises ValueError for a name that is none."""
     from mbrl_envs import evaluate as worlds
 
     if env_id is None:
         raise ValueError("--env is missing; expected a gymnasium id, e.g. Pendulum-v1")
-    return worlds.make(env_id, **kw)
+    return worlds.flat(worlds.make(env_id, **kw))
 
 
 def functions(env_id: str, obs: int, reward: str) -> tuple[Any, Any]:
@@ -182,7 +184,7 @@ def begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -
         check(args, env)
     finally:
         env.close()
-    stem = str(args.env).replace("/", "_")
+    stem = re.sub(r"[^\w.+-]+", "_", str(args.env)).strip("_")
     label = "-".join(map(str, args.seeds)) if isinstance(args, Online) else args.seed
     out = args.out or Path("runs") / stem / f"{name}-{label}"
     kept = replace(args, out=None, quiet=False)

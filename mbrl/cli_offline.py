@@ -1,6 +1,7 @@
 """The command `mbrl offline`."""
 
 import itertools
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,8 @@ class Offline:
     """Learn a policy from a fixed dataset, in a learned model of it, and run it in the true simulator."""
 
     dataset: str | None = None
-    """A D4RL HDF5 file or id, minari:<id>, a NeoRL .npz, or embedded:pendulum / embedded:hopper."""
+    """A file of your own or D4RL's (HDF5, or .npz with its columns), a D4RL id, minari:<id>, a NeoRL .npz, or
+    embedded:pendulum / embedded:hopper."""
     resume: Path | None = None
     """Continue this run folder where it stopped, to the same numbers and by its own settings: what is given beside and
     differs from them is refused, but for --threads, --quiet, --env, --scale, and where its data lie now."""
@@ -39,8 +41,9 @@ class Offline:
     evaluate_every: int | None = None
     """Updates between evaluations, instead of the algorithm's own number."""
     env: str | None = None
-    """Evaluate in this gymnasium environment instead of the data's own; "none" for no evaluation. Its termination holds
-    in the model, too, where it is known; but with --resume that of the run's own does."""
+    """Evaluate in this gymnasium environment instead of the data's own, named as my_module:Mine-v0 where a module
+    registers it; "none" for no evaluation. Its termination holds in the model, too, where it is known; but with
+    --resume that of the run's own does."""
     episodes: int = 10
     """Episodes an evaluation."""
     scale: str | None = None
@@ -231,6 +234,14 @@ class World:
                 evaluate.open()
             except ValueError as error:
                 raise ValueError(f"{error}; or pass --env none, to learn without evaluations") from error
+            box: Any = evaluate.envs[0].action_space
+            if data.meta.get("bounds") == "assumed" and not ((box.low == -1).all() and (box.high == 1).all()):
+                warnings.warn(
+                    f"{data.name}: states no action bounds, so its actions are taken as they are, and kept within "
+                    f"[-1, 1]; those of {env} go from {box.low.tolist()} to {box.high.tolist()}: state action_low and "
+                    "action_high, or env_id, in the file (`mbrl data info` shows what it states)",
+                    stacklevel=2,
+                )
         elsewhere = instead or args.env
         scale = scale_of(args.scale) if args.scale else scale_of(env or data.name, None if elsewhere else data)
         if args.scale and scale is None:

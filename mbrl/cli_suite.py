@@ -114,7 +114,9 @@ def run_suite(args: Suite) -> dict[str, Any]:
             continue
         found, folder = Run(path.parent).result or {}, path.parent
         results.append(found | {"algorithm": folder.parent.name, "dataset": folder.parent.parent.name})
-        for seed, _ in zip(found.get("seeds", ()), found.get("score_last10") or (), strict=False):
+        for seed, _ in zip(
+            found.get("seeds", ()), found.get("score_last10") or found.get("last10") or (), strict=False
+        ):
             if (first := counted.setdefault((folder.parent, seed), folder)) != folder:
                 twice.append(
                     f"seed {seed} of {folder.parent}: counted once, as in {first.name}, not as in {folder.name}"
@@ -197,23 +199,39 @@ def _run_group(cells: Sequence[tuple[Offline, Path]]) -> dict[Path, str]:
 
 def _summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     scores = suite.table(results)
-    if not scores:
-        console.print("no finished run with a score yet")
-        return {"results": list(results)}
-    datasets = sorted({d for row in scores.values() for d in row})
-    words = Table("algorithm", *datasets, "IQM", "mean", title="normalised score, mean over the last ten evaluations")
-    total = suite.aggregate(scores)
-    for algorithm, row in scores.items():
+    returns = suite.table([r for r in results if not r.get("score_last10")], "last10")  # no scale is known: as they are
+    summary: dict[str, Any] = {"results": list(results)}
+    if scores:
+        total = suite.aggregate(scores)
+        whole = {a: [str(total[a][k]) if a in total else "-" for k in ("iqm", "mean")] for a in scores}
+        _show(scores, "normalised score", whole)
+        console.print(
+            "cells: mean ± standard deviation over seeds (their number); intervals: 95 %, stratified bootstrap, "
+            "50 000; -: not of as many seeds on every dataset"
+        )
+        plain = {a: {k: [v.point, v.low, v.high] for k, v in row.items()} for a, row in total.items()}
+        summary = {"scores": scores, "aggregate": plain} | summary | {"versions": versions(), **machine()}
+    if returns:
+        _show(returns, "return", {})
+        console.print(
+            "no reference scores are known of these datasets: mean ± standard deviation over seeds of returns"
+        )
+        summary["returns"] = returns
+    if not (scores or returns):
+        console.print("no finished run with an evaluation yet")
+    return summary
+
+
+def _show(table: dict[str, dict[str, list[float]]], what: str, whole: dict[str, list[str]]) -> None:
+    """A row an algorithm, a column a dataset; whole: of all datasets together, by algorithm."""
+    datasets = sorted({d for row in table.values() for d in row})
+    words = Table(
+        "algorithm", *datasets, *(["IQM", "mean"] if whole else []), title=f"{what}, mean over the last ten evaluations"
+    )
+    for algorithm, row in table.items():
         cells = []
         for d in datasets:
             x = torch.tensor(row.get(d, []))
             cells.append("-" if not len(x) else f"{x.mean():.1f} ± {x.std(correction=0):.1f} ({len(x)})")
-        whole = [str(total[algorithm][k]) if algorithm in total else "-" for k in ("iqm", "mean")]
-        words.add_row(algorithm, *cells, *whole)
+        words.add_row(algorithm, *cells, *whole.get(algorithm, []))
     console.print(words)
-    console.print(
-        "cells: mean ± standard deviation over seeds (their number); intervals: 95 %, stratified bootstrap, 50 000; -: "
-        "not of as many seeds on every dataset"
-    )
-    plain = {a: {k: [v.point, v.low, v.high] for k, v in row.items()} for a, row in total.items()}
-    return {"scores": scores, "aggregate": plain, "results": list(results), "versions": versions(), **machine()}

@@ -7,6 +7,7 @@ rows as [G, B / G] and multiplies with `bmm`.
 """
 
 import abc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -210,9 +211,16 @@ def rows(tree: Tree, index: Tensor) -> Tree:
     return pytree.tree_map(lambda x: x[index], tree)
 
 
+def like_of(model: nn.Module) -> Tensor:
+    """A tensor of the model's type and on its device: its first floating parameter or buffer, or a zero where it has
+    none."""
+    floats = (x for x in itertools.chain(model.parameters(), model.buffers()) if x.is_floating_point())
+    return next(floats, torch.zeros(()))
+
+
 def randn(model: nn.Module, n: int, m: int, generator: torch.Generator, kind: Callable = torch.randn) -> Tensor:
     """[n, m] of the model's dtype, on its device."""
-    like = next(model.parameters())
+    like = like_of(model)
     return kind(n, m, generator=generator, dtype=like.dtype, device=like.device)
 
 
@@ -230,6 +238,20 @@ def check_reward(model: Dynamics, reward: Any) -> None:
             f"reward: no function tells it, and this {type(model).__name__} has no head for it; set `reward` in its "
             "settings, or give the task's function"
         )
+
+
+@torch.no_grad()
+def check_functions(obs: Tensor, act: Tensor, after: Tensor, **functions: Callable | None) -> None:
+    """A task's functions of (obs [B, O], act [B, A], next obs [B, O]) by name, tried on these rows. Raises ValueError
+    for one that does not return [B], of bool where it is called `terminal`."""
+    for name, f in functions.items():
+        if f is None:
+            continue
+        out, want = f(obs, act, after), f"a {'bool ' * (name == 'terminal')}tensor of shape [{len(obs)}], one a row"
+        bad = not isinstance(out, Tensor) or out.shape != (len(obs),)
+        if bad or (name == "terminal" and out.dtype != torch.bool):
+            got = f"{out.dtype} of shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise ValueError(f"{name}: for {len(obs)} transitions the function returned {got}, expected {want}")
 
 
 def demand(who: str, *rules: tuple[str, Any, str, bool]) -> None:

@@ -33,7 +33,7 @@ class Transitions(NamedTuple):
         return Transitions(obs, act, reward[..., 0], after, terminal[..., 0])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """A fixed set of episodes as flat tensors on one device. Row i is one step; episode e holds the rows
     starts[e] .. starts[e + 1] - 1. Units are the source's own, but for actions, which are in [-1, 1].
@@ -62,6 +62,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return self.obs.shape[0]
+
+    def __repr__(self) -> str:
+        facts = f"{len(self)} steps, {self.episodes} episodes, {self.spec.obs} observations, {self.spec.act} actions"
+        return f"Dataset({self.name!r}: {facts}, env={self.env!r}, dt={self.dt:g}, on {self.obs.device})"
 
     @property
     def rows(self) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@ which fits the learner to what the control has seen, episode after episode.
 
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +22,12 @@ from mbrl.core import (
     Spec,
     StepInput,
     Tree,
+    check_functions,
     check_reward,
     choose,
     demand,
     first_context,
+    like_of,
     repeat,
     rows,
 )
@@ -90,7 +91,9 @@ class Mpc:
         check_reward(model, reward)
         self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
-        self.like = next(itertools.chain(model.parameters(), model.buffers()))
+        self.like = like_of(model)
+        obs, act = (self.like.new_zeros(2, n) for n in (model.spec.obs, model.spec.act))
+        check_functions(obs, act, obs, reward=reward, terminal=terminal)
         self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
         self.ctx = (first_context(model, self.like.device) if ctx is None else ctx).to(self.like)
         self.pins = worth.pinned and model.parts > 1
@@ -424,7 +427,7 @@ def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
         if len(acts) == ENDLESS and steps is None and not (limited or terminated or truncated):
             raise ValueError(
                 f"environment: an episode took {ENDLESS} steps and the environment states no limit; wrap it in "
-                "gymnasium's TimeLimit"
+                "gymnasium's TimeLimit, or name one with its id, as in 'Id-v0{\"max_episode_steps\": 1000}'"
             )
     return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), terminated)
 

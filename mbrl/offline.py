@@ -22,7 +22,17 @@ from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
 from mbrl.baselines import BcConfig, Td3BcConfig
-from mbrl.core import Diverged, Dynamics, Segment, Spec, StepInput, check_reward, repeat, rows
+from mbrl.core import (
+    Diverged,
+    Dynamics,
+    Segment,
+    Spec,
+    StepInput,
+    check_functions,
+    check_reward,
+    repeat,
+    rows,
+)
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
@@ -634,6 +644,8 @@ def train(
     record = record or Forget()
     dynamics, fitting = dynamics or EnsembleConfig(), fitting or FitConfig()
     check(config, data, models, seeds)
+    check_evaluate(evaluate)
+    check_functions(data.obs[:2], data.act[:2], data.next_obs[:2], reward=reward, terminal=terminal)
     if config.imagination is not None and not models:
         check_fit(fitting)
     device, spec, lap = data.obs.device, data.spec, Laps()
@@ -705,6 +717,7 @@ def train(
         generator.set_state(tensors["generator"].cpu())
         sums = {k[5:]: v.to(device) for k, v in tensors.items() if k.startswith("sums.")}
         first, history, counts, counted = (facts[k] for k in ("updates", "returns", "counts", "counted"))
+        history = [(updates, found) for updates, found in history]  # JSON has no tuples
         for name, value in facts["seconds"].items():
             lap.seconds[name] = lap.seconds.get(name, 0.0) + value
 
@@ -771,7 +784,7 @@ def train(
         if done % config.evaluate_every == 0 or done == total:
             lap("update")
             if evaluate is not None:
-                returns = [_evaluate(evaluate, agent, s) for s in range(len(seeds))]
+                returns = [evaluated(evaluate, agent, s) for s in range(len(seeds))]
                 history.append((done, returns))
                 mean = torch.tensor(returns).mean().item()
                 record.log("evaluate", done, {"return": mean})
@@ -808,8 +821,23 @@ def policy_of(agent: Any, seed: int = 0) -> Policy:
     return act
 
 
-def _evaluate(evaluate: Evaluate, agent: Any, seed: int) -> list[float]:
-    return [float(x) for x in evaluate(policy_of(agent, seed))]
+def check_evaluate(*functions: Evaluate | None) -> None:
+    """Raises ValueError for what is no function of a policy."""
+    for x in functions:
+        if not (x is None or callable(x)):
+            raise ValueError(
+                f"evaluate: got a {type(x).__name__}, expected a function of a policy that returns returns; of an "
+                "environment mbrl_envs.evaluate.evaluator makes one"
+            )
+
+
+def evaluated(evaluate: Evaluate, agent: Any, seed: int) -> list[float]:
+    """The returns of one seed's policy. Raises ValueError where the function gives no list of them."""
+    found = evaluate(policy_of(agent, seed))
+    try:
+        return [float(x) for x in found]
+    except TypeError:
+        raise ValueError(f"evaluate: it returned {found!r}, expected a list of returns, one an episode") from None
 
 
 def captured(update: Callable, agent: nn.Module, *example: Tensor) -> Callable:

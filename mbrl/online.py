@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mbrl import device as devices
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Spec, check_reward
+from mbrl.core import Spec, check_functions, check_reward
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, check_fit, fit
@@ -32,12 +32,13 @@ from mbrl.offline import (
     Reward,
     Terminal,
     captured,
+    check_evaluate,
     check_whose,
     digest,
+    evaluated,
     group_seed,
     means_of,
     normalizer_of,
-    policy_of,
     rollouts,
 )
 from mbrl.sac import Sac, SacConfig, local_lipschitz, value_aware_error
@@ -191,10 +192,13 @@ def train_together(
     worlds, device, many = [World(env) for env in envs], torch.device(device), len(seeds)
     if len({(w.spec, *w.low.flatten(), *w.high.flatten()) for w in worlds}) > 1:
         raise ValueError("online: the environments are not alike; expected one kind, for one seed each")
-    judges = [evaluate] * many if evaluate is None or callable(evaluate) else list(evaluate)
+    judges = list(evaluate) if isinstance(evaluate, Sequence) else [evaluate] * many
+    check_evaluate(*judges)
     if len(judges) != many:
         raise ValueError(f"online: got {len(judges)} functions to evaluate by, expected one, or one for each seed")
     spec, lap, whose = worlds[0].spec, Laps(device), range(many)
+    obs, act = (torch.zeros(2, n, device=device) for n in (spec.obs, spec.act))
+    check_functions(obs, act, obs, reward=reward, terminal=terminal)
     generator = devices.generator(group_seed(seeds), device)
     models = [dynamics.build(spec, generator).to(device).eval() for _ in whose]
     check_reward(models[0], reward)
@@ -348,7 +352,7 @@ def train_together(
             record.log("policy", done, means)
             record.progress("online", done, total, means)
         if evaluate is not None and (done % config.evaluate_every == 0 or done == total):
-            found = [[float(x) for x in judge(policy_of(agent, s))] for s, judge in enumerate(judges) if judge]
+            found = [evaluated(judge, agent, s) for s, judge in enumerate(judges) if judge]
             returns.append((done, found))
             record.log("evaluate", done, {"return": sum(map(sum, found)) / sum(map(len, found))})
             lap("evaluate")

@@ -98,3 +98,8 @@ def test_an_action_that_is_not_finite_is_not_the_environments_fault():
 def test_a_space_that_is_no_flat_box_is_refused(act, obs):
     with pytest.raises(ValueError, match=r"space is .*expected"):
         spec_of(cast(Any, SimpleNamespace(action_space=act, observation_space=obs)))
+
+
+def test_what_is_no_environment_is_named():
+    with pytest.raises(ValueError, match="got a str, expected an object with gymnasium's spaces"):
+        spec_of(cast(Any, "Pendulum-v1"))

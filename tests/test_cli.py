@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -424,6 +425,18 @@ def test_evaluations_begin_from_seeds_that_every_environment_takes():
     assert [seed(s) for s in (0, 7, 2**31 - 1)] == [10_000, 17_000, 9_000]
 
 
+@pytest.mark.parametrize(("bounds", "said"), [({}, 1), ({"action_low": [-2.0], "action_high": [2.0]}, 0)])
+def test_actions_of_no_stated_bounds_are_warned_of_where_the_worlds_are_others(bounds, said):
+    """A file whose actions are -2 .. 2 of Pendulum's or shares of them: nobody but its owner can tell."""
+    zero, act = np.zeros(4, np.float32), np.zeros((4, 1), np.float32)
+    obs = np.zeros((4, 3), np.float32)
+    told = {"observations": obs, "actions": act, "rewards": zero, "terminals": zero, **bounds}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        cli_offline.World.of(cli_offline.Offline(seeds=(0,), env="Pendulum-v1"), worlds.load(told))
+    assert sum("states no action bounds" in str(x.message) for x in warned) == said
+
+
 def test_a_run_folder_is_not_written_over(finished, pendulum, capsys):
     with pytest.raises(SystemExit):
         cli.main(["offline", "--dataset", str(pendulum), "--out", str(finished), "--quiet"])
@@ -638,6 +651,20 @@ def test_a_suite_counts_a_seed_once_and_says_so(tmp_path, capsys, monkeypatch):
         assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_suite_shows_the_returns_of_data_without_a_scale(scored, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "aggregate", lambda scores: {})
+    for data, seed, row in (("mine", 1, {}), ("mine", 2, {}), ("known", 1, {"score_last10": [50.0]})):
+        if data == "mine" or scored:
+            folder = tmp_path / data / "bc" / str(seed)
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps({"seeds": [seed], "last10": [7.0 * seed], **row}))
+    summary = cli_suite.run_suite(cli_suite.Suite(("mine", "known"), ("bc",), (1, 2), tmp_path, report=True))
+    assert summary["returns"] == {"bc": {"mine": [7.0, 14.0]}}
+    assert summary.get("scores") == ({"bc": {"known": [50.0]}} if scored else None)
+    assert "10.5 ± 3.5 (2)" in capsys.readouterr().out
+
+
 def test_list_names_everything(capsys):
     cli.main(["list"])
     out = capsys.readouterr().out
@@ -658,6 +685,11 @@ class MineConfig:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class AsksConfig(MineConfig):
+    depth: int = field(kw_only=True)
+
+
 class Point:
     def __init__(self, name, value):
         self.name, self.value, self.load = name, "somewhere:Config", value
@@ -665,6 +697,11 @@ class Point:
 
 def test_learners_of_other_packages_are_found(monkeypatch):
     points = [Point("mine", lambda: MineConfig), Point("broken", lambda: 1 / 0), Point("no", lambda: int)]
+    points += [
+        Point("asks", lambda: AsksConfig),
+        Point("made", MineConfig),
+        Point("single", lambda: MineConfig),
+    ]
     monkeypatch.setattr(choices.metadata, "entry_points", lambda group: points if group == "mbrl.learners" else [])
     with pytest.warns(UserWarning, match="learner") as warned:
         found = choices.learners()
@@ -681,7 +718,8 @@ def test_learners_of_other_packages_are_found(monkeypatch):
         "experts",
         "mine",
     }
-    assert len(warned) == 2
+    assert found["single"] == choices.SingleConfig()
+    assert len(warned) == 5
 
 
 @pytest.mark.slow

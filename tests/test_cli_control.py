@@ -1,6 +1,7 @@
 """`mbrl plan` and `mbrl online` on small settings: what they leave behind, resuming, and what they refuse."""
 
 import json
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -10,6 +11,7 @@ from mbrl_envs import evaluate as worlds
 from stable_baselines3 import SAC
 
 from mbrl import cli, cli_control, cli_evaluate, cli_plan, mpc, offline
+from mbrl.border import World
 from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, to_plain
 
@@ -38,7 +40,19 @@ class Edge(gym.Env):
         return self.x.astype(np.float32), float(1 - abs(self.x[0])), bool(abs(self.x[0]) > 0.5), False, {}
 
 
+class Parts(Edge):
+    """The same with observations in parts, the place and its half."""
+
+    observation_space = gym.spaces.Dict([("x", Edge.observation_space), ("half", Edge.observation_space)])
+
+    def reset(self, **kw):
+        obs, told = super().reset(**kw)
+        return {"x": obs, "half": obs / 2}, told
+
+
 gym.register("Edge-v0", f"{__name__}:Edge", max_episode_steps=25, disable_env_checker=True)
+gym.register("Parts-v0", f"{__name__}:Parts", max_episode_steps=25, disable_env_checker=True)
+OPENED = cli_control.opened
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +61,31 @@ def short(monkeypatch):
     make = cli_control.opened
     for module in (cli_control, cli_plan):
         monkeypatch.setattr(module, "opened", lambda env, **kw: gym.wrappers.TimeLimit(make(env, **kw).unwrapped, 25))
+
+
+def test_observations_in_parts_are_driven_as_policies_are_shown_them():
+    env, judge = OPENED("Parts-v0"), worlds.evaluator("Parts-v0")
+    obs = env.reset(seed=3)[0]
+    shown = worlds.flatten_obs(judge.open()[0].observation_space, judge.envs[0].reset(seed=3)[0])
+    np.testing.assert_array_equal(World(env).reset(3), shown)
+    np.testing.assert_array_equal(obs, shown)
+    assert shown.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("env", "folder"),
+    [
+        ("Edge-v0", "Edge-v0"),
+        (f"{__name__}:Edge-v0", f"{__name__}_Edge-v0"),
+        ('Edge-v0{"max_episode_steps": 9}', "Edge-v0_max_episode_steps_9"),
+        ("mbrl_envs/CartPoleSwingUp-v0", "mbrl_envs_CartPoleSwingUp-v0"),
+    ],
+)
+def test_a_folder_is_named_by_what_shells_and_file_systems_take(env, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, args = cli_control.begin(cli_plan.Plan(env=env, seed=1), cli_plan.Plan, "plan", lambda *_: None)
+    run.close()
+    assert (run.folder, args.env) == (Path("runs") / folder / "plan-1", env)
 
 
 def result(folder):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from mbrl_envs import collect as c
+from mbrl_envs.datasets import load
 
 DATA = Path(c.__file__).parent / "data"
 
@@ -173,6 +174,20 @@ def test_attributes_say_how_the_file_came_about(tmp_path):
     assert attrs["command"] == "mbrl collect --env Pendulum-v1 --quality random --steps 450 --seed 4"
     assert (attrs["env_id"], attrs["quality"], attrs["seed"], attrs["dt"]) == ("Pendulum-v1", "random", 4, 0.05)
     assert json.loads(attrs["versions"])["gymnasium"] == gym.__version__
+
+
+def test_an_id_may_bring_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+    env = 'Pendulum-v1{"g": 1.6, "max_episode_steps": 20}'
+    path = c.collect(replace(tiny(tmp_path, env=env, steps=60, minari=True), out=None))
+    assert path == Path("Pendulum-v1-g-1.6-max_episode_steps-20-random.hdf5")
+    data, twin = load(path), load("minari:mbrl/Pendulum-v1-g-1-6-max_episode_steps-20/random-v0")
+    assert (data.lengths.tolist(), data.env, data.act_high.item()) == ([20] * 3, env, 2)
+    torch.testing.assert_close(data.next_obs, twin.next_obs)
+    assert f"--env '{env}' " in data.meta["attributes"]["command"]
+    with pytest.raises(c.CollectError, match=r"no environment 'Pendulum-v1.*no_such"):
+        c.collect(tiny(tmp_path, env='Pendulum-v1{"no_such": 1}'))
 
 
 def test_the_command_states_the_target_that_was_looked_up(tmp_path, monkeypatch):

@@ -329,3 +329,8 @@ def test_the_longest_stretch_has_no_gap():
     paired = data.paired.clone()
     paired[5] = False  # the third of six
     assert replace(data, paired=paired).longest == 3
+
+
+def test_a_dataset_is_shown_as_a_line():
+    shown = repr(replace(episodes([2, 3]), name="mine", env="Mine-v0"))
+    assert shown == "Dataset('mine': 5 steps, 2 episodes, 2 observations, 1 actions, env='Mine-v0', dt=1, on cpu)"

@@ -277,6 +277,45 @@ def test_actions_are_rescaled_by_the_bounds_of_the_environment(tmp_path):
         load(write(tmp_path / "c.hdf5", raw, env_id="CartPole-v1"))
 
 
+def test_what_is_in_memory_or_an_npz_states_its_world_as_a_file_does(tmp_path):
+    raw = columns(act=1)
+    stated = {"env_id": "Pendulum-v1", "action_low": [-4.0], "action_high": [2.0], "dt": 0.1}
+    want = load(write(tmp_path / "a.hdf5", raw, **stated))
+    np.savez(tmp_path / "a.npz", **raw, **stated)
+    for got in (load(raw | stated), load(tmp_path / "a.npz")):
+        assert torch.equal(got.act, want.act)
+        assert (got.act_low.item(), got.act_high.item(), got.env, got.dt) == (-4, 2, "Pendulum-v1", 0.1)
+    assert load(raw | stated).sha256 != load(raw).sha256  # one model does not serve both
+
+
+def test_a_key_that_is_missing_is_told_with_those_that_are_there(tmp_path):
+    raw = columns()
+    raw["terminations"] = raw.pop("terminals")
+    with pytest.raises(DataError, match=r"'terminals' is missing.*got actions, .*rewards, terminations, timeouts;"):
+        load(write(tmp_path / "a.hdf5", raw))
+
+
+class Sent(gymnasium.Env):
+    """Of asymmetric bounds and of observations that are not in the order of the alphabet."""
+
+    dt = 0.2
+    action_space = spaces.Box(np.array([-1.0]), np.array([3.0]), dtype=np.float64)
+    observation_space = spaces.Dict([("v", spaces.Box(-9, 9, (1,))), ("a", spaces.Box(-9, 9, (1,)))])
+
+
+def test_the_environment_of_what_is_in_memory_may_be_named(tmp_path):
+    e = episode(3, np.random.default_rng(0)) | {"actions": np.array([[-1.0], [1.0], [3.0]])}
+    e["observations"] = {"a": np.full((4, 1), 1.0), "v": np.full((4, 1), 2.0)}
+    data = check(load([e], env=Sent()))
+    assert (data.act.flatten().tolist(), data.dt, data.env) == ([-1, 0, 1], 0.2, "")
+    assert data.obs[0].tolist() == [2.0, 1.0]  # as a policy will be shown them
+    e["actions"] = np.array([[-2.0], [1.0], [2.0]])
+    data = load([e], env="Pendulum-v1")
+    assert (data.act.flatten().tolist(), data.dt, data.env) == ([-1, 0.5, 1], 0.05, "Pendulum-v1")
+    with pytest.raises(DataError, match="says itself"):
+        load(write(tmp_path / "a.hdf5", columns()), env="Pendulum-v1")
+
+
 def test_a_bound_that_is_infinite_leaves_the_others(tmp_path):
     raw = columns(act=3)
     raw["actions"] *= np.float32([2, 1, 4])
@@ -298,6 +337,8 @@ def test_actions_beyond_the_bounds_are_clipped_counted_and_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=r"a\.hdf5.*'actions'.*3 components, in 2 of 15 steps.*furthest 3"):
         data = load(path)
     assert (data.meta["clipped"], data.meta["clipped_rows"]) == (3, 2)
+    with pytest.warns(UserWarning, match="no others are stated: state action_low and action_high"):
+        load(path)
     np.testing.assert_array_equal(data.act.numpy(), np.clip(raw["actions"], -1, 1))
     with pytest.raises(DataError, match=r"3 components.*strict"):
         load(path, strict=True)
@@ -1013,3 +1054,8 @@ def test_draw_writes_one_whole_figure(tmp_path):
     with pytest.raises(ValueError, match="nonsense"):
         overview.draw(data, tmp_path / "out" / "figure.nonsense")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["figure.png"]
+
+
+def test_returns_that_single_precision_cannot_part_are_drawn(tmp_path):
+    data = load(columns((5,), ended=(False,)) | {"rewards": np.full(5, -4.4e6, np.float32)})
+    overview.draw(data, tmp_path / "figure.png")

@@ -453,6 +453,8 @@ def test_other_methods_of_a_vec_env():
         ({"ctx": torch.zeros(3, 1)}, "divides the 4"),
         ({"ctx": torch.zeros(1, 2)}, r"ctx \[1, 2\]"),
         ({"dt": 0.0}, "dt 0"),
+        ({"reward": lambda obs, act, after: after}, r"reward: .* shape \[2, 1\], expected a tensor of shape \[2\]"),
+        ({"terminal": lambda obs, act, after: after[:, 0]}, "terminal: .*float32 .* expected a bool tensor"),
         ({"autoreset": AutoresetMode.DISABLED}, "expected NEXT_STEP or SAME_STEP"),
     ],
 )

@@ -190,6 +190,25 @@ def test_observations_of_another_number_or_width_are_refused():
             mpc(wrong)
 
 
+@pytest.mark.parametrize("name", ["reward", "terminal"])
+def test_a_tasks_function_that_does_not_return_a_row_each_is_named(name):
+    with pytest.raises(ValueError, match=rf"{name}: for 2 transitions .*\[2, 1\], expected .* \[2\], one a row"):
+        controller(**{name: lambda obs, act, after: after > 0})
+
+
+def test_a_learner_without_parameters_is_planned_with():
+    class Bare(Line):
+        def __init__(self):
+            super().__init__()
+            del self.anchor
+            self.anchor = 0.0
+
+    bare, usual = controller(Bare()), controller()
+    for mpc in (bare, usual):
+        mpc.begin(2)
+    torch.testing.assert_close(bare(torch.tensor([[0.5], [-0.2]])), usual(torch.tensor([[0.5], [-0.2]])))
+
+
 LEARNERS = [
     *("hyper", "latent", "single", "single-gaussian", "ensemble", "filtered-single", "plrnn-clipped", "ode"),
     *("hypernetwork", "experts", "heads", "mixer", "mixer-plrnn", "filtered-mixer", "filtered-plrnn"),
@@ -379,7 +398,9 @@ def test_an_episode_that_has_no_end_is_an_error(monkeypatch):
     monkeypatch.setattr("mbrl.mpc.ENDLESS", 12)
     env = LineEnv(length=10**9)
     still = lambda obs: torch.zeros(1, 1)
-    with pytest.raises(ValueError, match=r"an episode took 12 steps and .* no limit; wrap it in gymnasium's TimeLimit"):
+    with pytest.raises(
+        ValueError, match=r"an episode took 12 steps and .* no limit; wrap .*TimeLimit, or .*max_episode"
+    ):
         episode(env, still, seed=0)
     assert len(episode(env, still, seed=0, steps=20).act) == 20
     assert len(episode(LineEnv(length=12), still, seed=0).act) == 12

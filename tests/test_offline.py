@@ -89,6 +89,11 @@ def test_the_last_ten_are_ten():
             none.last(n)
 
 
+def test_an_evaluation_that_is_no_list_of_returns_is_named():
+    with pytest.raises(ValueError, match=r"it returned 3\.0, expected a list of returns"):
+        offline.train(small(1), line_data(), models=[Line()], terminal=never, evaluate=lambda policy: 3.0)
+
+
 @pytest.mark.parametrize("chunk", [7, 100])
 @pytest.mark.parametrize("block", [1, 4, 10])
 def test_blocks_and_chunks_change_no_number(block, chunk):
@@ -398,6 +403,12 @@ def morec(**change):
         ({"config": morec(reward=RewardConfig(hidden=(0,)))}, "StackedMLP: got n 10 and sizes"),
         ({"config": morec(reward=RewardConfig(length=21))}, "length is 21, expected at most 20"),
         ({"models": [Line(), Line()]}, "got 2 for 1 seeds"),
+        ({"evaluate": object()}, "got a object, expected a function of a policy"),
+        (
+            {"reward": lambda obs, act, after: after[:, :1]},
+            r"reward: .* shape \[2, 1\], expected a tensor of shape \[2\]",
+        ),
+        ({"terminal": lambda obs, act, after: after[:, 0]}, r"terminal: .*float32 .* expected a bool tensor of"),
         ({"config": offline.MOBILE, "models": [Line()]}, "spread over the parts .* this one has 1"),
         (
             {

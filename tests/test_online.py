@@ -335,6 +335,8 @@ def test_an_environment_that_is_not_its_seeds_alone_is_not_gone_on_with():
         ([LineEnv(), LineEnv()], {"seeds": [1, 1]}, "none twice"),
         ([], {"seeds": []}, "got 0 environments"),
         ([LineEnv(), LineEnv()], {"seeds": [0, 1], "evaluate": [earned]}, "got 1 functions"),
+        ([LineEnv()], {"seeds": [0], "evaluate": LineEnv()}, "got a LineEnv, expected a function of a policy"),
+        ([LineEnv()], {"seeds": [0], "reward": lambda obs, act, after: after}, r"reward: .* shape \[2, 1\]"),
     ],
 )
 def test_seeds_and_environments_that_do_not_go_together_are_one_error(envs, options, message):

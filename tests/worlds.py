@@ -1,5 +1,6 @@
 """Small worlds and stand-ins that several tests share."""
 
+import json
 from contextlib import contextmanager
 
 import numpy as np
@@ -110,7 +111,7 @@ def earned(policy):
 
 
 class Memory(Forget):
-    """Keeps what is saved, and can be made to fail after a number of saves."""
+    """Keeps what is saved, facts as a file would, and can be made to fail after a number of saves."""
 
     def __init__(self, saves=10**9):
         self.kept, self.left, self.lines = {}, saves, []
@@ -119,7 +120,7 @@ class Memory(Forget):
         self.lines.append((stage, step, dict(values)))
 
     def save(self, name, tensors, facts):
-        self.kept[name] = ({k: v.clone() for k, v in tensors.items()}, facts)
+        self.kept[name] = ({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(facts, default=str)))
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt

@@ -30,7 +30,7 @@ from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from mbrl.core import Dynamics, Spec, StepInput, choose, first_context
+from mbrl.core import Dynamics, Spec, StepInput, check_functions, choose, first_context
 from mbrl.sac import Layers, Sac, SacConfig
 from mbrl_envs.evaluate import EnvError, flatten_obs, make, quiet
 
@@ -91,6 +91,11 @@ class _Rows:
         if wrong := [f"got {name} {got}, expected {want}" for name, got, want, holds in problems if not holds]:
             raise AdapterError(f"a model as an environment: {'; '.join(wrong)}")
         self.model, self.starts, self.horizon, self.n = model, starts.to(like), horizon, num_envs
+        obs = self.starts[:1].repeat(2, 1)
+        try:
+            check_functions(obs, like.new_zeros(2, spec.act), obs, reward=reward, terminal=terminal)
+        except ValueError as error:
+            raise AdapterError(f"a model as an environment: {error}") from None
         self.reward, self.terminal = reward, terminal
         self.dt = like.new_full((num_envs, 1), dt)
         with torch.no_grad():

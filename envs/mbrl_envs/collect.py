@@ -26,6 +26,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -44,6 +45,7 @@ import torch
 from gymnasium import spaces
 
 from mbrl_envs.evaluate import ENDLESS
+from mbrl_envs.scores import parted
 
 Quality = Literal["random", "medium", "medium-replay", "expert"]
 Progress = Callable[[int, int | None, dict[str, float]], None]
@@ -67,7 +69,7 @@ class CollectConfig:
     to the expert by default. medium-replay: what SAC saw on the way there."""
 
     env: str
-    """gymnasium id with a bounded Box action space"""
+    """gymnasium id with a bounded Box action space; my_module:Mine-v0 where a module registers it"""
     quality: Quality = "random"
     steps: int = 10_000
     """rows of the file"""
@@ -184,12 +186,13 @@ class Actor:
 
 def make(env_id: str) -> gym.Env:
     """The environment with flat observations; CollectError where it cannot be had."""
+    name, own = parted(env_id)
     try:
-        if env_id not in gym.registry:
+        if name not in gym.registry:
             with suppress(ImportError):
                 gym.register_envs(importlib.import_module("gymnasium_robotics"))
-        env = gym.make(env_id)
-    except (gym.error.Error, ImportError) as e:
+        env = gym.make(name, **own)
+    except (gym.error.Error, ImportError, TypeError) as e:
         raise CollectError(f"collect: no environment {env_id!r}: {e}. Give an id that gymnasium.make accepts") from None
     act, obs = env.action_space, env.observation_space
     if not isinstance(act, spaces.Box) or len(act.shape) != 1 or not act.is_bounded():
@@ -308,7 +311,7 @@ def collect(config: CollectConfig, progress: Progress | None = None) -> Path:
     progress(done, total, figures) is called at each evaluation in training, with the mean "return" and the number of
     the "learner", and about a hundred times while a policy acts, with the mean "return" of the episodes so far. Raises
     CollectError for a config that cannot be carried out."""
-    out = config.out or Path(f"{config.env.replace('/', '-').replace(':', '-')}-{config.quality}.hdf5")
+    out = config.out or Path(f"{_plain(config.env)}-{config.quality}.hdf5")
     _check(config, out)
     attrs = _about(config)
     if config.quality == "random":
@@ -433,9 +436,13 @@ def _reached(config: CollectConfig, target: float | None, curve: list[tuple[int,
         )
 
 
+def _plain(env: str) -> str:
+    """An id, of what names of files are made of."""
+    return re.sub(r"[^\w.+-]+", "-", env).strip("-")
+
+
 def _checkpoint(config: CollectConfig, learner: int) -> Path:
-    env = config.env.replace("/", "-").replace(":", "-")
-    return config.runs / f"{env}-{config.quality}-seed{config.seed}-learner{learner}.zip"
+    return config.runs / f"{_plain(config.env)}-{config.quality}-seed{config.seed}-learner{learner}.zip"
 
 
 def _load(config: CollectConfig, path: Path, attrs: dict[str, Any]) -> Actor:
@@ -537,7 +544,7 @@ def command(config: CollectConfig) -> str:
             continue
         flag = "--" + f.name.replace("_", "-")
         value = Path(value).name if isinstance(value, Path) else value
-        words.append(flag if value is True else f"{flag} {value}")
+        words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
     return " ".join(words)
 
 
@@ -579,7 +586,9 @@ def write(path: Path, steps: Steps, attrs: dict[str, Any], config: CollectConfig
 
 
 def minari_id(config: CollectConfig) -> str:
-    return f"mbrl/{config.env.replace(':', '/')}/{config.quality}-v0"
+    name, brace, own = config.env.partition("{")
+    place = name.replace(":", "/") + re.sub(r"\W+", "-", brace + own).rstrip("-")
+    return f"mbrl/{place}/{config.quality}-v0"
 
 
 def minari_folder(config: CollectConfig) -> Path:
@@ -600,7 +609,8 @@ def to_minari(config: CollectConfig, steps: Steps, attrs: dict[str, Any]) -> Non
         every = [spaces.unflatten(space, x) for x in flat]
         return _stack(every)
 
-    env = gym.make(config.env)
+    name, own = parted(config.env)
+    env = gym.make(name, **own)
     space, dtype = env.observation_space, env.action_space.dtype
     folder, entry = minari_folder(config), _scores(config.env)
     low, high = entry.get("min"), entry.get("max")

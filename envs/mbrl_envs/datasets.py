@@ -76,6 +76,7 @@ LEGEND |= {"next_obs": "next_observations", "timeout": "timeouts"}
 NEORL = {"obs": "obs", "act": "action", "reward": "reward", "terminal": "done", "next_obs": "next_obs"}
 NEORL |= {"timeout": "truncated", "index": "index"}
 REQUIRED = ("obs", "act", "reward", "terminal")
+STATED = ("env_id", "action_low", "action_high", "dt")  # beside the columns: attributes of HDF5, keys elsewhere
 
 
 @dataclass
@@ -109,7 +110,14 @@ class Columns:
     final: np.ndarray | None = None  # [E, O] float32: what follows the last row of each episode
 
 
-def load(source: Any, *, strict: bool = False, device: Any = "cpu", progress: Progress | None = None) -> Dataset:
+def load(
+    source: Any,
+    *,
+    strict: bool = False,
+    device: Any = "cpu",
+    progress: Progress | None = None,
+    env: str | gymnasium.Env | None = None,
+) -> Dataset:
     """A dataset from
 
     - the path of a D4RL-format HDF5 file, a NeoRL `.npz`, or a Minari dataset's folder;
@@ -118,7 +126,11 @@ def load(source: Any, *, strict: bool = False, device: Any = "cpu", progress: Pr
     - `minari:<id>`, here or downloaded through the package; `embedded:<name>`, one that ships with this package;
     - an object with gymnasium-style episodes: an iterable of things with `observations` (T + 1), `actions`, `rewards`,
       `terminations`, `truncations` as attributes or keys; its `action_space`, `observation_space` and `env_spec` are
-      used where it has them. Or a mapping with D4RL's columns.
+      used where it has them. Or a mapping with D4RL's columns;
+    - and env, for what is in memory: the environment that it was recorded in, or its id, where it does not say itself.
+
+    A file with D4RL's columns or a mapping of them may state `env_id`, `action_low`, `action_high` and `dt`: attributes
+    of an HDF5's root, keys of the others.
 
     An environment whose spec has other arguments than its id (a Pendulum of other gravity) is `env` with these, as
     `Pendulum-v1{"g": 1.6}`; where JSON does not hold them, `env` is "", with a warning.
@@ -131,13 +143,15 @@ def load(source: Any, *, strict: bool = False, device: Any = "cpu", progress: Pr
     if isinstance(source, str) and source.startswith("minari:"):
         data = _minari(_find_minari(source.removeprefix("minari:")), source, strict)
     elif isinstance(source, str | os.PathLike):
+        if env is not None:
+            raise DataError(f"{source}: a file says itself where it was recorded (env_id); leave env out")
         data = _path(source, strict, progress)
     elif hasattr(source, "storage") and hasattr(source, "episode_indices"):
         data = _minari(source, f"minari:{source.id}", strict)
     elif isinstance(source, Mapping) and "terminals" in source:
-        data = _mapping(source, strict)
+        data = _mapping(source, strict, env)
     else:
-        data = _objects(source, strict)
+        data = _objects(source, strict, env)
     return data.to(device)
 
 
@@ -222,7 +236,7 @@ def _hdf5(path: Path, source: Source, strict: bool) -> Dataset:
                     f"{source.label}: key 'observations' is missing; this is Minari's file: load it as minari:<id>, "
                     "or by the path of the dataset's folder"
                 )
-            columns = _columns(source, {k: file[k] for k in LEGEND.values() if k in file}, LEGEND)
+            columns = _columns(source, {k: file[k] for k in LEGEND.values() if k in file}, LEGEND, file)
             if "final_observations" in file and columns.next_obs is None:
                 columns.final = _floats(source.label, "final_observations", file["final_observations"])
     return _finish(source, columns, strict)
@@ -273,22 +287,45 @@ def _npz(path: Path, source: Source, strict: bool) -> Dataset:
             if legend is LEGEND:
                 source.kind = "d4rl"
             arrays = {k: file[k] for k in legend.values() if k in file.files}
-        columns = _columns(source, arrays, legend)
+            _attributes(source, {k: file[k] for k in STATED if k in file.files})
+            columns = _columns(source, arrays, legend, file.files)
     return _finish(source, columns, strict)
 
 
-def _mapping(source: Mapping, strict: bool) -> Dataset:
+def _mapping(source: Mapping, strict: bool, env: Any) -> Dataset:
     found = Source("mapping", "d4rl", "mapping")
     with _reading(found.label, "D4RL's columns", "expected arrays"):
+        _attributes(found, {k: source[k] for k in STATED if k in source})
+        _recorded_in(found, env)
         # copies: what is rescaled in place must not be the caller's
-        columns = _columns(found, {k: np.array(source[k]) for k in LEGEND.values() if k in source}, LEGEND)
-    found.sha256 = _sha256_arrays(columns)
+        columns = _columns(found, {k: np.array(source[k]) for k in LEGEND.values() if k in source}, LEGEND, source)
+    found.sha256 = _sha256_arrays(columns, found.low, found.high)
     return _finish(found, columns, strict)
 
 
-def _sha256_arrays(c: Columns) -> str:
+def _recorded_in(source: Source, env: str | gymnasium.Env | None) -> None:
+    """What the environment, or its id, tells of a source in memory, as far as that does not itself."""
+    if isinstance(env, str):
+        if not source.env:
+            _attributes(source, {"env_id": env})
+    elif env is not None:
+        if not source.env and env.spec is not None:
+            _world(source, env.spec.id, env.spec.kwargs)
+        if source.low is None and source.high is None:
+            source.low, source.high = _box(str(env), env.action_space)
+        source.dt = source.dt or getattr(env.unwrapped, "dt", None)
+
+
+def _box(label: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds [A] of a space of actions."""
+    if not isinstance(space, spaces.Box):
+        raise DataError(f"{label}: the action space is {space}; only continuous (Box) actions are supported")
+    return space.low.ravel().astype(float), space.high.ravel().astype(float)
+
+
+def _sha256_arrays(c: Columns, *stated: np.ndarray | None) -> str:
     digest = hashlib.sha256()
-    for x in (c.obs, c.act, c.reward, c.terminal, c.timeout, c.next_obs):
+    for x in (c.obs, c.act, c.reward, c.terminal, c.timeout, c.next_obs, *stated):
         if x is not None:
             digest.update(np.ascontiguousarray(x).data)
     return digest.hexdigest()
@@ -297,13 +334,14 @@ def _sha256_arrays(c: Columns) -> str:
 # ---------------------------------------------------------------- columns, checked
 
 
-def _columns(source: Source, found: Mapping[str, Any], legend: Mapping[str, str]) -> Columns:
-    """found: key -> something with shape, dtype and [()]. legend: our name -> the source's key."""
+def _columns(source: Source, found: Mapping[str, Any], legend: Mapping[str, str], names: Iterable[str]) -> Columns:
+    """found: key -> something with shape, dtype and [()]. legend: our name -> the source's key. names: of all that the
+    source has."""
     label, index = source.label, None
     for ours in REQUIRED:
         key = legend[ours]
         if key not in found:
-            have = ", ".join(sorted(found)) or "none of those"
+            have = ", ".join(sorted(map(str, names))) or "nothing"
             want = ", ".join(legend[k] for k in REQUIRED)
             raise DataError(f"{label}: key {key!r} is missing; expected {want}, got {have}; write that array and retry")
     if "index" in legend and legend["index"] in found:
@@ -555,6 +593,8 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
     elif source.env and (low is None or dt is None) and (found := _environment(source.env)) is not None:
         low, high = (found[0], found[1]) if low is None else (low, high)
         dt = dt or found[2]
+    if assumed := low is None:
+        source.meta["bounds"] = "assumed"
     low = np.full(width, -1.0) if low is None else np.asarray(low, np.float64)
     high = np.full(width, 1.0) if high is None else np.asarray(high, np.float64)
     for side, bound in (("low", low), ("high", high)):
@@ -584,7 +624,8 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
         furthest = float(np.abs(c.act).max())
         what = (
             f"{label}: key 'actions': {clipped} components, in {rows} of {len(c.act)} steps, lie beyond the bounds "
-            f"(furthest {furthest:.4g}, expected within [-1, 1] after rescaling)"
+            f"(furthest {furthest:.4g}, expected within [-1, 1]"
+            + (", since no others are stated: state action_low and action_high)" if assumed else " after rescaling)")
         )
         if strict:
             raise DataError(f"{what}; correct the actions or the stated bounds, or load without strict to clip them")
@@ -688,7 +729,7 @@ def _declared(raw: Mapping[str, Any]) -> spaces.Space:
     return deserialize_space(dict(raw))
 
 
-def _objects(objects: Any, strict: bool) -> Dataset:
+def _objects(objects: Any, strict: bool, env: Any) -> Dataset:
     label = f"{type(objects).__name__} object"
     if _get(objects, "observations") is not None:
         objects = [objects]  # one episode
@@ -704,9 +745,11 @@ def _objects(objects: Any, strict: bool) -> Dataset:
     _world(source, getattr(spec, "id", "") or "", getattr(spec, "kwargs", {}))
     with _reading(label, "episodes", "expected gymnasium-style arrays"):
         each = objects if iterate is None else iterate()
-        space = getattr(objects, "observation_space", None)
+        space = getattr(objects, "observation_space", getattr(env, "observation_space", None))
         columns = _episodes(source, each, space, getattr(objects, "action_space", None))
-        source.sha256 = _sha256_arrays(columns)
+        own = source.low is not None
+        _recorded_in(source, env)
+        source.sha256 = _sha256_arrays(columns, *(() if own else (source.low, source.high)))
     return _finish(source, columns, strict)
 
 
@@ -734,9 +777,7 @@ def _episodes(
     """Columns of episodes of T + 1 observations: every step has its successor."""
     label = source.label
     if act_space is not None:
-        if not isinstance(act_space, spaces.Box):
-            raise DataError(f"{label}: the action space is {act_space}; only continuous (Box) actions are supported")
-        source.low, source.high = act_space.low.ravel().astype(float), act_space.high.ravel().astype(float)
+        source.low, source.high = _box(label, act_space)
     found: list[tuple[np.ndarray, ...]] = []
     width = None
     for i, episode in enumerate(episodes):

@@ -129,7 +129,7 @@ class Evaluator:
                     elif steps[j] >= ENDLESS and self.max_steps is None and self.endless:
                         raise EnvError(
                             f"{self.name}: an episode took {ENDLESS} steps and the environment states no limit; "
-                            "pass max_steps"
+                            "pass max_steps, or the id with one, as in 'Id-v0{\"max_episode_steps\": 1000}'"
                         )
                 done = [live[j][0] for j in freed]
                 for j in reversed(freed):
@@ -323,6 +323,12 @@ def make(env_id: str, **kw: Any) -> gym.Env:
         raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
     except (ImportError, AssertionError, TypeError) as error:  # a package, a version, or an argument that it has not
         raise EnvError(f"cannot make the environment {env_id!r}: {error!r}") from error
+
+
+def flat(env: gym.Env) -> gym.Env:
+    """The environment, with Dict and Tuple observations flattened as a policy is shown them."""
+    composed = isinstance(env.observation_space, spaces.Dict | spaces.Tuple)
+    return gym.wrappers.FlattenObservation(env) if composed else env
 
 
 def _make(source: str | gym.Env | Callable[[], gym.Env], width: int | None, **kw: Any) -> gym.Env:

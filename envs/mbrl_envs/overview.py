@@ -81,7 +81,7 @@ def draw(data: Dataset, path: str | os.PathLike) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise DataError(f"the figure cannot be written: {what}; pass the name of a file in one (--figure)")
-    returns, lengths = data.returns.cpu().numpy(), data.lengths.cpu().numpy()
+    returns, lengths = data.returns.double().cpu().numpy(), data.lengths.cpu().numpy()  # bins need the digits
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
