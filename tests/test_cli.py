@@ -564,7 +564,7 @@ def test_a_suite_does_not_report_runs_with_other_settings(pendulum, tmp_path, ca
         cli.main([*args, "30"])
     said = capsys.readouterr().out.replace("\n", " ")
     assert "holds a run with other settings (algorithm)" in said
-    assert "no finished run with a score yet" in said
+    assert "no finished run with an evaluation yet" in said
     assert json.loads(summary.read_text())["results"] == [], "it counts among none of these"
 
 

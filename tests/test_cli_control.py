@@ -440,7 +440,7 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
             "this NeuralODE has no head for it",
         ),
         (["plan", "--env", "Pendulum-v1", "--fitting.batch", "0"], "batch=0"),
-        (["online", "--env", "Pendulum-v1", "--steps", "1000", "--fitting.holdout", "2"], "holdout=2"),
+        (["online", "--env", "Pendulum-v1", "--steps", "1000", "--fitting.holdout", "2"], "holdout is 2"),
         (["online", "--env", "Pendulum-v1", "--setting.agent.spectral", "-1"], "spectral"),
         (["plan", "--env", "Pendulum-v1", "--episodes", "0", "--video", "x.txt"], "cannot write x.txt"),
         (["plan", "--env", "Pendulum-v1", "--seed", "9" * 20], "expected 0 or more, 2^62 at most"),

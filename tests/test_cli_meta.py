@@ -135,7 +135,8 @@ def test_planning_follows_by_what_the_run_has_kept(tmp_path):
     assert torch.equal(control.first[0], control.mpc.model.contexts.mean(0))
     with pytest.raises(RunError, match="tells no reward, and none is known"):
         given(replace(args, reward="learned"))
-    assert given(replace(args, reward="learned"), len).mpc.reward is len
+    own = lambda obs, act, after: after[:, 0]
+    assert given(replace(args, reward="learned"), own).mpc.reward is own
     with pytest.raises(ValueError, match=r"the mixture of .*a is not uncertain; leave both out"):
         given(replace(args, worth=replace(args.worth, pessimism=1.0)))
     go(tmp_path / "b", "--fit.length", "5", which=which[:-2], learner="separate", settings=[])

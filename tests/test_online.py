@@ -7,7 +7,7 @@ import pytest
 import torch
 from worlds import Box, Line, LineEnv, Memory, earned, never
 
-from mbrl import online
+from mbrl import offline, online
 from mbrl.border import episode_seed
 from mbrl.data import Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -142,7 +142,7 @@ def test_the_last_step_is_evaluated_and_logged_whatever_the_intervals():
     result = run(replace(SMALL, steps=50, evaluate_every=20), record=memory, evaluate=earned)
     assert [n for n, _ in result.returns] == [20, 40, 50]
     assert [n for stage, n, _ in memory.lines if stage == "policy"] == [50]
-    assert result.returns[-1][1] == [[pytest.approx(earned(online.policy_of(result.agent))[0])]]
+    assert result.returns[-1][1] == [[pytest.approx(earned(offline.policy_of(result.agent))[0])]]
 
 
 def test_the_first_fit_is_after_the_random_steps():
@@ -287,7 +287,7 @@ def test_several_seeds_learn_each_in_a_world_and_with_a_model_of_its_own():
         assert [n for n, _ in result.returns] == [40, 80, 120, 160, 200]
         assert result.last(1).shape == (1,)
         assert result.agent.seeds == 1
-        assert result.last(1).item() == pytest.approx(earned(online.policy_of(result.agent))[0])
+        assert result.last(1).item() == pytest.approx(earned(offline.policy_of(result.agent))[0])
     best, nothing = (earned(p)[0] for p in (lambda x: -0.9 * x / 0.5, lambda x: 0 * x))
     assert all(x.last(1).item() > best + 0.5 * (nothing - best) for x in found)
     assert len({len(env.seeds) for env in envs}) == 3
