@@ -191,9 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         seeds = (*getattr(command, "seeds", ()), getattr(command, "seed", None) or 0)
         worst = min(seeds) if min(seeds) < 0 else max(seeds)
-        if not 0 <= worst <= 2**62 and not isinstance(
-            command, (Reconstruct, Continual, Meta)
-        ):  # which say so themselves
+        own = isinstance(command, (Reconstruct, Continual, Meta))  # which say so themselves
+        if not own and not 0 <= worst <= 2**62:
             raise ValueError(f"--seed{'s' * hasattr(command, 'seeds')} is {worst}, expected 0 or more, 2^62 at most")
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt as stop:

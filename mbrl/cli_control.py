@@ -1,7 +1,6 @@
 """What the commands have in common that drive an environment, and one of them: `mbrl online` (MBPO)."""
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from mbrl.core import check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import PRESETS
-from mbrl.run import Run, from_plain, machine, save_figure, to_plain, versions, write_json
+from mbrl.run import Run, folder_name, from_plain, machine, save_figure, to_plain, versions, write_json
 
 KINDS = (*KNOWN, online.OnlineConfig, online.Horizon)
 
@@ -108,7 +107,7 @@ def run_online(args: Online) -> Run:
                 reward=reward, evaluate=[judge(seed=(10_000 + 1_000 * seed) % 2**31) for seed in args.seeds],
                 device=devices.pick(args.device), record=run,
             )  # fmt: skip
-            wall, seconds = run.seconds, results[0].seconds
+            seconds = results[0].seconds
             curves = {
                 seed: [(n, torch.tensor(r).mean().item()) for n, r in result.returns]
                 for seed, result in zip(args.seeds, results, strict=True)
@@ -118,7 +117,7 @@ def run_online(args: Online) -> Run:
                 "returns": [(n, [x.returns[i][1][0] for x in results]) for i, (n, _) in enumerate(results[0].returns)],
                 "episodes": [result.episodes for result in results],
                 "probes": [result.probes for result in results],
-                "seconds": {k: round(v, 2) for k, v in seconds.items()}, "wall_s": round(wall, 1), **machine(),
+                "seconds": {k: round(v, 2) for k, v in seconds.items()}, "wall_s": round(run.seconds, 1), **machine(),
                 "versions": versions(),
             }  # fmt: skip
             out |= {"final": [curve[-1][1] for curve in curves.values()]}
@@ -184,9 +183,8 @@ def begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -
         check(args, env)
     finally:
         env.close()
-    stem = re.sub(r"[^\w.+-]+", "_", str(args.env)).strip("_")
     label = "-".join(map(str, args.seeds)) if isinstance(args, Online) else args.seed
-    out = args.out or Path("runs") / stem / f"{name}-{label}"
+    out = args.out or Path("runs") / folder_name(str(args.env)) / f"{name}-{label}"
     kept = replace(args, out=None, quiet=False)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in to_plain(kept).items()}
     config = {"algorithm": name, "arguments": plain}

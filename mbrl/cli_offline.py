@@ -17,7 +17,7 @@ from mbrl.core import Spec, check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import OVER
-from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, versions, write_json
+from mbrl.run import Run, RunError, draw_report, folder_name, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
 from mbrl.terminal import TerminalConfig, restored
 
@@ -177,8 +177,7 @@ def run_offline(args: Offline) -> Run:
     if args.start is not None:
         _start(Path(args.start), replace(args, seeds=seeds), data)
     label = name_of(algorithm)
-    stem = data.name.replace("/", "_").replace(":", "_")
-    out = args.out or Path("runs") / stem / f"{label}-{'-'.join(map(str, seeds))}"
+    out = args.out or Path("runs") / folder_name(data.name) / f"{label}-{'-'.join(map(str, seeds))}"
     local = {
         "source": str(Path(args.dataset).resolve()) if Path(args.dataset).exists() else args.dataset,
         "models": str(args.models.resolve()) if args.models else None,

@@ -97,12 +97,11 @@ def run_plan(args: Plan) -> Run:
                 if (of := _world_of(args)) not in (None, "none", args.env) and not args.quiet:
                     console.print(f"note: {named} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
-            wall = run.seconds
             last = torch.tensor([r for _, r in returns[-max(1, min(10, args.episodes)) :]])
             out = {
                 "env": args.env, "seed": args.seed, "model": named or type(args.dynamics).__name__,
                 "planner": to_plain(args.planner), "returns": returns, "last10": last.mean().item(),
-                "steps": returns[-1][0], "wall_s": round(wall, 1), **machine(), "versions": versions(),
+                "steps": returns[-1][0], "wall_s": round(run.seconds, 1), **machine(), "versions": versions(),
             }  # fmt: skip
             random = args.random * (not args.model)
             draw(run.folder / "report.png", f"{args.env}, seed {args.seed}", {args.seed: returns}, random)
@@ -112,7 +111,7 @@ def run_plan(args: Plan) -> Run:
             for i, (n, r) in enumerate(returns):
                 words.add_row(f"{i + 1}{' (random)' if not args.model and i < args.random else ''}", str(n), f"{r:.1f}")
             console.print(words)
-            console.print(f"{wall:.0f} s; figure: {run.folder / 'report.png'}")
+            console.print(f"{out['wall_s']:.0f} s; figure: {run.folder / 'report.png'}")
         if args.video:
             _film(args, controller, env, device)
     finally:

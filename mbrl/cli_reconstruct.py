@@ -23,7 +23,7 @@ from mbrl.core import Diverged, Dynamics, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics.plrnn import Plrnn, PlrnnConfig, PlrnnFit, Shallow, fit_plrnn, orbit
 from mbrl.fit import FitConfig, Rows, fit
-from mbrl.run import Run, RunError, from_plain, machine, save_figure, to_plain, versions, write_json
+from mbrl.run import Run, RunError, folder_name, from_plain, machine, save_figure, to_plain, versions, write_json
 
 SAVE_EVERY = 10.0  # seconds between checkpoints of a fit
 LONGEST = 100_000  # steps of a series that scores are taken from
@@ -332,7 +332,7 @@ def run_reconstruct(args: Reconstruct) -> Run:
     _check(args, train_set, test_set)
     args = replace(args, seeds=args.seeds or (devices.fresh_seed(),))
     label = "compare" if args.compare else name_of(args.dynamics)
-    stem = train_set.name.partition("[")[0].replace("/", "_").replace(":", "_")
+    stem = folder_name(train_set.name.partition("[")[0])
     out = args.out or Path("runs") / stem / f"{label}-{'-'.join(map(str, args.seeds))}"
     file = lambda x: str(Path(x).resolve()) if x is not None and Path(x).exists() else x and str(x)
     local = {"data": file(args.data), "test": file(args.test), "threads": torch.get_num_threads()}

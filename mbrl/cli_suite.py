@@ -21,7 +21,7 @@ from mbrl.choices import KNOWN, PLAIN, Learner, console
 from mbrl.cli_offline import Offline, algorithm_named, run_offline, sized
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
-from mbrl.run import Run, RunError, from_plain, machine, versions, write_json
+from mbrl.run import Run, RunError, folder_name, from_plain, machine, versions, write_json
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ def run_suite(args: Suite) -> dict[str, Any]:
 
 def _stem(source: str) -> str:
     """What a dataset's column and folder are called: a file's name, or the whole of an id, whose end several share."""
-    name = source if source.startswith("minari:") else Path(source).stem
-    return name.replace("/", "_").replace(":", "_")
+    return folder_name(source if source.startswith("minari:") else Path(source).stem)
 
 
 def _other(cell: Offline, folder: Path, sha256: Callable[[], str]) -> str | None:

@@ -22,17 +22,7 @@ from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
 from mbrl.baselines import BcConfig, Td3BcConfig
-from mbrl.core import (
-    Diverged,
-    Dynamics,
-    Segment,
-    Spec,
-    StepInput,
-    check_functions,
-    check_reward,
-    repeat,
-    rows,
-)
+from mbrl.core import Diverged, Dynamics, Segment, Spec, StepInput, check_functions, check_reward, repeat, rows
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
@@ -418,9 +408,8 @@ def bellman_inconsistency(
     after = model.each(state, StepInput(act, noise, dt), cond, k).obs  # [P, B * k, O]
     parts, n, _ = after.shape
     flat, z = after.flatten(0, 1)[None], act_noise.repeat(parts, 1)[None]  # [1, P * B * k, O], [1, P * B * k, A]
-    size = flat.shape[1]
-    cut = -(-size // -(-size // VALUED)) if flat.is_cpu else size
-    pieces = zip(flat.split(cut, 1), z.split(cut, 1), strict=True)
+    most = VALUED if flat.is_cpu else flat.shape[1]
+    pieces = zip(flat.split(most, 1), z.split(most, 1), strict=True)
     value = torch.cat([agent.q(x, agent.act(x, e), target=True)[0].amin(0) for x, e in pieces])
     mean = value.reshape(parts, n // k, k).mean(-1)
     return mean.std(0) if parts > 1 else torch.zeros_like(mean[0])

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -178,6 +179,11 @@ def _words(hint: Any) -> str:
 
 
 # ---------------------------------------------------------------- the folder
+
+
+def folder_name(name: str) -> str:
+    """What the folder of something of that name is called: without slashes, colons, braces, quotes and blanks."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_")
 
 
 class Run:

@@ -400,7 +400,7 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_trained(option,
 
 
 def test_a_policy_is_not_judged_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(c, "ENDLESS", 50)
+    monkeypatch.setattr(c.evaluators, "ENDLESS", 50)
     with pytest.raises(c.CollectError, match="an episode of Endless-v0 took 50 steps and the environment states no"):
         c.measure("Endless-v0", 1, 0)
     assert c.measure("Pendulum-v1", 1, 0).shape == (1,)

@@ -20,7 +20,6 @@ row is followed by the next one. Root attributes say how the file came about. Th
 of python, torch, numpy, gymnasium, mujoco and h5py and the same kind of processor, writes the same bytes.
 """
 
-import importlib
 import json
 import os
 import platform
@@ -44,7 +43,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from mbrl_envs.evaluate import ENDLESS
+from mbrl_envs import evaluate as evaluators
 from mbrl_envs.scores import parted
 
 Quality = Literal["random", "medium", "medium-replay", "expert"]
@@ -186,14 +185,13 @@ class Actor:
 
 def make(env_id: str) -> gym.Env:
     """The environment with flat observations; CollectError where it cannot be had."""
-    name, own = parted(env_id)
     try:
-        if name not in gym.registry:
-            with suppress(ImportError):
-                gym.register_envs(importlib.import_module("gymnasium_robotics"))
-        env = gym.make(name, **own)
-    except (gym.error.Error, ImportError, TypeError) as e:
-        raise CollectError(f"collect: no environment {env_id!r}: {e}. Give an id that gymnasium.make accepts") from None
+        env = evaluators.make(env_id)
+    except evaluators.EnvError as error:
+        why = error.__cause__ or error
+        raise CollectError(
+            f"collect: no environment {env_id!r}: {why}. Give an id that gymnasium.make accepts"
+        ) from None
     act, obs = env.action_space, env.observation_space
     if not isinstance(act, spaces.Box) or len(act.shape) != 1 or not act.is_bounded():
         raise CollectError(f"collect: {env_id} has actions {act}, expected a Box of one axis with finite bounds")
@@ -225,7 +223,7 @@ def evaluate(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes:
             obs, reward, terminal, timeout, _ = env.step(policy(obs))
             totals[i] += float(reward)
             done, steps = terminal or timeout, steps + 1
-            if steps >= ENDLESS and not done and env.spec is not None and env.spec.max_episode_steps is None:
+            if steps >= evaluators.ENDLESS and not done and env.spec is not None and env.spec.max_episode_steps is None:
                 raise CollectError(
                     f"collect: an episode of {env.spec.id} took {steps} steps and the environment states no limit; "
                     "register it with max_episode_steps"
