@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 
 from mbrl.core import Dynamics, Segment, Spec, demand
 from mbrl.data import Dataset
-from mbrl.device import graphed
+from mbrl.device import SWEEP, drop_subnormals, graphed
 
 KEPT = ("param", "mean", "square")
 SAMPLE = 2**18  # rows from which normalisers are set: the first of the training rows, which are in random order
@@ -342,6 +342,7 @@ class Parts:
         self.wait = torch.where(gained, 0, self.wait + 1)
         self.diverged += int((active & ~finite).sum())
         for name in self.params:
+            drop_subnormals(*self._live(name))
             for x, best in zip(self._live(name), self.snapshot[name], strict=True):
                 best.copy_(torch.where(self._wide(better, x), x, best))
                 x.copy_(torch.where(self._wide(finite, x), x, best))
@@ -413,6 +414,8 @@ class Moments(abc.ABC):
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
         self._step(list(self.params.values()), self.mean, self.square, grads)
+        if self.clocks[0].is_cpu and self.steps % SWEEP == 0:
+            drop_subnormals(*self.mean, *self.square)
 
     @abc.abstractmethod
     def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:

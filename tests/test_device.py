@@ -76,3 +76,16 @@ def test_freed_memory_is_kept_and_nothing_else_changes():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     assert all(work() == 4_000_000 for _ in range(10))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 10 * 4_000_000 * 4 / 4096 / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_too_small_to_change_a_sum_becomes_zero(dtype):
+    tiny = torch.finfo(dtype).tiny
+    x = torch.tensor([0.0, tiny / 4, -tiny / 4, tiny, 1e-20, -1e-20, 1.0, torch.inf, -torch.inf], dtype=dtype)
+    devices.drop_subnormals(x)
+    assert x.tolist() == [0, 0, 0, 0, *x[4:].tolist()]
+    assert x[4:6].abs().min() > 0
+    assert x[6:].tolist() == [1, torch.inf, -torch.inf]
+    odd = torch.tensor([torch.nan, tiny], dtype=dtype)
+    devices.drop_subnormals(odd, x)
+    assert odd.isnan().tolist() == [True, False], "what has diverged stays so"

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mbrl.core import Markov, Prediction, Spec
 from mbrl.data import Transitions
 from mbrl.nets import power_iteration
-from mbrl.sac import FlatMLP, SacConfig, local_lipschitz, log_density, value_aware_error
+from mbrl.sac import Adam, FlatMLP, SacConfig, local_lipschitz, log_density, value_aware_error
 
 DOUBLE = torch.float64
 
@@ -858,3 +858,26 @@ def test_bad_input_is_one_clear_error(call, words):
 
 def small(**settings):
     return SacConfig(**{"hidden": (4,), **settings}).build(Spec(3, 1), gen())
+
+
+# ---------------------------------------------------------------- what is too small to matter
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_moments_of_units_that_died_are_dropped_and_the_steps_are_the_same(seeds, monkeypatch):
+    """A CPU takes many times as long for subnormal numbers, at which a moment that decays would stay."""
+    monkeypatch.setattr("mbrl.sac.SWEEP", 5)
+    param = torch.ones(seeds, 3)
+    adam, plain = Adam(param), torch.ones(seeds, 3, requires_grad=True)
+    optimizer = torch.optim.Adam([plain], lr=1e-2)
+    for i in range(12):
+        grad = torch.tensor([1.0, 1e-38 if i < 4 else 0.0, 1e-12 if i < 4 else 0.0]).expand(seeds, 3)
+        adam.grad.copy_(grad)
+        adam.step(param, 1e-2)
+        plain.grad = grad.clone()
+        optimizer.step()
+        assert bool(adam.m[:, 1].any()) == (i < 4)
+        assert adam.m[:, 2].all()
+        assert adam.v[:, 0].all()
+    assert optimizer.state[plain]["exp_avg"][:, 1].all()
+    torch.testing.assert_close(param, plain.detach(), rtol=1e-6, atol=0)
