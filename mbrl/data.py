@@ -165,7 +165,8 @@ class Dataset:
 def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
     """Datasets one after the other. mixed: each is of a system of its own, number 0, 1, ...; else all are of one, whose
     facts (dt, name, action bounds) are the first's. `sha256` is of the parts' own.
-    Raises ValueError where they cannot stand together."""
+    Raises ValueError where they cannot stand together, as parts of one system do not whose actions in [-1, 1] stand for
+    other ranges."""
     first = parts[0]
     for i, x in enumerate(parts):
         timed = x.dt == first.dt or x.dts is not None
@@ -173,6 +174,13 @@ def joined(parts: Sequence[Dataset], *, mixed: bool = False) -> Dataset:
             raise ValueError(f"joined: part {i} holds {x.systems} systems already, expected parts of one system each")
         if x.spec != first.spec or not timed or (x.dts is None) != (first.dts is None):
             raise ValueError(f"joined: part {i} is of {x.spec}, dt {x.dt}; the first of {first.spec}, dt {first.dt}")
+        sides = ((x.act_low, first.act_low), (x.act_high, first.act_high))
+        if not mixed and not all(torch.allclose(mine.double(), its.double()) for mine, its in sides):
+            own, its = ([side.tolist() for side in (d.act_low, d.act_high)] for d in (x, first))
+            raise ValueError(
+                f"joined: part {i} has actions within {own[0]} and {own[1]}, the first within {its[0]} and {its[1]}; "
+                "load both with the same bounds (of what is in memory: `action_low`, `action_high`, or `env=`)"
+            )
     both: dict[str, Any] = {k: torch.cat([x.rows[k] for x in parts]) for k in first.rows}
     if first.dts is not None:
         both["dt"] = float(both["dts"].double().mean())

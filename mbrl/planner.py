@@ -162,8 +162,7 @@ def colored(white: Tensor, color: float) -> Tensor:
     steps = white.shape[-2]
     if color == 0 or steps == 1:
         return white
-    f = torch.fft.rfftfreq(steps, device=white.device, dtype=white.dtype)
-    scale = torch.cat([f[1:2], f[1:]]) ** (-color / 2)
+    scale = torch.arange(steps // 2 + 1, device=white.device, dtype=white.dtype).clamp(min=1) ** (-color / 2)
     weight = torch.full_like(scale, 2.0)  # every frequency but the ends stands for two
     weight[:1].fill_(1.0)
     if steps % 2 == 0:

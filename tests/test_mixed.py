@@ -86,6 +86,12 @@ def test_datasets_that_differ_are_refused():
         joined([pushed(0.5), pushed(0.5, dt=2.0)])
     with pytest.raises(ValueError, match="joined"):
         joined([mixed(), mixed()])
+    wide = replace(pushed(0.5), act_high=torch.tensor([2.0]))
+    with pytest.raises(
+        ValueError, match=r"part 1 has actions within \[-1.0\] and \[2.0\], the first within \[-1.0\] and \[1.0\]"
+    ):
+        joined([pushed(0.5), wide])
+    assert joined([pushed(0.5), wide], mixed=True).systems == 2
 
 
 def test_batches_hold_as_many_rows_of_each():

@@ -126,7 +126,7 @@ def test_any_learner_is_an_environment(name):
 
 def test_starts_are_drawn_from_all_and_anew():
     starts = torch.arange(20.0)[:, None]
-    env = ModelVectorEnv(Counter(0), starts, 1, 50, autoreset=SAME)
+    env = ModelVectorEnv(Counter(0), starts.numpy(), 1, 50, autoreset=SAME)
     drawn = {float(x) for _ in range(10) for x in env.step(np.zeros((50, 1)))[0][:, 0]} if env.reset() else set()
     assert drawn == set(range(20))
     assert env.reset()[0].tolist() != env.reset()[0].tolist()

@@ -399,7 +399,7 @@ def test_proposals_keep_to_the_bounds():
 
 
 @pytest.mark.parametrize("steps", [2, 3, 14, 15, 30])
-@pytest.mark.parametrize("color", [0.25, 1.0, 3.5])
+@pytest.mark.parametrize("color", [0.25, 1.0, 3.5, 60.0])
 def test_coloured_noise_has_unit_variance(steps, color):
     x = colored(torch.randn(20_000, steps, 1, generator=torch.Generator().manual_seed(0)), color)
     assert abs(x.var().item() - 1) < 0.05

@@ -61,7 +61,7 @@ class _Rows:
     def __init__(
         self,
         model: Dynamics,
-        starts: Tensor,
+        starts: Tensor | np.ndarray,
         horizon: int,
         num_envs: int,
         reward: Function | None,
@@ -70,7 +70,7 @@ class _Rows:
         ctx: Tensor | None,
         dt: float,
     ) -> None:
-        spec = model.spec
+        spec, starts = model.spec, torch.as_tensor(starts)
         floats = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
         like = floats[0] if floats else starts
         ctx = (first_context(model, like.device) if ctx is None else ctx).to(like)
@@ -184,7 +184,7 @@ class ModelEnv(gym.Env):
     def __init__(
         self,
         model: Dynamics,
-        starts: Tensor,
+        starts: Tensor | np.ndarray,
         horizon: int,
         *,
         reward: Function | None = None,
@@ -238,7 +238,7 @@ class ModelVectorEnv(VectorEnv):
     def __init__(
         self,
         model: Dynamics,
-        starts: Tensor,
+        starts: Tensor | np.ndarray,
         horizon: int,
         num_envs: int = 1,
         *,
@@ -309,7 +309,7 @@ class ModelVecEnv(VecEnv):
     def __init__(
         self,
         model: Dynamics,
-        starts: Tensor,
+        starts: Tensor | np.ndarray,
         horizon: int,
         num_envs: int = 1,
         *,
