@@ -81,10 +81,16 @@ class World:
             raise ValueError(f"step {self.steps}: the action is {act}, expected finite numbers; what acts has diverged")
         raw = self.low + (act.astype(np.float64) + 1) / 2 * (self.high - self.low)
         raw = np.clip(raw, self.low, self.high)  # rounding may lead out of the box
-        obs, reward, terminated, truncated, _ = self.env.step(raw.astype(self.dtype))
-        if not math.isfinite(float(reward)):
+        out = self.env.step(raw.astype(self.dtype))
+        if len(out) != 5:
+            raise ValueError(
+                f"environment: step {self.steps} returned {len(out)} things, expected gymnasium's five: observation, "
+                "reward, terminated, truncated, info; wrap one that was written for gym"
+            )
+        obs, reward, terminated, truncated, _ = out
+        if np.size(reward) != 1 or not math.isfinite(number := float(np.ravel(reward)[0])):
             raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite one")
-        return self._checked(obs, f"step {self.steps}"), float(reward), bool(terminated), bool(truncated)
+        return self._checked(obs, f"step {self.steps}"), number, bool(terminated), bool(truncated)
 
     def _checked(self, obs: Any, where: str) -> np.ndarray:
         obs = np.asarray(obs)

@@ -76,6 +76,19 @@ def test_what_single_precision_cannot_hold_is_refused(obs):
         World(Echo(obs)).step(np.zeros(2, np.float32))
 
 
+def test_a_reward_may_come_as_an_array_of_one():
+    assert World(Echo(reward=np.array([2.5]))).step(np.zeros(2, np.float32))[1] == 2.5
+    with pytest.raises(ValueError, match="step 1 returned a reward of"):
+        World(Echo(reward=np.zeros(2))).step(np.zeros(2, np.float32))
+
+
+def test_an_environment_of_gyms_old_interface_is_told_apart():
+    env = Echo()
+    env.step = lambda action: (env.obs, 0.0, False, {})
+    with pytest.raises(ValueError, match=r"step 1 returned 4 things, expected gymnasium's five.*written for gym"):
+        World(env).step(np.zeros(2, np.float32))
+
+
 def test_an_action_that_is_not_finite_is_not_the_environments_fault():
     env = Echo()
     world = World(env)

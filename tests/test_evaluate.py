@@ -166,6 +166,19 @@ def test_an_environment_that_is_not_finite_is_named(what, monkeypatch):
         evaluator(env, episodes=1, seed=4)(constant(0.0))
 
 
+def test_what_a_step_returns(monkeypatch):
+    env = Counter()
+    step = env.step
+    monkeypatch.setattr(env, "step", lambda a: (step(a)[0], np.array([2.0]), env.time == 3, False, {}))
+    assert evaluator(env, episodes=1)(constant(0.0)).tolist() == [6.0]
+    monkeypatch.setattr(env, "step", lambda a: (step(a)[0], np.zeros(2), False, False, {}))
+    with pytest.raises(EnvError, match=r"Counter: step 1 of an episode returned the reward \[0. 0.\], expected"):
+        evaluator(env, episodes=1)(constant(0.0))
+    monkeypatch.setattr(env, "step", lambda a: (step(a)[0], 0.0, False, {}))
+    with pytest.raises(EnvError, match="Counter: step 1 of an episode returned 4 things, expected gymnasium's"):
+        evaluator(env, episodes=1)(constant(0.0))
+
+
 def test_limits_of_time(monkeypatch):
     assert evaluator(Counter, episodes=5, max_steps=2)(constant(1.0)).tolist() == [10, 20, 20, 20, 20]
     monkeypatch.setattr(worlds, "ENDLESS", 50)

@@ -118,10 +118,17 @@ class Evaluator:
                     if not np.isfinite(act[j]).all():
                         returns[i], ended = np.nan, True
                     else:
-                        obs, reward, terminated, truncated, _ = env.step(sent[j])
                         steps[j] += 1
                         where = f"step {steps[j]} of an episode"
-                        returns[i] += float(self._finite(reward, where, "reward"))
+                        out: tuple = env.step(sent[j])
+                        if len(out) != 5 or np.size(out[1]) != 1:
+                            got = f"{len(out)} things" if len(out) != 5 else f"the reward {out[1]}"
+                            raise EnvError(
+                                f"{self.name}: {where} returned {got}, expected gymnasium's observation, reward (one "
+                                "number), terminated, truncated and info; wrap the environment"
+                            )
+                        obs, reward, terminated, truncated, _ = out
+                        returns[i] += float(np.ravel(self._finite(reward, where, "reward"))[0])
                         seen[j] = self._finite(view(obs), where, "observation")
                         ended = terminated or truncated or steps[j] == self.max_steps
                     if ended:
