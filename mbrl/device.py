@@ -86,6 +86,13 @@ def drop_subnormals(*tensors: torch.Tensor) -> None:
         x.masked_fill_(x.abs() < kind.tiny / kind.eps, 0.0)
 
 
+def sweep(steps: torch.Tensor, *moments: torch.Tensor) -> None:
+    """`drop_subnormals` at every SWEEP-th step of an optimiser, where they cost: on a CPU. steps: how many were taken,
+    the most counts."""
+    if steps.is_cpu and int(steps.max()) % SWEEP == 0:
+        drop_subnormals(*moments)
+
+
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own: nothing draws from the global one."""
     return torch.Generator(device=device).manual_seed(seed)

@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 
 from mbrl.core import Dynamics, Segment, Spec, demand
 from mbrl.data import Dataset
-from mbrl.device import SWEEP, drop_subnormals, graphed
+from mbrl.device import drop_subnormals, graphed, sweep
 
 KEPT = ("param", "mean", "square")
 SAMPLE = 2**18  # rows from which normalisers are set: the first of the training rows, which are in random order
@@ -414,8 +414,7 @@ class Moments(abc.ABC):
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
         self._step(list(self.params.values()), self.mean, self.square, grads)
-        if self.clocks[0].is_cpu and self.steps % SWEEP == 0:
-            drop_subnormals(*self.mean, *self.square)
+        sweep(self.clocks[0], *self.mean, *self.square)
 
     @abc.abstractmethod
     def _step(self, params: list[Tensor], mean: list[Tensor], square: list[Tensor], grads: Sequence[Tensor]) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mbrl.core import Dynamics, Spec, StepInput, first_context
 from mbrl.data import Transitions
-from mbrl.device import SWEEP, drop_subnormals
+from mbrl.device import sweep
 from mbrl.nets import power_iteration
 
 BEHAVIOUR_STD_MIN, BEHAVIOUR_LR = 0.1, 1e-3
@@ -194,8 +194,7 @@ class Adam(nn.Module):
             fine = fine & when[:, None]
         ok = fine.to(g.dtype)
         self.steps.add_(ok)
-        if self.m.is_cpu and self.steps.max().item() % SWEEP == 0:
-            drop_subnormals(self.m, self.v)
+        sweep(self.steps, self.m, self.v)
         if len(ok) == 1 and ok.dtype == torch.float32:
             # torch's own kernel, one pass over the memory; it can leave out all or nothing, and counts in float32
             torch._fused_adam_(

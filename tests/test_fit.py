@@ -252,7 +252,7 @@ def test_weights_that_decay_to_nothing_are_dropped_at_an_epochs_end():
 
 
 def test_moments_by_hand_drop_what_is_nothing(monkeypatch):
-    monkeypatch.setattr("mbrl.fit.SWEEP", 3)
+    monkeypatch.setattr("mbrl.device.SWEEP", 3)
     adam = Adam({"x": torch.ones(2)}, 1e-3)
     for i in range(3):
         adam.step([torch.tensor([1.0, 1e-19 if i == 0 else 0.0])])

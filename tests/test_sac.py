@@ -866,7 +866,7 @@ def small(**settings):
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_moments_of_units_that_died_are_dropped_and_the_steps_are_the_same(seeds, monkeypatch):
     """A CPU takes many times as long for subnormal numbers, at which a moment that decays would stay."""
-    monkeypatch.setattr("mbrl.sac.SWEEP", 5)
+    monkeypatch.setattr("mbrl.device.SWEEP", 5)
     param = torch.ones(seeds, 3)
     adam, plain = Adam(param), torch.ones(seeds, 3, requires_grad=True)
     optimizer = torch.optim.Adam([plain], lr=1e-2)

@@ -120,17 +120,10 @@ class Evaluator:
                     else:
                         steps[j] += 1
                         where = f"step {steps[j]} of an episode"
-                        out: tuple = env.step(sent[j])
-                        if len(out) != 5 or np.size(out[1]) != 1:
-                            got = f"{len(out)} things" if len(out) != 5 else f"the reward {out[1]}"
-                            raise EnvError(
-                                f"{self.name}: {where} returned {got}, expected gymnasium's observation, reward (one "
-                                "number), terminated, truncated and info; wrap the environment"
-                            )
-                        obs, reward, terminated, truncated, _ = out
-                        returns[i] += float(np.ravel(self._finite(reward, where, "reward"))[0])
+                        obs, reward, over = self._step(env, sent[j], where)
+                        returns[i] += reward
                         seen[j] = self._finite(view(obs), where, "observation")
-                        ended = terminated or truncated or steps[j] == self.max_steps
+                        ended = over or steps[j] == self.max_steps
                     if ended:
                         freed.append(j)
                     elif steps[j] >= ENDLESS and self.max_steps is None and self.endless:
@@ -147,6 +140,18 @@ class Evaluator:
                 if freed:
                     told(kept, len(live) - len(kept))
         return returns
+
+    def _step(self, env: gym.Env, act: Any, where: str) -> tuple[Any, float, bool]:
+        """The observation, the reward, and whether the episode is over."""
+        out: tuple = env.step(act)
+        if len(out) != 5 or np.size(out[1]) != 1:
+            got = f"{len(out)} things" if len(out) != 5 else f"the reward {out[1]}"
+            raise EnvError(
+                f"{self.name}: {where} returned {got}, expected gymnasium's observation, reward (one number), "
+                "terminated, truncated and info; wrap the environment"
+            )
+        obs, reward, terminated, truncated, _ = out
+        return obs, float(np.ravel(self._finite(reward, where, "reward"))[0]), bool(terminated or truncated)
 
     def _finite(self, x: Any, where: str, what: str) -> Any:
         if not np.isfinite(x).all():
