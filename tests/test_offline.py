@@ -642,13 +642,13 @@ def test_the_value_after_a_cut_is_that_of_the_mean_reward():
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("morec-mopo", "7c3d8dc24dc5"),
+        ("morec-mopo", "099285dfa93e"),
         ("morec-published", "17a09edb5e8a"),
         ("mopo", "6cf31a790261"),
         ("bc", "a446081fbc0d"),
         ("morel", "f0b794bc8b4a"),
         ("mobile", "7e03e24bcf22"),
-        ("morec-mobile", "26fc6ad59b79"),
+        ("morec-mobile", "10de991999b1"),
         ("td3-bc", "cc3c412a40b4"),
     ],
 )
