@@ -91,3 +91,36 @@ def difference(
             point += sign * x.mean() / len(datasets)
     edge = (1 - confidence) / 2
     return Interval(point, *np.quantile(total, [edge, 1 - edge]))
+
+
+def improvement(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    *,
+    resamples: int = 50_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """The probability that a run of a scores more than one of b on the same dataset, a tie counting half, averaged over
+    the datasets that both have; the interval resamples the runs of each dataset and algorithm on their own."""
+    datasets = sorted(set(a) & set(b))
+    if not datasets:
+        raise ValueError(f"no dataset in common: {sorted(a)} and {sorted(b)}")
+    generator = np.random.default_rng(seed)
+    total, point = np.zeros(resamples), 0.0
+    for d in datasets:
+        x, y = (np.asarray(row[d], dtype=float) for row in (a, b))
+        wins = (np.sign(x[:, None] - y) + 1) / 2  # of each run against each
+        i, j = (generator.integers(len(z), size=(resamples, len(z))) for z in (x, y))
+        total += wins[i[:, :, None], j[:, None]].mean((1, 2)) / len(datasets)
+        point += wins.mean() / len(datasets)
+    edge = (1 - confidence) / 2
+    return Interval(point, *np.quantile(total, [edge, 1 - edge]))
+
+
+def profile(row: Mapping[str, Sequence[float]], levels: Sequence[float]) -> list[float]:
+    """The performance profile: at each level the share of runs that score more, averaged over datasets."""
+    shares = [(np.asarray(x, dtype=float)[:, None] > np.asarray(levels)).mean(0) for x in row.values() if len(x)]
+    if not shares:
+        raise ValueError("profile: no dataset has a run")
+    return np.mean(shares, axis=0).tolist()

@@ -72,3 +72,34 @@ def test_the_difference_resamples_each_cell_on_its_own():
     assert (got.low, got.high) == pytest.approx((point - z * error, point + z * error), abs=0.03)
     with pytest.raises(ValueError, match="no dataset in common"):
         suite.difference({"x": [1.0]}, {"y": [1.0]})
+
+
+def test_the_probability_of_improvement_is_rliables():
+    from rliable import metrics
+
+    generator = np.random.default_rng(0)
+    a, b = ({d: generator.normal(size=5).round(1).tolist() for d in ("x", "y", "z")} for _ in range(2))
+    matrix = lambda row: np.array([row[d] for d in ("x", "y", "z")]).T
+    found = suite.improvement(a, b, resamples=2_000)
+    assert found.point == pytest.approx(metrics.probability_of_improvement(matrix(a), matrix(b)))
+    assert found.low < found.point < found.high
+    assert suite.improvement(a, a | {"w": [1.0]}).point == pytest.approx(0.5)
+    surely = suite.improvement({"x": [1.0, 2.0]}, {"x": [0.0, 0.5, 0.9]})
+    assert (surely.low, surely.point, surely.high) == (1, 1, 1)
+    half = suite.improvement({"x": [1.0]}, {"x": [1.0, 1.0]})
+    assert (half.low, half.point, half.high) == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="no dataset in common"):
+        suite.improvement({"x": [1.0]}, {"y": [1.0]})
+
+
+def test_a_profile_is_rliables():
+    from rliable import library
+
+    scores = np.random.default_rng(1).normal(size=(4, 3))
+    levels = np.linspace(-2, 2, 9)
+    want, _ = library.create_performance_profile({"a": scores}, levels, reps=10)
+    found = suite.profile({str(d): scores[:, d].tolist() for d in range(3)}, levels.tolist())
+    assert found == pytest.approx(want["a"].tolist())
+    assert suite.profile({"x": [1.0, 3.0], "y": [1.0], "z": []}, [0.0, 1.0, 2.0]) == [1.0, 0.25, 0.25]
+    with pytest.raises(ValueError, match="no dataset has a run"):
+        suite.profile({"x": []}, [0.0])
