@@ -1,6 +1,7 @@
 """D4RL's evaluation environments: closed forms, D4RL's own records, and gymnasium-robotics where that is right."""
 
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import gymnasium_robotics
@@ -10,7 +11,8 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from mbrl_envs import d4rl, tasks
+from gymnasium_robotics.utils import mujoco_utils
+from mbrl_envs import d4rl, scores, tasks
 from mbrl_envs.evaluate import EnvError, evaluator, make
 from mbrl_envs.scores import D4RL_SCORES, d4rl_table, evaluation_env, identify, reference_scores
 
@@ -297,7 +299,7 @@ def test_hands_and_kitchens_say_which_extra_they_need(monkeypatch):
 
 
 def test_a_kitchen_shows_positions_and_what_is_to_be_done(monkeypatch):
-    """The environment itself does not run with every version of MuJoCo; a stand-in with its spaces does."""
+    """By a stand-in with its spaces, which tells what it was asked for and what becomes of each number."""
     asked = {}
 
     class Counter(gym.Env):
@@ -323,3 +325,62 @@ def test_a_kitchen_shows_positions_and_what_is_to_be_done(monkeypatch):
     Counter.width = 60
     with pytest.raises(EnvError, match=r"\(60,\), expected \(59,\)"):
         env.reset()
+
+
+@pytest.fixture
+def plain_mujoco(monkeypatch):
+    """gymnasium-robotics as it comes, whatever was made before."""
+    monkeypatch.setattr(mujoco_utils, "mujoco", mujoco)
+
+
+@pytest.mark.parametrize("name", ["FetchReach-v4", "FrankaKitchen-v1"])
+def test_what_asks_for_the_kinds_of_joints_can_be_made(name, plain_mujoco):
+    scores.robotics()
+    kinds, shown = mujoco.mjtJoint, mujoco_utils.mujoco
+    assert [np.int32(int(x)) in (getattr(shown.mjtJoint, k),) for k, x in kinds.__members__.items()] == [True] * 4
+    assert shown.mj_forward is mujoco.mj_forward
+    scores.robotics()
+    assert mujoco_utils.mujoco is shown, "once is enough"
+    env = make(name)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    env.close()
+
+
+def test_a_mujoco_whose_kinds_are_numbers_is_left_as_it_is(monkeypatch):
+    apart = SimpleNamespace(mjtJoint=SimpleNamespace(mjJNT_HINGE=3))
+    monkeypatch.setattr(mujoco_utils, "mujoco", apart)
+    scores.robotics()
+    assert mujoco_utils.mujoco is apart
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics.utils.mujoco_utils", None)  # another version has none
+    scores.robotics()
+
+
+@pytest.mark.parametrize("quality", ["complete", "mixed"])
+def test_a_kitchen_pays_once_for_each_of_four_things_and_is_done_with_the_last(quality, plain_mujoco):
+    name = f"kitchen-{quality}-v0"
+    env = make(evaluation_env(name))
+    world = env.unwrapped
+    obs, _ = env.reset(seed=0)
+    assert env.spec.max_episode_steps == identify(name).limit == 280
+    assert obs.shape == env.observation_space.shape == (60,)
+    np.testing.assert_allclose(obs[:30], world.data.qpos, atol=0.02, err_msg="9 of the arm, 21 of objects; with noise")
+    where = {n: slice(first, first + len(x)) for n, (first, x) in d4rl.ELEMENTS.items()}
+    want = np.zeros(30)
+    for task in d4rl.KITCHEN[quality]:
+        want[where[task]] = world.goal[task]
+    np.testing.assert_array_equal(obs[30:], want)
+    for _ in range(3):
+        obs, reward, terminated, truncated, _ = env.step(np.zeros(9))
+        assert (reward, terminated, truncated) == (0.0, False, False)
+        np.testing.assert_allclose(obs[:30], world.data.qpos, atol=0.02)
+    earned = []
+    for task in d4rl.KITCHEN[quality]:
+        state = world.data.qpos.copy()
+        state[where[task]] = world.goal[task]
+        world.robot_env.set_state(state, np.zeros_like(world.data.qvel))
+        earned += [env.step(np.zeros(9))[1:3] for _ in range(2)]
+        if earned[-2][1]:
+            break
+    assert earned[:-1] == [(1.0, False), (0.0, False)] * 3 + [(1.0, True)]
+    env.close()

@@ -4,6 +4,7 @@ import json
 import urllib.error
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mbrl_envs import datasets, overview, scores, tasks
+from mbrl_envs import datasets, evaluate, overview, scores, tasks
 from mbrl_envs.datasets import DataError, load
 from rich.console import Console
 
@@ -820,6 +821,20 @@ def test_minari_evaluates_where_its_metadata_say(minari_home):
     e = [episode(5, np.random.default_rng(0))]
     store(minari_home, "test/walk-v0", e, space, env="MountainCarContinuous-v0", eval_env="Pendulum-v1")
     assert load("minari:test/walk-v0").env == datasets.evaluation_env("minari:test/walk-v0") == "Pendulum-v1"
+
+
+def test_a_minari_kitchen_evaluates_in_the_tasks_that_it_states(minari_home):
+    scores.robotics()
+    spec = replace(gymnasium.spec("FrankaKitchen-v1"), kwargs={"tasks_to_complete": ["kettle"]})
+    space, rng = spaces.Box(-np.inf, np.inf, (3,), np.float64), np.random.default_rng(0)
+    store(minari_home, "test/kitchen-v0", [episode(5, rng)], space, env=spec)
+    env = datasets.evaluation_env("minari:test/kitchen-v0")
+    assert env == load("minari:test/kitchen-v0").env == 'FrankaKitchen-v1{"tasks_to_complete": ["kettle"]}'
+    made = evaluate.make(env)
+    assert made.unwrapped.goal.keys() == {"kettle"}
+    assert made.reset(seed=0)[0]["observation"].shape == (59,)
+    assert made.step(made.action_space.sample())[1] == 0.0
+    made.close()
 
 
 def test_an_environment_of_other_arguments_is_not_taken_for_its_id(minari_home, recwarn):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -386,7 +387,7 @@ def altered(env: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if env not in gymnasium.registry:
         with suppress(ImportError):
-            gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+            robotics()
     try:
         own = gymnasium.spec(env)
         made: Any = own.entry_point if callable(own.entry_point) else load_env_creator(own.entry_point or "")
@@ -395,6 +396,29 @@ def altered(env: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     plain = lambda x: json.loads(json.dumps(x, default=repr))
     return {k: v for k, v in kwargs.items() if k not in usual or plain(v) != plain(usual[k])}
+
+
+def robotics() -> None:
+    """Register gymnasium-robotics' environments, such as can be made. Raises ImportError where it is not installed.
+
+    Its kitchen, its Fetch and its hands with goals ask whether a joint's kind, as NumPy holds it, is one of MuJoCo's
+    enumeration. To MuJoCo 4 no such number is; where that is so, the module that asks is shown plain numbers."""
+    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    with suppress(ImportError, AttributeError, gymnasium.error.Error):  # one that is otherwise made needs none of it
+        asks: Any = importlib.import_module("gymnasium_robotics.utils.mujoco_utils")
+        kinds = asks.mujoco.mjtJoint
+        if kinds.mjJNT_HINGE != np.int32(int(kinds.mjJNT_HINGE)):
+            asks.mujoco = _Shown(asks.mujoco, {k: int(v) for k, v in kinds.__members__.items()})
+
+
+class _Shown:
+    """MuJoCo, with the kinds of joints in plain numbers."""
+
+    def __init__(self, module: Any, kinds: Mapping[str, int]) -> None:
+        self.module, self.mjtJoint = module, SimpleNamespace(**kinds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 def minari_scores(metadata: Mapping[str, Any]) -> tuple[float, float] | None:
