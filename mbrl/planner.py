@@ -7,13 +7,14 @@ synchronisation, so that a whole plan is one graph."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mbrl.core import Dynamics, StepInput, Tree, repeat
+from mbrl.core import Dynamics, StepInput, Tree, demand, repeat
 from mbrl.rollout import Reward, Terminal
 
 Critic = Callable[[Tensor], Tensor]  # obs [B, O] -> [B], the value of what comes after
@@ -61,6 +62,8 @@ class Planner:
     """Length of such a step, in root-mean-square action."""
 
     def __post_init__(self) -> None:
+        counts = ("horizon", "samples", "iterations", "elites", "proposals", "gradient_steps")
+        demand("Planner", *((k, x := getattr(self, k), "a whole number", isinstance(x, Integral)) for k in counts))
         wrong = [
             f"{name} is {getattr(self, name)}, expected {what}"
             for name, what, holds in (
@@ -69,17 +72,17 @@ class Planner:
                 ("elites", ">= 0", self.elites >= 0),
                 ("samples", f">= elites, {self.elites}", self.samples >= self.elites),
                 ("temperature", "> 0", self.temperature > 0),
-                ("color", ">= 0", self.color >= 0),
+                ("color", ">= 0, finite", 0 <= self.color < math.inf),
                 ("keep", "in [0, 1]", 0 <= self.keep <= 1),
                 ("decay", ">= 1", self.decay >= 1),
                 ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
-                ("std", "> 0", self.std > 0),
+                ("std", "> 0, finite", 0 < self.std < math.inf),
                 ("min_std", f"in [0, max_std], max_std is {self.max_std}", 0 <= self.min_std <= self.max_std),
                 ("execute", "'mean' or 'best'", self.execute in ("mean", "best")),
                 ("proposals", f"in [0, samples), samples is {self.samples}", 0 <= self.proposals < self.samples),
                 ("around", "False where there are no proposals", self.proposals > 0 or not self.around),
                 ("gradient_steps", ">= 0", self.gradient_steps >= 0),
-                ("gradient_rate", "> 0", self.gradient_rate > 0),
+                ("gradient_rate", "> 0, finite", 0 < self.gradient_rate < math.inf),
             )
             if not holds
         ]
@@ -119,6 +122,7 @@ class Planner:
 
 
 CEM = Planner()
+# But for the floor of the standard deviation, `min_std`, which the paper has not.
 ICEM = Planner(
     horizon=30, samples=40, iterations=3, elites=10, color=2.5, keep=0.3, decay=1.25, momentum=0.1, execute="best",
     join=True,
@@ -133,6 +137,50 @@ LOOP = Planner(
 PRESETS: dict[str, Planner] = {"cem": CEM, "icem": ICEM, "mppi": MPPI, "tdmpc": TDMPC}
 OVER: dict[str, Planner] = {"loop": LOOP, "tdmpc": replace(TDMPC, proposals=24)}
 """Around a policy that was learned."""
+
+
+@dataclass(frozen=True)
+class Over:
+    """What planning over a policy is to have otherwise than one of `OVER` and the policy's own worth have it; what is
+    None stays. See `Planner` and `Worth`."""
+
+    horizon: int | None = None
+    samples: int | None = None
+    iterations: int | None = None
+    elites: int | None = None
+    temperature: float | None = None
+    color: float | None = None
+    keep: float | None = None
+    decay: float | None = None
+    momentum: float | None = None
+    std: float | None = None
+    min_std: float | None = None
+    max_std: float | None = None
+    execute: Literal["mean", "best"] | None = None
+    join: bool | None = None
+    proposals: int | None = None
+    around: bool | None = None
+    gradient_steps: int | None = None
+    gradient_rate: float | None = None
+    discount: float | None = None
+    particles: int | None = None
+    pinned: bool | None = None
+    """Off where there is a limit on "disagreement", unless it is given."""
+    pessimism: float | None = None
+    uncertainty: str | None = None
+    limit: float | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is to be otherwise."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def applied(self, planner: Planner, worth: "Worth") -> tuple[Planner, "Worth"]:
+        """These, but for what is to be otherwise. Raises ValueError where they cannot be."""
+        of = lambda x: replace(x, **{k: v for k, v in self.given.items() if k in asdict(x)})
+        planner, worth = of(planner), of(worth)
+        free = self.pinned is None and worth.limit < math.inf and worth.uncertainty == "disagreement"
+        return planner, replace(worth, pinned=False) if free else worth
 
 
 class Plan(NamedTuple):
@@ -172,7 +220,7 @@ def colored(white: Tensor, color: float) -> Tensor:
 
 
 def fresh(p: Planner, envs: int, act: int, like: Tensor) -> Plan:
-    """A plan that knows nothing: mean 0, and kept elites that are the mean."""
+    """A plan that knows nothing: mean 0, and kept elites that are the mean, of which `search` counts one."""
     mean = like.new_zeros(envs, p.horizon, act)
     return Plan(mean, torch.full_like(mean, p.std), mean[:, None].expand(-1, p.kept, -1, -1).clone())
 
@@ -207,6 +255,7 @@ def search(
         total = torch.where(fine, proposals.clamp(-1, 1), 0.0).sum(1)
         mean = torch.where(fine.any(1), total / fine.sum(1).clamp(min=1), mean)
     noises = list(white)
+    copies = (kept[:, 1:] == kept[:, :1]).flatten(2).all(-1)  # [E, kept - 1]  of a new plan's, all but one
     for i, noise in enumerate(noises):
         parts = [(mean[:, None] + std[:, None] * colored(noise, p.color)).clamp(-1, 1), kept]
         if proposals is not None and p.proposals:
@@ -216,6 +265,9 @@ def search(
         acts = torch.cat(parts, 1)
         v = _finite(value(acts), acts)
         bad, seen = bad + (v == -torch.inf).sum(1), seen + v.shape[1]
+        if i == 0 and p.kept > 1:
+            others = v[:, noise.shape[1] + 1 : noise.shape[1] + p.kept]
+            others.copy_(torch.where(copies, -torch.inf, others))
         top, index = v.topk(min(p.elites or v.shape[1], v.shape[1]), 1)
         ok = top > -torch.inf  # [E, elites]  with too few finite candidates, the last elites are none
         elite = acts.gather(1, index[..., None, None].expand(-1, -1, *acts.shape[2:]))
@@ -289,6 +341,7 @@ class Worth:
     evaluated: not with `pinned`."""
 
     def __post_init__(self) -> None:
+        demand("Worth", ("particles", self.particles, "a whole number", isinstance(self.particles, Integral)))
         if not (0 < self.discount <= 1 and self.particles >= 1 and self.limit >= 0 and math.isfinite(self.pessimism)):
             raise ValueError(
                 f"Worth: got discount {self.discount}, particles {self.particles}, limit {self.limit}, pessimism "

@@ -1,7 +1,7 @@
 """The planner against what is known: closed forms, LQR, spectra, and values that are not numbers."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,22 @@ from mbrl import planner
 from mbrl.core import Markov, Prediction, Spec, StepInput
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import Filtered
-from mbrl.planner import ICEM, OVER, PRESETS, Plan, Planner, Worth, colored, fresh, propose, search, shift, value
+from mbrl.planner import (
+    ICEM,
+    LOOP,
+    OVER,
+    PRESETS,
+    Over,
+    Plan,
+    Planner,
+    Worth,
+    colored,
+    fresh,
+    propose,
+    search,
+    shift,
+    value,
+)
 
 each = pytest.mark.parametrize("p", PRESETS.values(), ids=PRESETS)
 
@@ -69,6 +84,12 @@ class Linear(Markov):
         {"keep": 1.1},
         {"color": -1.0},
         {"execute": "worst"},
+        {"std": math.inf},
+        {"color": math.inf},
+        {"gradient_rate": math.inf},
+        {"horizon": 2.5},
+        {"iterations": 2.0},
+        {"proposals": 0.5},
     ],
 )
 def test_a_setting_that_cannot_be_is_named(wrong):
@@ -272,6 +293,32 @@ def test_a_search_begins_around_the_proposals_where_it_is_told_to():
         torch.testing.assert_close(seen[0][:, :14].mean(), torch.tensor(centre), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="around is True"):
         Planner(around=True)
+
+
+def test_of_a_new_plans_kept_elites_one_counts():
+    """They are all the mean; where that is the best plan, it is one elite and not as many as are kept."""
+    p = Planner(horizon=3, samples=32, iterations=1, elites=8, keep=0.5)
+    noise, value = white(p, 2, 1), bowl(torch.zeros(2, 1, 3, 1))
+    found, plan = search(p, value, fresh(p, 2, 1, torch.zeros(())), noise)
+    drawn = (p.std * noise[0]).clamp(-1, 1)
+    best = drawn.gather(1, value(drawn).topk(7, 1).indices[..., None, None].expand(-1, -1, 3, 1))
+    torch.testing.assert_close(plan.mean, best.sum(1) / 8)
+    assert (found.seen, found.bad.tolist()) == (36, [0, 0])
+
+
+def test_over_has_every_setting_and_changes_what_is_given():
+    """Whatever a planner or a worth can be set to can be set over a policy, too."""
+    names = lambda *kinds: [f.name for kind in kinds for f in fields(kind)]
+    assert sorted(names(Over)) == sorted(names(Planner, Worth))
+    usual = (LOOP, Worth(particles=5, pessimism=1.0))
+    assert Over().applied(*usual) == usual
+    planner, worth = Over(horizon=2, samples=30, pessimism=0.0).applied(*usual)
+    assert planner == replace(LOOP, horizon=2, samples=30)
+    assert worth == Worth(particles=5, pessimism=0.0)
+    pinned = lambda **kw: Over(limit=1.0, **kw).applied(*usual)[1].pinned
+    assert [pinned(), pinned(pinned=True), pinned(uncertainty="aleatoric")] == [False, True, True]
+    with pytest.raises(ValueError, match="horizon is 0"):
+        Over(horizon=0).applied(*usual)
 
 
 def test_shift_moves_a_step_and_reset_clears_everything():
