@@ -282,6 +282,24 @@ def test_hands_are_gymnasium_robotics_with_d4rls_reward(task):
     assert np.allclose(gaps, 0, atol=1e-6) or np.allclose(gaps, 0.2, atol=1e-6)
 
 
+def test_a_pen_that_falls_ends_d4rls_task_and_not_gymnasium_robotics():
+    """In imagination as in evaluation."""
+    ends = {env: tasks.task(env).terminal for env in ("AdroitHandPen-v1", evaluation_env("pen-human-v1"))}
+    for name, terminal in ends.items():
+        env, fallen = make(name), 0
+        env.reset(seed=1)
+        for t in range(100):
+            obs, _, terminated, *_ = env.step(np.random.default_rng(t).uniform(-1, 1, 24))
+            x = torch.as_tensor(obs)[None]
+            assert terminal(x, torch.zeros(1, 24), x).tolist() == [terminated]
+            fallen += obs[26] < 0.075
+            if terminated:
+                break
+        assert fallen == 1 if terminated else fallen > 1
+        assert terminated != identify(name).endless
+        env.close()
+
+
 @pytest.mark.parametrize("task", ["Door", "Hammer", "Relocate"])
 def test_who_evaluates_in_a_flawed_reward_is_told(task):
     with pytest.warns(UserWarning, match=f"D4RL/{task.lower()}-expert-v1 is the same environment without that"):

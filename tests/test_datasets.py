@@ -134,7 +134,12 @@ def test_terminals_of_human_demonstrations_are_no_terminations_even_where_the_ta
     data = check(load(write(tmp_path / "pen-human-v1.hdf5", raw)))
     assert data.lengths.tolist() == lengths
     assert not data.terminal.any()
-    assert int(load(write(tmp_path / "pen-expert-v1.hdf5", raw)).terminal.sum()) == len(lengths)
+    for name in ("pen-expert-v1.hdf5", "renamed.hdf5"):
+        data = load(write(tmp_path / name, raw))
+        assert int(data.terminal.sum()) == len(lengths)
+        assert data.env == "mbrl_envs.d4rl:D4RL/pen-expert-v1", "where a fall ends an episode, too"
+    data = load(write(tmp_path / "other.hdf5", raw, env_id="AdroitHandPen-v1"))
+    assert (data.lengths.tolist(), data.terminal.any().item()) == (lengths, False), "there it does not"
 
 
 def test_successors_made_by_shifting_are_not_believed_at_an_end(tmp_path):

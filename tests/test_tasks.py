@@ -279,11 +279,13 @@ def test_pendulum_agrees():
         assert not found.terminal(row(obs), row(act), row(after)).item()
 
 
-def test_the_pen_is_dropped_below_its_height():
+def test_d4rls_pen_is_dropped_below_its_height():
     obs = torch.zeros(3, 45)
     obs[:, 26] = torch.tensor([0.0749, 0.0751, 0.2])
-    for name in ("pen-human-v1", "D4RL/pen/cloned-v2", "minari:D4RL/pen/expert-v2", "AdroitHandPen-v1"):
+    for name in ("pen-human-v1", "D4RL/pen-cloned-v0", "mbrl_envs.d4rl:D4RL/pen-expert-v1"):
         assert task(name).terminal(obs, obs, obs).tolist() == [True, False, False]
+        with pytest.raises(ValueError, match="39 wide, expected 45"):
+            task(name, obs=39)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +295,10 @@ def test_the_pen_is_dropped_below_its_height():
         "D4RL/hammer/expert-v2",
         "relocate-cloned-v0",
         "AdroitHandRelocate-v1",
+        "AdroitHandPen-v1",
+        "D4RL/pen/cloned-v2",
+        "minari:D4RL/pen/human-v2",
+        "minari:pen-expert-v1",
         "kitchen-mixed-v0",
         "FrankaKitchen-v1",
         "maze2d-large-v1",
@@ -300,7 +306,7 @@ def test_the_pen_is_dropped_below_its_height():
     ],
 )
 def test_tasks_that_never_end(name):
-    obs = torch.full((4, 39), -1e3)
+    obs = torch.full((4, 45), -1e3)
     found = task(name)
     assert found.reward is None
     assert found.terminal(obs, obs, obs).tolist() == [False] * 4
@@ -321,6 +327,7 @@ def test_tasks_that_never_end(name):
         ("Hopper-v3-medium-1000-train-noise", "Hopper-v4"),
         ("D4RL/kitchen/complete-v2", "FrankaKitchen-v1"),
         ("AdroitHandPenSparse-v1", "AdroitHandPen-v1"),
+        ("pen-human-v1", "mbrl_envs.d4rl:D4RL/pen-expert-v1"),
         ("PointMaze_Medium_Diverse_GDense-v3", ""),
     ],
 )

@@ -458,7 +458,8 @@ def _finish(source: Source, c: Columns, strict: bool) -> Dataset:
     known = source.known
     family = WIDTHS.get((c.obs.shape[1], c.act.shape[1]))
     if known is None and source.kind == "d4rl" and not source.env and family:
-        known = source.known = identify(f"AdroitHand{family.capitalize()}-v1")
+        # of the two pens the one that a fall ends, as terminals tell
+        known = source.known = identify("D4RL/pen-expert-v1" if family == "pen" else f"AdroitHand{family.title()}-v1")
         source.meta["recognised"] = f"{family}, by its widths"
     if not source.env and known is not None:
         source.env = known.env or ""

@@ -47,7 +47,8 @@ class Known:
     bound: float | None = None  # actions lie in [-bound, bound]; None: ask the environment
 
 
-# Tasks that no state ends. D4RL's pen ends when the pen falls; its other hands and the kitchen run to their limit.
+# Tasks that no state ends. D4RL's pen ends when the pen falls, gymnasium-robotics' does not; the other hands and the
+# kitchen run to their limit.
 ENDLESS = frozenset(
     {"halfcheetah", "pendulum", "swimmer", "reacher", "pusher", "humanoidstandup", "door", "hammer", "relocate"}
     | {"kitchen", "maze2d", "bullet-halfcheetah", "safetyhalfcheetah"}
@@ -273,7 +274,7 @@ def _environment(env: str) -> Known | None:
     for task, name in ADROIT_ENV.items():
         if re.fullmatch(name.removesuffix("-v1") + r"(Sparse)?-v\d+", env):
             limit = 100 if task == "pen" else 200
-            return Known(env, "gymnasium", task, None, env, "", task in ENDLESS, SECONDS[task], limit, 1.0)
+            return Known(env, "gymnasium", task, None, env, "", True, SECONDS[task], limit, 1.0)
     if re.fullmatch(r"FrankaKitchen-v\d+", env):
         return Known(env, "gymnasium", "kitchen", None, env, "", True, None, 280)
     if found := re.fullmatch(r"(PointMaze|AntMaze)_\w+-v\d+", env):

@@ -68,7 +68,7 @@ class Task:
 
 def task(env_id: str, obs: int | None = None) -> Task | None:
     """The task of an environment's id ("Hopper-v5", "mbrl_envs/CartPoleSwingUp-v0") or a dataset's
-    ("hopper-medium-v2", "D4RL/pen/human-v2"); None where the task is not known, as that of "Hopper-Heavy-v0" is not.
+    ("hopper-medium-v2", "D4RL/door/human-v2"); None where the task is not known, as that of "Hopper-Heavy-v0" is not.
     obs: the observations' width; needed only where they begin with the position that the task leaves out by default,
     since the reward of such a source is determined.
 
@@ -89,6 +89,8 @@ def task(env_id: str, obs: int | None = None) -> Task | None:
         return None
     if family in _RECORDED and not kind and first == family:
         return None
+    if re.fullmatch(r"(D4RL/)?pen-[a-z]+-v\d+", name) and not env_id.startswith("minari:"):
+        return _pen(obs)
     if family in _NEVER:
         return Task(_NEVER[family], _never({}, family))
     build = _FAMILIES.get(family)
@@ -377,8 +379,9 @@ def _as(env: str, base: Callable[[int, int | None], Task]) -> "Family":
     return lambda version, obs: replace(base(5, obs), env=env)
 
 
-def _pen(version: int, obs: int | None) -> Task:
-    env = "AdroitHandPen-v1"
+def _pen(obs: int | None) -> Task:
+    """D4RL's, which ends when the pen falls. gymnasium-robotics', in which Minari's sets were recorded, goes on."""
+    env = "mbrl_envs.d4rl:D4RL/pen-expert-v1"
     widths = _fixed(45, env, obs)
 
     def terminal(obs: Tensor, act: Tensor, next_obs: Tensor) -> Tensor:
@@ -425,7 +428,6 @@ _FAMILIES: dict[str, Family] = {
     "latchdoor": _latch,
     "halfcheetahbody": _led("mbrl_envs/HalfCheetahBody-v0", *_RUNNERS["HalfCheetah"]),
     "reacherlinks": _as("mbrl_envs/ReacherLinks-v0", _reacher),
-    "pen": _pen,
     **{f"{k.lower()}physics": _led(f"mbrl_envs/{k}Physics-v0", *v) for k, v in _RUNNERS.items()},
     **{f"{k.lower()}physics": _as(f"mbrl_envs/{k}Physics-v0", v) for k, v in _OTHERS.items()},
 }
@@ -435,11 +437,13 @@ _KINDS = frozenset({"random", "medium", "expert", "full", "replay", "mixed", "si
 _KINDS |= {"human", "cloned", "complete", "partial"}
 _NEORL = r"-(low|medium|high|expert|train|val|noise|\d+)"
 _RECORDED = frozenset({"door", "hammer", "relocate", "pen", "kitchen"})  # so called by datasets alone
-# Tasks that only their time limit ends. Antmaze is none: in D4RL's data it ends at a goal that is not observed.
+# Tasks that only their time limit ends. Antmaze is none: in D4RL's data it ends at a goal that is not observed. Nor is
+# D4RL's own pen.
 _NEVER = {
     "door": "AdroitHandDoor-v1",
     "hammer": "AdroitHandHammer-v1",
     "relocate": "AdroitHandRelocate-v1",
+    "pen": "AdroitHandPen-v1",
     "kitchen": "FrankaKitchen-v1",
     "frankakitchen": "FrankaKitchen-v1",
     "maze2d": "",
