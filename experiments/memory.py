@@ -2,8 +2,9 @@
 
     python experiments/memory.py [--steps 1000000]
 
-writes a D4RL-format file of halfcheetah's widths with random contents, loads it, and runs a short piece of MOPO on it,
-in a process of its own, so that the peak is its own. The result goes to experiments/results/memory.json.
+writes a D4RL-format file of halfcheetah's widths with random contents, loads it, and runs MOPO on it until its buffer
+of imagined transitions is full and a checkpoint was saved, in a process of its own, so that the peak is its own. The
+result goes to experiments/results/memory.json.
 """
 
 import json
@@ -19,7 +20,7 @@ import h5py
 import numpy as np
 import tyro
 
-from mbrl.run import machine, versions, write_json
+from mbrl.run import Run, machine, versions, write_json
 
 OBS, ACT, EPISODE = 17, 6, 1_000
 
@@ -59,9 +60,11 @@ def measure(path: Path) -> dict[str, float]:
     data = datasets.load(path)
     loaded, took = peak(), time.perf_counter() - clock
     assert offline.MOPO.imagination is not None
-    config = replace(offline.MOPO, updates=1_200, evaluate_every=1_200)
+    config = replace(offline.MOPO, updates=5_200, evaluate_every=5_200)
     never = lambda obs, act, after: after[:, 0] > 9e9
-    result = offline.train(config, data, fitting=offline.FitConfig(max_epochs=1), terminal=never)
+    fitting = offline.FitConfig(max_epochs=1)
+    with Run.continued(path.with_suffix(""), {"memory": len(data)}, {}) as run:
+        result = offline.train(config, data, fitting=fitting, terminal=never, record=run)
     floats = 4 * len(data) * (2 * OBS + ACT + 1) / 1e9
     return {
         "file_GB": path.stat().st_size / 1e9,

@@ -510,5 +510,12 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """The machine in words, for a result's record."""
-    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()}
+    """The machine in words, for a result's record. bfloat16: whether the processor says that it multiplies such."""
+    try:
+        told = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+    except OSError:  # not Linux
+        told = []
+    of = {name.strip(): value.strip() for name, _, value in told}
+    name = of.get("model name") or platform.processor() or "unknown"
+    facts = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": f"{platform.machine()}, {name}"}
+    return facts | {"bfloat16": any("bf16" in flag for flag in of.get("flags", of.get("Features", "")).split())}

@@ -1,14 +1,18 @@
 """The run folder: nothing half-written, nothing lost, nothing unpickled."""
 
 import json
+import os
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from mbrl import offline
 from mbrl.offline import OfflineConfig
-from mbrl.run import Run, RunError, draw_report, from_plain, to_plain, write_text
+from mbrl.run import Run, RunError, draw_report, from_plain, machine, to_plain, write_text
 
 KNOWN = (
     *(OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
@@ -268,3 +272,14 @@ class Other:
 
 def test_lists_become_tuples_again():
     assert from_plain(json.loads(json.dumps(to_plain(Other()))), [Other]) == Other()
+
+
+def test_a_record_tells_machines_apart():
+    facts = machine()
+    assert facts["cores"] == os.cpu_count()
+    assert facts["processor"].startswith(f"{platform.machine()}, ")
+    if (kept := Path("/proc/cpuinfo")).exists():
+        text = kept.read_text()
+        assert facts["bfloat16"] == (re.search(r"\b\w*bf16\w*\b", text) is not None)
+        name = re.search(r"model name\s*: (.*)", text)
+        assert name is None or facts["processor"].endswith(name[1].strip())
