@@ -329,6 +329,8 @@ def test_tasks_that_never_end(name):
         ("AdroitHandPenSparse-v1", "AdroitHandPen-v1"),
         ("pen-human-v1", "mbrl_envs.d4rl:D4RL/pen-expert-v1"),
         ("PointMaze_Medium_Diverse_GDense-v3", ""),
+        ('Pendulum-v1{"max_episode_steps": 50}', "Pendulum-v1"),
+        ('mbrl_envs:mbrl_envs/BoxPusher-v0{"max_episode_steps": 50}', "mbrl_envs/BoxPusher-v0"),
     ],
 )
 def test_ids(name, env):
@@ -336,10 +338,25 @@ def test_ids(name, env):
 
 
 @pytest.mark.parametrize(
-    "name", ["CartPole-v1", "D4RL/minigrid/fourrooms-v0", "mine/Hopper-v5", "", "/", "FetchReach-v3"]
+    "name",
+    [
+        "CartPole-v1",
+        "D4RL/minigrid/fourrooms-v0",
+        "mine/Hopper-v5",
+        "",
+        "/",
+        "FetchReach-v3",
+        'Pendulum-v1{"g": 1.6}',
+        'Pendulum-v1{"g": 1.6, "max_episode_steps": 50}',
+    ],
 )
 def test_unknown_ids(name):
     assert task(name) is None
+
+
+def test_arguments_that_are_no_json_are_an_error():
+    with pytest.raises(ValueError, match="its arguments are no JSON"):
+        task("Pendulum-v1{g: 1.6}")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mbrl_envs.scores import parted
+
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -68,14 +70,17 @@ class Task:
 
 def task(env_id: str, obs: int | None = None) -> Task | None:
     """The task of an environment's id ("Hopper-v5", "mbrl_envs/CartPoleSwingUp-v0") or a dataset's
-    ("hopper-medium-v2", "D4RL/door/human-v2"); None where the task is not known, as that of "Hopper-Heavy-v0" is not.
+    ("hopper-medium-v2", "D4RL/door/human-v2"); None where the task is not known, as that of "Hopper-Heavy-v0" is not,
+    nor that of an id with arguments, as 'Pendulum-v1{"g": 1.6}', unless it is another time limit alone.
     obs: the observations' width; needed only where they begin with the position that the task leaves out by default,
     since the reward of such a source is determined.
 
-    Raises ValueError for a width that the task does not have; so do the functions themselves."""
-    name = env_id.rpartition(":")[2].removeprefix("mbrl_envs/")  # without minari:, or the module that registers it
-    if "{" in env_id:  # with arguments of its own
+    Raises ValueError for a width that the task does not have, as the functions themselves do, and for arguments that
+    are no JSON."""
+    name, own = parted(env_id)
+    if set(own) - {"max_episode_steps"}:  # another world; a limit changes neither what it earns nor where it ends
         return None
+    name = name.rpartition(":")[2].removeprefix("mbrl_envs/")  # without minari:, or the module that registers it
     version = re.search(r"-v(\d+)", name)
     words = [w for w in re.split(r"[/_\-]", re.sub(rf"-v\d+({_NEORL})*$", "", name)) if w]
     space = words.pop(0).lower() if "/" in name and words else ""
