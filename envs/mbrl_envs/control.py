@@ -16,7 +16,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree
+from mbrl.core import Markov, Prediction, Segment, Spec, StepInput, Tree, pull
 from mbrl.data import Dataset
 from mbrl.rollout import forced_mse
 from mbrl_envs.tasks import known
@@ -319,10 +319,12 @@ class TrueReacher(Truth):
     (one constraint at most is active, so that its solution is closed). As in the environment, the fingertip that is
     observed and rewarded is that of the last stage of the last substep, not the one at the observed angles.
 
-    Reward and observation are the environment's, and so is the motion, to rounding, as long as the second joint stays
-    within a half turn: a strong swing into its limit can overshoot it by more than the 0.14 rad that are left, and an
-    angle beyond pi reads as one from the other side, where the real arm knows better. For that, and for every other
-    MuJoCo task, the true simulator serves (`mbrl_envs.simulator`)."""
+    The state is the observation and the joints' angles [B, 2] in rad, which go on beyond a half turn: a strong swing
+    into its limit can overshoot it by more than the 0.14 rad that are left, and an observation alone cannot tell an
+    angle beyond pi from one on the other side. So rollouts are the environment's, to rounding, where they begin with
+    the second joint within a half turn, as every episode does, and so are single steps from such observations;
+    `correct` keeps the turn that is nearest to the state's. For every other MuJoCo task, the true simulator serves
+    (`mbrl_envs.simulator`)."""
 
     # Two capsules of length 0.1 m and radius 0.01 m, whose centres are 0.05 m from their joints, and the fingertip's
     # sphere, 0.11 m from the second: masses in kg, inertia about the centre in kg m^2, density 1000 kg / m^3.
@@ -338,8 +340,25 @@ class TrueReacher(Truth):
         super().__init__(Spec(obs=10, act=2))
         self.reward = known("Reacher-v5").reward
 
-    def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
-        q, v = torch.atan2(state[:, 2:4], state[:, :2]), state[:, 6:8]  # [B, 2] each
+    def init(self, obs: Tensor, cond: Tree) -> tuple[Tensor, Tensor]:
+        return obs, self.angles(obs)
+
+    def observe(self, state: tuple[Tensor, Tensor], cond: Tree) -> Tensor:
+        return state[0]
+
+    def correct(
+        self, state: tuple[Tensor, Tensor], obs: Tensor, alpha: float | Tensor, cond: Tree
+    ) -> tuple[Tensor, Tensor]:
+        seen, q = state
+        new = self.angles(obs)
+        turns = ((q - new) / (2 * math.pi)).round()
+        return pull(seen, obs, alpha), pull(q, new + 2 * math.pi * torch.where(turns.isfinite(), turns, 0.0), alpha)
+
+    def step(
+        self, state: tuple[Tensor, Tensor], inp: StepInput, cond: Tree
+    ) -> tuple[tuple[Tensor, Tensor], Prediction]:
+        before, q = state
+        v = before[:, 6:8]  # [B, 2], as q
         torque, h, at = 200 * inp.act.clamp(-1, 1), 0.01, q
         for _ in range(2):
             a1 = self.acceleration(q, v, torque)
@@ -355,10 +374,15 @@ class TrueReacher(Truth):
         tip = torch.cat(
             [self.link * first.cos() + self.tip * both.cos(), self.link * first.sin() + self.tip * both.sin()], -1
         )
-        target = state[:, 4:6]
+        target = before[:, 4:6]
         obs = torch.cat([q.cos(), q.sin(), target, v, tip - target], -1)
         assert self.reward is not None
-        return obs, Prediction(obs, self.reward(state, inp.act, obs), {})
+        return (obs, q), Prediction(obs, self.reward(before, inp.act, obs), {})
+
+    @staticmethod
+    def angles(obs: Tensor) -> Tensor:
+        """[B, 2] in (-pi, pi], from observations [B, 10]."""
+        return torch.atan2(obs[:, 2:4], obs[:, :2])
 
     def acceleration(self, q: Tensor, v: Tensor, torque: Tensor) -> Tensor:
         """[B, 2] from angles, angular velocities and torques, [B, 2] each."""
