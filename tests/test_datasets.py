@@ -279,8 +279,12 @@ def test_actions_are_rescaled_by_the_bounds_of_the_environment(tmp_path):
     with pytest.warns(UserWarning, match="beyond"):
         data = load(write(tmp_path / "b.hdf5", raw, env_id="MountainCarContinuous-v0"))
     assert data.act_high.tolist() == [1.0]  # one that is in no table here: asked of the environment itself
-    with pytest.raises(DataError, match=r"CartPole-v1.*Discrete"):
+    said = r"the action space of .*CartPole-v1.* is Discrete\(2\), expected a Box, .* correct env_id"
+    with pytest.raises(DataError, match=rf"c\.hdf5: {said}"):
         load(write(tmp_path / "c.hdf5", raw, env_id="CartPole-v1"))
+    for env in ("CartPole-v1", gymnasium.make("CartPole-v1")):
+        with pytest.raises(DataError, match=f"mapping: {said}"):
+            load(raw, env=env)
 
 
 def test_what_is_in_memory_or_an_npz_states_its_world_as_a_file_does(tmp_path):
@@ -429,6 +433,14 @@ def test_flags_may_be_numbers_and_columns_may_have_a_unit_axis(tmp_path):
     assert torch.equal(got.reward, want.reward)
     assert torch.equal(got.terminal, want.terminal)
     assert torch.equal(got.starts, want.starts)
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_no_source_at_all_is_not_taken_for_this_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match=f"got '{source}' as a source of data, expected a path, .*; name one"):
+        load(source)
 
 
 def test_files_that_are_none(tmp_path):
@@ -899,7 +911,7 @@ def test_discrete_actions_and_unknown_minari_ids(minari_home, tmp_path):
     e = episode(4, rng) | {"actions": rng.integers(0, 2, 4)}
     space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
     store(minari_home, "test/discrete-v0", [e], space, spaces.Discrete(2))
-    with pytest.raises(DataError, match=r"Discrete\(2\).*continuous"):
+    with pytest.raises(DataError, match=r"minari:test/discrete-v0: .* Discrete\(2\), expected a Box.*; choose a task"):
         load("minari:test/discrete-v0")
     with pytest.raises(DataError, match=r"discrete-v1.*no network.*did you mean minari:test/discrete-v0"):
         load("minari:test/discrete-v1")
@@ -907,6 +919,20 @@ def test_discrete_actions_and_unknown_minari_ids(minari_home, tmp_path):
         with pytest.raises(DataError, match=name.split(":")[1][:4].replace(".", r"\.")):
             load(name)
     assert not (tmp_path / "minari" / "test" / "discrete-v1").exists()
+
+
+@pytest.mark.parametrize("key", datasets.EPISODE)
+def test_a_minari_episode_that_lacks_something_says_which_and_what(key, minari_home):
+    rng, space = np.random.default_rng(0), spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    stored = store(minari_home, "test/walk-v0", [episode(4, rng), episode(5, rng)], space)
+    with h5py.File(Path(stored.storage.data_path) / "main_data.hdf5", "a") as file:
+        del file["episode_1"][key]
+    with pytest.raises(DataError, match=f"minari:test/walk-v0, episode 1: '{key}' is missing; expected .*; record it"):
+        load("minari:test/walk-v0")
+    with h5py.File(Path(stored.storage.data_path) / "main_data.hdf5", "a") as file:
+        del file["episode_1"]  # which is no longer whole
+    with pytest.raises(DataError, match=r"'episode_1' doesn't exist.*download it again"):
+        load("minari:test/walk-v0")
 
 
 def test_a_minari_dataset_that_is_absent_is_downloaded(minari_home, monkeypatch, tmp_path):
@@ -1000,12 +1026,13 @@ def test_d4rl_columns_in_memory_are_left_as_they_were():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards": None}, "episode 1.*'rewards' is missing"),
+        ({"rewards": None}, "episode 1.*'rewards' is missing; expected .*; record it too"),
         ({"observations": np.zeros((4, 3))}, "4 observations and 4 rewards; expected 5 observations"),
         ({"actions": np.zeros((3, 2))}, "3 actions and 4 rewards; expected 4 actions"),
         ({"truncations": np.zeros(5, bool)}, "5 truncations and 4 rewards"),
         ({"actions": np.zeros(4)}, r"'actions' has shape \[4\]"),
-        ({"actions": np.zeros(4, int)}, "discrete"),
+        ({"actions": np.zeros(4, int)}, r"episode 1: 'actions' are discrete \(int64\), expected floating .*; choose"),
+        ({"actions": {"a": np.zeros((4, 2))}}, r"'actions' is a dict of object, expected an array \[4, width\]"),
         ({"observations": np.full((5, 3), np.nan)}, "'observations' holds nan"),
         ({"observations": np.zeros((5, 2))}, r"\(2, 2\) wide, expected \(3, 2\)"),
         ({"observations": {"a": np.zeros(5), "b": "text"}}, "expected"),

@@ -76,6 +76,7 @@ LEGEND |= {"next_obs": "next_observations", "timeout": "timeouts"}
 NEORL = {"obs": "obs", "act": "action", "reward": "reward", "terminal": "done", "next_obs": "next_obs"}
 NEORL |= {"timeout": "truncated", "index": "index"}
 REQUIRED = ("obs", "act", "reward", "terminal")
+EPISODE = ("observations", "actions", "rewards", "terminations", "truncations")
 STATED = ("env_id", "action_low", "action_high", "dt")  # beside the columns: attributes of HDF5, keys elsewhere
 
 
@@ -165,6 +166,11 @@ def embedded() -> list[str]:
 
 def _path(source: str | os.PathLike, strict: bool, progress: Progress | None) -> Dataset:
     text = os.fspath(source)
+    if not text.strip():
+        raise DataError(
+            f"got {text!r} as a source of data, expected a path, an id of D4RL, minari:<id> or "
+            f"{' or '.join(embedded())}; name one of these"
+        )
     path = Path(text).expanduser()
     if text.startswith("embedded:"):
         path = EMBEDDED / f"{text.removeprefix('embedded:')}.hdf5"
@@ -312,14 +318,17 @@ def _recorded_in(source: Source, env: str | gymnasium.Env | None) -> None:
         if not source.env and env.spec is not None:
             _world(source, env.spec.id, env.spec.kwargs)
         if source.low is None and source.high is None:
-            source.low, source.high = _box(str(env), env.action_space)
+            source.low, source.high = _box(source.label, env.action_space, str(env))
         source.dt = source.dt or getattr(env.unwrapped, "dt", None)
 
 
-def _box(label: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds [A] of a space of actions."""
+def _box(label: str, space: Any, env: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """The bounds [A] of a space of actions; env: whose it is, where it is not the data's own."""
     if not isinstance(space, spaces.Box):
-        raise DataError(f"{label}: the action space is {space}; only continuous (Box) actions are supported")
+        raise DataError(
+            f"{label}: the action space{f' of {env}' if env else ''} is {space}, expected a Box, since only continuous "
+            f"actions are supported; {'correct env_id, or env' if env else 'choose a task that has one'}"
+        )
     return space.low.ravel().astype(float), space.high.ravel().astype(float)
 
 
@@ -591,7 +600,7 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
         )
     if low is None and known is not None and known.bound is not None:
         low, high = np.full(width, -known.bound), np.full(width, known.bound)
-    elif source.env and (low is None or dt is None) and (found := _environment(source.env)) is not None:
+    elif source.env and (low is None or dt is None) and (found := _environment(label, source.env)) is not None:
         low, high = (found[0], found[1]) if low is None else (low, high)
         dt = dt or found[2]
     if assumed := low is None:
@@ -635,7 +644,7 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
     return clipped, rows, low, high, float(dt or 1.0)
 
 
-def _environment(env: str) -> tuple[np.ndarray, np.ndarray, float | None] | None:
+def _environment(label: str, env: str) -> tuple[np.ndarray, np.ndarray, float | None] | None:
     """Action bounds and time step of an environment that can be made here."""
     try:
         with warnings.catch_warnings():
@@ -645,10 +654,7 @@ def _environment(env: str) -> tuple[np.ndarray, np.ndarray, float | None] | None
     except Exception:  # not installed, or not registered: the file's own word is all there is
         return None
     try:
-        space = made.action_space
-        if not isinstance(space, spaces.Box):
-            raise DataError(f"{env} has the action space {space}; only continuous (Box) actions are supported")
-        return space.low.ravel(), space.high.ravel(), getattr(made.unwrapped, "dt", None)
+        return *_box(label, made.action_space, env), getattr(made.unwrapped, "dt", None)
     finally:
         made.close()
 
@@ -715,8 +721,30 @@ def _minari(dataset: Any, label: str, strict: bool) -> Dataset:
             source.sha256 = hashlib.sha256(json.dumps([source.sha256, kept]).encode()).hexdigest()
         raw = dataset.storage.read_raw_metadata(folder).get("observation_space")
         space = dataset.observation_space if raw is None else _declared(json.loads(raw))
-        columns = _episodes(source, dataset.iterate_episodes(), space, dataset.action_space)
+        columns = _episodes(source, _recorded(label, dataset.iterate_episodes()), space, dataset.action_space)
     return _finish(source, columns, strict)
+
+
+def _recorded(label: str, episodes: Iterable[Any]) -> Iterator[Any]:
+    """Minari's episodes, which it reads one by one: what an episode's group lacks is one error."""
+    rest = iter(episodes)
+    for i in itertools.count():
+        try:
+            episode = next(rest)
+        except StopIteration:
+            return
+        except KeyError as error:
+            if key := re.search(rf"'({'|'.join(EPISODE)})'", str(error)):
+                raise _lacks(f"{label}, episode {i}", key[1]) from error
+            raise
+        yield episode
+
+
+def _lacks(at: str, key: str) -> DataError:
+    return DataError(
+        f"{at}: {key!r} is missing; expected T + 1 observations and T actions, rewards, terminations and truncations; "
+        "record it too, or leave that episode out"
+    )
 
 
 def _declared(raw: Mapping[str, Any]) -> spaces.Space:
@@ -783,14 +811,22 @@ def _episodes(
     width = None
     for i, episode in enumerate(episodes):
         at = f"{label}, episode {i}"
-        for key in ("observations", "actions", "rewards", "terminations", "truncations"):
+        for key in EPISODE:
             if _get(episode, key) is None:
-                raise DataError(f"{at}: {key!r} is missing; expected T + 1 observations and T of the others")
+                raise _lacks(at, key)
         reward = _floats(at, "rewards", np.asarray(_get(episode, "rewards")).reshape(-1))
         steps = len(reward)
         raw = np.asarray(_get(episode, "actions"))
         if raw.dtype.kind in "iub" and steps:
-            raise DataError(f"{at}: 'actions' are discrete ({raw.dtype}); only continuous actions are supported")
+            raise DataError(
+                f"{at}: 'actions' are discrete ({raw.dtype}), expected floating point ones, since only continuous "
+                "actions are supported; choose a task with a Box action space"
+            )
+        if raw.dtype.kind not in "fiub":
+            raise DataError(
+                f"{at}: 'actions' is a {type(_get(episode, 'actions')).__name__} of {raw.dtype}, expected an array "
+                f"[{steps}, width] of floating point numbers; write them side by side"
+            )
         if raw.ndim < 2 and steps:
             raise DataError(f"{at}: 'actions' has shape {list(raw.shape)}, expected [{steps}, width]; reshape it")
         obs = _flatten(at, _get(episode, "observations"), obs_space)
