@@ -88,8 +88,8 @@ class World:
                 "reward, terminated, truncated, info; wrap one that was written for gym"
             )
         obs, reward, terminated, truncated, _ = out
-        if np.size(reward) != 1 or not math.isfinite(number := float(np.ravel(reward)[0])):
-            raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite one")
+        if not math.isfinite(number := _number(reward)):
+            raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite number")
         return self._checked(obs, f"step {self.steps}"), number, bool(terminated), bool(truncated)
 
     def _checked(self, obs: Any, where: str) -> np.ndarray:
@@ -103,3 +103,11 @@ class World:
                 f"environment: {where} returned the observation {obs}, expected finite numbers; it has diverged"
             )
         return single
+
+
+def _number(x: Any) -> float:
+    """A number, or an array of one; NaN for what is neither."""
+    try:
+        return float(np.asarray(x).item())
+    except (TypeError, ValueError):
+        return math.nan

@@ -54,6 +54,7 @@ from mbrl.rollout import Reward, Terminal
 from mbrl.terminal import TerminalConfig, TerminalHead, fit_terminal, restored
 
 Act = Callable[[Tensor], Tensor]  # obs [E, O] -> act [E, A]
+Told = Callable[[int, int | None, float], None]  # steps so far, of how many, the return so far
 ENDLESS = 10_000  # steps after which an environment that states no limit is taken to have none
 
 
@@ -88,6 +89,14 @@ class Mpc:
     ) -> None:
         if planner.proposals and policy is None:
             raise ValueError(f"Mpc: the planner wants {planner.proposals} proposals a plan, and there is no policy")
+        if not isinstance(model, Dynamics):
+            raise ValueError(f"Mpc: got a {type(model).__name__} for a model, expected a Dynamics, as configs build it")
+        width, shape = model.spec.ctx, None if ctx is None else list(ctx.shape)
+        demand(
+            "Mpc",
+            ("the shape of ctx", shape, f"[1, {width}]", shape is None or (len(shape) == 2 and shape[1] == width)),
+            ("dt", dt, "> 0, finite", 0 < dt < math.inf),
+        )
         check_reward(model, reward)
         self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
@@ -131,10 +140,15 @@ class Mpc:
     def __call__(self, obs: Tensor) -> Tensor:
         obs = obs.to(self.like)
         envs, width = obs.shape
-        if envs != len(self.new) or width != self.model.spec.obs:
+        if width != self.model.spec.obs:
             raise ValueError(
-                f"Mpc: got observations {[envs, width]}, expected {[len(self.new), self.model.spec.obs]}; say "
-                "`begin(E)` first, and `rows` or `clear` where episodes end"
+                f"Mpc: got observations {width} wide, expected {self.model.spec.obs}, as the model has; plan with a "
+                "model of this environment"
+            )
+        if envs != len(self.new):
+            raise ValueError(
+                f"Mpc: got observations of {envs} environments, expected {len(self.new)}; say `begin(E)` first, and "
+                "`rows` where episodes end"
             )
         cond = self.model.condition(self.ctx)
         first = self.model.init(obs, cond)
@@ -178,10 +192,14 @@ class Mpc:
         part = torch.arange(p, device=like.device)
         name, has = self.worth.uncertainty, told(self.model.pinned(part) if self.pins else free)
         if name not in has:
-            does = self.pins and name in told(free)
-            advice = (
-                "pass pinned=False (--worth.no-pinned)" if does else "name what it reports, or set what it is to report"
-            )
+            if self.pins and name in told(free):
+                advice = "pass pinned=False (--worth.no-pinned)"
+            elif has:
+                advice = "name what it reports (--worth.uncertainty), or set what it is to report"
+            else:
+                advice = (
+                    "plan with a learner that reports it, as an ensemble does (dynamics:ensemble), or without a limit"
+                )
             raise ValueError(
                 f"Mpc: the limit is on {name!r}, the learner{' pinned to a part' * self.pins} reports "
                 f"{', '.join(has) or 'none'}; {advice}"
@@ -335,7 +353,7 @@ def over(
     Hansen et al., ICLR 2024, draws two for it; an agent has two). seed: which of the agent's seeds. worth: by default
     the agent's discount, 5 particles and mean - std over them. dt: as stored with the model's data."""
     one = agent.one(seed)
-    worth = worth or Worth(discount=agent.config.gamma, particles=5 if model.parts > 1 else 1, pessimism=1.0)
+    worth = worth or worth_over(agent.config.gamma, model)
     policy = lambda obs, noise: one.act(obs[None], noise[None])[0]
     both = {"least": torch.amin, "mean": torch.mean}[critics]
     critic = lambda obs: both(one.q(obs[None], one.act(obs[None])), 1)[0]
@@ -343,6 +361,11 @@ def over(
         planner, worth, model, generator=generator, reward=reward, terminal=terminal, critic=critic, policy=policy,
         dt=dt,
     )  # fmt: skip
+
+
+def worth_over(gamma: float, model: Dynamics) -> Worth:
+    """What plans over a policy of this discount are worth, unless something else is asked for."""
+    return Worth(discount=gamma, particles=5 if model.parts > 1 else 1, pessimism=1.0)
 
 
 @final
@@ -411,25 +434,34 @@ class Episode:
         return float(self.reward.double().sum())
 
 
-def episode(env: Env, act: Act, seed: int, steps: int | None = None) -> Episode:
-    """One episode from reset(seed=seed), to its end or for so many steps. act: obs [1, O] -> [1, A] in [-1, 1].
+def episode(env: Env, act: Act, seed: int, steps: int | None = None, told: Told | None = None) -> Episode:
+    """One episode from reset(seed=seed), to its end or for so many steps. act: obs [1, O] -> [1, A] in [-1, 1]. told:
+    after each step but the last, how many there were, of how many, and the return so far.
 
     Raises ValueError where the environment gives an observation or a reward that is not finite, or, without `steps`,
     no end and states no limit."""
-    world, limited = World(env), getattr(getattr(env, "spec", None), "max_episode_steps", None) is not None
+    world, limit = World(env), getattr(getattr(env, "spec", None), "max_episode_steps", None)
     seen, acts, rewards = [torch.from_numpy(world.reset(seed))], [], []
-    terminated = truncated = False
+    terminated, truncated, earned = False, False, 0.0
     while not (terminated or truncated or len(acts) == steps):
         acts.append(act(seen[-1][None])[0].detach().cpu().clamp(-1, 1).float())
         obs, reward, terminated, truncated = world.step(acts[-1].numpy())
         rewards.append(reward)
         seen.append(torch.from_numpy(obs))
-        if len(acts) == ENDLESS and steps is None and not (limited or terminated or truncated):
+        earned += reward
+        if told is not None and not (terminated or truncated or len(acts) == steps):
+            told(len(acts), steps or limit, earned)
+        if len(acts) == ENDLESS and steps is None and not (limit is not None or terminated or truncated):
             raise ValueError(
                 f"environment: an episode took {ENDLESS} steps and the environment states no limit; wrap it in "
                 "gymnasium's TimeLimit, or name one with its id, as in 'Id-v0{\"max_episode_steps\": 1000}'"
             )
     return Episode(torch.stack(seen), torch.stack(acts), torch.tensor(rewards), terminated)
+
+
+def telling(record: Record) -> Told:
+    """How an episode tells a record how far it is."""
+    return lambda step, of, earned: record.progress("step", step, of, {"return": earned})
 
 
 def gathered(episodes: Sequence[Episode], world: World, name: str = "") -> Dataset:
@@ -529,7 +561,7 @@ def pets(
         else:
             stream = devices.generator(episode_seed(seed, i))
             act = lambda obs, stream=stream: 2 * torch.rand(1, world.spec.act, generator=stream) - 1
-        new = episode(env, act, episode_seed(seed, i))
+        new = episode(env, act, episode_seed(seed, i), told=telling(record))
         done.append(new)
         steps += len(new.act)
         figures = {"return": new.total, "length": float(len(new.act))}

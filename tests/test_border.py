@@ -78,8 +78,9 @@ def test_what_single_precision_cannot_hold_is_refused(obs):
 
 def test_a_reward_may_come_as_an_array_of_one():
     assert World(Echo(reward=np.array([2.5]))).step(np.zeros(2, np.float32))[1] == 2.5
-    with pytest.raises(ValueError, match="step 1 returned a reward of"):
-        World(Echo(reward=np.zeros(2))).step(np.zeros(2, np.float32))
+    for wrong in (np.zeros(2), None, {}, 1j):
+        with pytest.raises(ValueError, match=r"step 1 returned a reward of .*, expected a finite number"):
+            World(Echo(reward=cast(Any, wrong))).step(np.zeros(2, np.float32))
 
 
 def test_an_environment_of_gyms_old_interface_is_told_apart():

@@ -1,5 +1,6 @@
 """Environment, planner and learner together: on a line whose best control is known, and with stand-ins."""
 
+import math
 from dataclasses import replace
 
 import gymnasium as gym
@@ -185,9 +186,23 @@ def test_the_critic_looks_beyond_the_horizon():
 def test_observations_of_another_number_or_width_are_refused():
     mpc = controller()
     mpc.begin(2)
-    for wrong in (torch.zeros(1, 1), torch.zeros(2, 3)):
-        with pytest.raises(ValueError, match=r"expected \[2, 1\]"):
-            mpc(wrong)
+    with pytest.raises(ValueError, match=r"of 1 environments, expected 2; say `begin\(E\)` first"):
+        mpc(torch.zeros(1, 1))
+    for rows in (1, 2):
+        with pytest.raises(ValueError, match="observations 3 wide, expected 1, as the model has"):
+            mpc(torch.zeros(rows, 3))
+
+
+def test_what_cannot_be_planned_with_is_named():
+    with pytest.raises(ValueError, match="got a object for a model, expected a Dynamics"):
+        controller(object())
+    for dt in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match=f"dt is {dt}, expected > 0, finite"):
+            controller(dt=dt)
+    for ctx in (torch.zeros(1, 2), torch.zeros(0)):
+        with pytest.raises(ValueError, match=r"shape of ctx is \[.*\], expected \[1, 0\]"):
+            controller(ctx=ctx)
+    assert controller(ctx=torch.zeros(1, 0)).ctx.shape == (1, 0)
 
 
 @pytest.mark.parametrize("name", ["reward", "terminal"])
@@ -332,9 +347,9 @@ def test_a_limit_on_what_the_learner_does_not_tell_is_found_before_the_first_pla
     assert mpc(torch.zeros(2, 1)).isfinite().all()
     silent = learner.reporting()
     for pinned, it in ((True, "the learner pinned to a part reports none"), (False, "the learner reports none")):
-        with pytest.raises(ValueError, match=f"{it}; name what it reports, or set what it is to report"):
+        with pytest.raises(ValueError, match=rf"{it}; plan with a learner that .* \(dynamics:ensemble\)"):
             Mpc(SMALL, Worth(particles=3, limit=1.0, pinned=pinned), silent)
-    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt; name"):
+    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt; name .*\(--worth.uncertainty\)"):
         Mpc(SMALL, Worth(limit=1.0), Line())
 
 
@@ -406,6 +421,17 @@ def test_an_episode_that_has_no_end_is_an_error(monkeypatch):
     assert len(episode(LineEnv(length=12), still, seed=0).act) == 12
     env = gym.wrappers.TimeLimit(gym.make("Pendulum-v1").unwrapped, 25)
     assert len(episode(env, still, seed=0).act) == 25
+
+
+def test_an_episode_tells_how_far_it_is():
+    said = []
+    env = gym.wrappers.TimeLimit(gym.make("Pendulum-v1").unwrapped, 4)
+    still = lambda obs: torch.zeros(1, 1)
+    e = episode(env, still, seed=0, told=lambda *x: said.append(x))
+    assert [x[:2] for x in said] == [(1, 4), (2, 4), (3, 4)]
+    assert said[-1][2] == pytest.approx(e.reward[:3].sum().item())
+    episode(env, still, seed=0, steps=2, told=lambda *x: said.append(x))
+    assert said[-1][:2] == (1, 2)
 
 
 def test_actions_of_another_width_are_not_broadcast():
