@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+from mbrl_envs import contexts
 from mbrl_envs.evaluate import EnvError, make, to_env
-from mbrl_envs.simulator import RULES, Simulator
+from mbrl_envs.robots import BoxPusher
+from mbrl_envs.simulator import ROBOTS, RULES, Simulator
 
 ENDING = ("Ant", "Hopper", "Humanoid", "InvertedDoublePendulum", "InvertedPendulum", "Walker2d")
+OURS = [x.__name__ for x in ROBOTS]
 
 
 def started(name, steps=3, seed=0, **kw) -> Any:
     """An environment in the midst of an episode."""
-    env = make(f"{name}-v5", **kw)
+    env = make(f"mbrl_envs/{name}-v0" if name in OURS else f"{name}-v5", **kw)
     env.reset(seed=seed)
     env.action_space.seed(seed)
     for _ in range(steps):
@@ -55,7 +58,8 @@ def check(env, acts, **kw):
 @pytest.mark.parametrize("name", RULES)
 def test_a_plan_meets_what_the_environment_does(name):
     env = started(name)
-    found = check(env, plans(4, {"Humanoid": 40, "Ant": 60}.get(name, 25), env.unwrapped.model.nu, scale=2.0))
+    width = env.action_space.shape[0]
+    found = check(env, plans(4, {"Humanoid": 40, "Ant": 60}.get(name, 25), width, scale=2.0))
     ends = found.terminal.any().item()
     if name in ("Hopper", "Walker2d", "InvertedPendulum", "InvertedDoublePendulum", "Humanoid"):
         assert ends
@@ -63,14 +67,59 @@ def test_a_plan_meets_what_the_environment_does(name):
         assert not ends
 
 
-@pytest.mark.parametrize("name", ["Ant", "HalfCheetah", "Humanoid", "Reacher"])
+TASKS = [task for name in ("pusher", "door", "cartpole-pole") for task in contexts.tasks(name)]
+TASKS += [
+    contexts.ContextTask("odd", "mbrl_envs/BoxPusher-v0", {"left": 40.0, "right": 3000.0}),
+    contexts.ContextTask("odd", "mbrl_envs/CartPoleLength-v0", {"length": 0.15}),
+]
+LEADS = {  # the finger into the box, the hand that closes and pulls, the cart off its track
+    "BoxPusher": [([1.0, 0.0], 8), ([1.0, 0.6], 8)],
+    "LatchDoor": [([0.6, 0.0, 0.0, 0.5, 1.0], 8), ([-1.0, 0.0, 0.0, -0.5, 1.0], 8)],
+    "CartPoleLength": [([1.0], 40)],
+}
+
+
+@pytest.mark.parametrize("task", TASKS, ids=[f"{t.id[10:-3]}-{t.name}" for t in TASKS])
+def test_a_plan_in_a_world_of_ours_meets_what_it_does_in_every_task_of_a_sequence(task):
+    """Random plans, extreme ones and one that is led to where it touches, from the start and from the midst of that; of
+    a door, with the knob turned and the door ajar."""
+    env: Any = task.env()
+    base, name = env.unwrapped, type(env.unwrapped).__name__
+    led = torch.cat([torch.tensor([act]).expand(n, -1) for act, n in LEADS[name]])
+    horizon, width = led.shape
+    corners = plans(3, 1, width, seed=1).sign().expand(-1, horizon, -1)
+    acts = torch.cat([plans(3, horizon, width), plans(2, horizon, width, scale=9.0, seed=2), corners, led[None]])
+    first, _ = env.reset(seed=3)
+    ends = check(env, acts).terminal
+    assert bool(ends[-1].any()) == (name == "CartPoleLength")
+    if name == "LatchDoor":
+        turned = 0.0 if task.name == "pull" else 0.7 * task.kwargs["turn"]
+        base.set_state(base.data.qpos + np.array([0.05, turned, -0.02, 0, 0, 0, 0, 0, 0]), base.data.qvel)
+    for act in led[: horizon // 2]:
+        obs = env.step(act.numpy())[0]
+    check(env, acts)
+    if name == "BoxPusher":
+        assert abs(obs[2:] - first[2:]).max() > 0.005  # the box has moved
+
+
+def test_robots_of_different_contexts_are_simulated_side_by_side():
+    envs = [task.env() for task in contexts.tasks("door")]
+    for i, env in enumerate(envs):
+        env.reset(seed=i)
+    acts = plans(5, 4, 6, 5, scale=2.0)
+    got = Simulator(envs, threads=2).rollout(acts)
+    for i, env in enumerate(envs):
+        np.testing.assert_allclose(got.reward[i], stepped(env, acts[i])[0], atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Ant", "BoxPusher", "HalfCheetah", "Humanoid", "Reacher"])
 def test_the_environment_stays_where_it_is(name):
     env = started(name)
     base, spec = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION.value
     before, after = (np.empty(mujoco.mj_stateSize(base.model, spec)) for _ in range(2))
     mujoco.mj_getState(base.model, base.data, before, spec)
     places = base.data.xpos.copy()
-    Simulator(env, threads=2).rollout(plans(6, 4, base.model.nu))
+    Simulator(env, threads=2).rollout(plans(6, 4, base.action_space.shape[0]))
     mujoco.mj_getState(base.model, base.data, after, spec)
     assert np.array_equal(before, after)
     assert np.array_equal(places, base.data.xpos)
@@ -150,7 +199,7 @@ def test_values_are_discounted_until_the_end():
     assert len(set(lengths)) > 1
 
 
-@pytest.mark.parametrize("name", ["HalfCheetah", "Reacher"])
+@pytest.mark.parametrize("name", ["BoxPusher", "HalfCheetah", "Reacher"])
 def test_what_diverges_is_worth_minus_infinity(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its log where it runs
     env = started(name, steps=0)
@@ -191,10 +240,14 @@ class Other(HopperEnv):
 def test_what_it_cannot_know_is_refused():
     with pytest.raises(EnvError, match=r"PendulumEnv, which is no MuJoCo environment; .* mbrl_envs.control"):
         Simulator(make("Pendulum-v1"))
-    with pytest.raises(EnvError, match=r"no rule for .*hopper_v4.*expected one of Ant-v5, HalfCheetah-v5"):
+    with pytest.raises(
+        EnvError, match=r"hopper_v4.*expected one of Ant-v5, HalfCheetah-v5.*v5, mbrl_envs/BoxPusher-v0"
+    ):
         Simulator(make("Hopper-v4"))
     with pytest.raises(EnvError, match=r"no rule for .*Other"):
         Simulator(Other())
+    with pytest.raises(EnvError, match=r"no rule for .*BoxPusher"):
+        Simulator(type("BoxPusher", (BoxPusher,), {})())
     with pytest.raises(EnvError, match="environments of HalfCheetah, Hopper, expected one kind"):
         Simulator([make("HalfCheetah-v5"), make("Hopper-v5")])
     with pytest.raises(EnvError, match="0 environments"):

@@ -1,8 +1,10 @@
-"""The true simulator as a planner's model: what plans earn in a gymnasium MuJoCo task (v5), from where it is now.
+"""The true simulator as a planner's model: what plans earn in a gymnasium MuJoCo task (v5), or in a world of our own
+(`mbrl_envs.robots`), from where it is now.
 
 Plans run in threads on copies of the environment's full physical state (positions, velocities, actuators, the solver's
 warm start), which is left as it is. Where reward and end read positions and velocities alone (HalfCheetah, Hopper,
-InvertedPendulum, Swimmer, Walker2d), `mujoco.rollout` runs them. The others also read body positions and contact forces
+InvertedPendulum, Swimmer, Walker2d, and our own), `mujoco.rollout` runs them; BoxPusher and LatchDoor, whose servos are
+led from where they are, one step of all plans after the other. The others also read body positions and contact forces
 as MuJoCo leaves them behind within its last substep, which `rollout` does not return: those are stepped one by one, in
 threads as well (MuJoCo holds no interpreter lock), and read after each step, as the environment does.
 """
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mbrl_envs.evaluate import EnvError, to_env
+from mbrl_envs.robots import BoxPusher, CartPoleLength, LatchDoor, Robot
 
 mujoco: Any = importlib.import_module("mujoco")  # whose functions no type checker sees
 Rollout: Any = importlib.import_module("mujoco.rollout").Rollout
@@ -64,7 +67,7 @@ class Simulator:
     def rollout(self, acts: Tensor) -> Outcome:
         """acts [N, H, A] for one environment, or [E, N, H, A] for E of them, in [-1, 1]: what each plan meets from its
         environment's present state. Returns [N, H] or [E, N, H], on the CPU."""
-        width = self.envs[0].model.nu
+        width = self.envs[0].action_space.shape[0]
         lead = (len(self.envs),) if acts.ndim == 4 else ()
         if acts.ndim not in (3, 4) or acts.shape[-1] != width or len(self.envs) != (acts.shape[0] if lead else 1):
             want = f"[{len(self.envs)}, N, H, {width}]" + (f" or [N, H, {width}]" if len(self.envs) == 1 else "")
@@ -102,26 +105,34 @@ class Simulator:
             self.pool = None
 
     def _native(self, ctrl: np.ndarray) -> Fields:
-        envs, n, skip = self.envs, ctrl.shape[1], self.envs[0].frame_skip
+        envs, skip, (e, n, h) = self.envs, self.envs[0].frame_skip, ctrl.shape[:3]
         if self.pool is None:
             self.pool = Rollout(nthread=self.threads if self.threads > 1 else 0)
             self.data = [mujoco.MjData(envs[0].model) for _ in range(self.threads)]
         spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
-        start = np.empty((len(envs), mujoco.mj_stateSize(envs[0].model, spec)))
+        start = np.empty((e, mujoco.mj_stateSize(envs[0].model, spec)))
         for env, x in zip(envs, start, strict=True):
             mujoco.mj_getState(env.model, env.data, x, spec)
         start[:, 0] += LATER
-        warm = np.stack([env.data.qacc_warmstart for env in envs])
-        states, _ = self.pool.rollout(
-            [env.model for env in envs for _ in range(n)],
-            self.data,
-            start.repeat(n, 0),
-            ctrl.reshape(-1, *ctrl.shape[2:]).repeat(skip, 1).astype(np.float64),
-            initial_warmstart=warm.repeat(n, 0),
-        )
-        states = states[:, skip - 1 :: skip].reshape(*ctrl.shape[:3], -1)
-        states = np.concatenate([start[:, None, None].repeat(n, 1), states], 2)  # [E, N, H + 1, time, qpos, qvel ..]
+        models = [env.model for env in envs for _ in range(n)]
+        warm = np.stack([env.data.qacc_warmstart for env in envs]).repeat(n, 0)
         nq, nv = envs[0].model.nq, envs[0].model.nv
+
+        def run(state: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+            """[E, N, S] and [E, N, T, nu] -> [E, N, T, S], after each step of the environment."""
+            held = inputs.reshape(e * n, -1, inputs.shape[-1]).repeat(skip, 1).astype(np.float64)
+            out, _ = self.pool.rollout(models, self.data, state.reshape(e * n, -1), held, initial_warmstart=warm)
+            return out[:, skip - 1 :: skip].reshape(e, n, -1, out.shape[-1])
+
+        parts = [start[:, None, None].repeat(n, 1)]  # time, qpos, qvel ..
+        if self.rule.led:
+            for t in range(h):
+                now = parts[-1][:, :, 0]
+                rows = zip(envs, ctrl[:, :, t].astype(np.float64), now[..., 1 : 1 + nq], strict=True)
+                parts.append(run(now, np.stack([env.control(act, qpos) for env, act, qpos in rows])[:, :, None]))
+        else:
+            parts.append(run(parts[0][:, :, 0], ctrl))
+        states = np.concatenate(parts, 2)
         return {"time": states[..., 0], "qpos": states[..., 1 : 1 + nq], "qvel": states[..., 1 + nq : 1 + nq + nv]}
 
     def _stepped(self, ctrl: np.ndarray) -> Fields:
@@ -165,10 +176,11 @@ def _kind(env: Any) -> str:
             f"Simulator: got a {kind.__name__}, which is no MuJoCo environment; Pendulum, CartPoleSwingUp and Reacher "
             "are learners that know the truth in mbrl_envs.control"
         )
-    name = kind.__name__.removesuffix("Env")
-    if name not in RULES or not kind.__module__.endswith("_v5") or not kind.__module__.startswith("gymnasium."):
-        known = ", ".join(f"{x}-v5" for x in RULES)
-        raise EnvError(f"Simulator: there is no rule for {kind.__module__}.{kind.__name__}; expected one of {known}")
+    name, of = kind.__name__.removesuffix("Env"), kind.__module__
+    if kind not in ROBOTS and not (name in RULES and of.endswith("_v5") and of.startswith("gymnasium.")):
+        known = ", ".join(f"{x}-v5" for x in RULES if all(x != r.__name__ for r in ROBOTS))
+        known += "".join(f", mbrl_envs/{r.__name__}-v0" for r in ROBOTS)
+        raise EnvError(f"Simulator: there is no rule for {of}.{kind.__name__}; expected one of {known}")
     return name
 
 
@@ -184,11 +196,13 @@ def _scaled(env: Any, plans: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Rule:
     """fields: what of MjData is read. terminal(env, fields) -> [N, H] bool; reward(env, fields, ctrl [N, H, A] in the
-    environment's units, terminal's result) -> [N, H]."""
+    environment's units, terminal's result) -> [N, H]. led: the actuators' inputs are the robot's `control` of an action
+    and of where it is taken, else the action itself."""
 
     fields: tuple[str, ...]
     reward: Callable[[Any, Fields, np.ndarray, np.ndarray], np.ndarray]
     terminal: Callable[[Any, Fields], np.ndarray]
+    led: bool = False
 
 
 def _never(env: Any, f: Fields) -> np.ndarray:
@@ -299,6 +313,29 @@ def _pusher_reward(env: Any, f: Fields, ctrl: np.ndarray, end: np.ndarray) -> np
     return -far - _squares(ctrl) * env._reward_control_weight - near
 
 
+def _robot(led: bool) -> Rule:
+    """A world of our own, by the functions of its observations; none ends by its action."""
+
+    def seen(env: Any, f: Fields) -> tuple[Tensor, Tensor]:
+        obs = torch.from_numpy(env.observation(f["qpos"], f["qvel"]))  # [N, H + 1, O]
+        return obs[:, :-1], obs[:, 1:]
+
+    def reward(env: Any, f: Fields, ctrl: np.ndarray, end: np.ndarray) -> np.ndarray:
+        before, after = seen(env, f)
+        return env.rule.reward(before, torch.from_numpy(ctrl.astype(np.float64)), after).numpy()
+
+    def terminal(env: Any, f: Fields) -> np.ndarray:
+        before, after = seen(env, f)
+        return env.rule.terminal(before, before[..., :0], after).numpy()
+
+    return Rule(("qpos", "qvel"), reward, terminal, led)
+
+
+ROBOTS: dict[type[Robot], Rule] = {
+    BoxPusher: _robot(led=True),
+    CartPoleLength: _robot(led=False),
+    LatchDoor: _robot(led=True),
+}
 RULES = {
     "Ant": Rule(("qpos", "qvel", "xpos", "cfrc_ext"), _ant_reward, _unless(_ant_healthy)),
     "HalfCheetah": _runner(None),
@@ -311,4 +348,5 @@ RULES = {
     "Reacher": Rule(("xpos",), _reacher_reward, _never),
     "Swimmer": _runner(None),
     "Walker2d": _runner(_walker_healthy),
+    **{robot.__name__: rule for robot, rule in ROBOTS.items()},
 }
