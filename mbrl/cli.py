@@ -80,11 +80,25 @@ class Demo:
 def run_info(args: Info) -> None:
     from mbrl_envs import datasets, overview
 
+    if args.figure is not None:
+        _check_figure(args.figure)
     data = datasets.load(args.source, strict=args.strict)
     console.print(overview.info(data))
     path = args.figure or Path(f"{data.name.replace('/', '_').replace(':', '_')}.png")
     overview.draw(data, path)
     console.print(f"figure: {path}", **PLAIN)
+
+
+def _check_figure(path: Path) -> None:
+    """Raises ValueError where no figure of that kind can be written: before what it shows is read."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    endings = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in endings:
+        raise ValueError(
+            f"--figure {path}: no figure ends in {path.suffix}, expected one of .{', .'.join(sorted(endings))}; "
+            "rename it"
+        )
 
 
 def run_scores(args: Scores) -> None:

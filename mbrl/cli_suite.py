@@ -121,6 +121,11 @@ def run_suite(args: Suite) -> dict[str, Any]:
                 twice.append(
                     f"seed {seed} of {folder.parent}: counted once, as in {first.name}, not as in {folder.name}"
                 )
+    if args.report and not results:
+        raise ValueError(
+            f"--report: {args.out} holds no finished run, expected <dataset>/<algorithm>/<seeds>/result.json in it; "
+            "name the --out of a suite, or leave --report out to run it"
+        )
     summary = _summarise(results)
     for words in twice:
         console.print(words, **PLAIN)

@@ -357,6 +357,11 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["suite", "--datasets", "embedded:pendulum", "--seeds", "2", "2"], "--seeds: got 2 2, expected no two alike"),
         (["offline", "--dataset", "embedded:pendulum", "--fitting.patience", "0"], "patience=0"),
         (
+            ["data", "info", "nowhere", "--figure", "x.xyz"],
+            "--figure x.xyz: no figure ends in .xyz, expected one of .eps",
+        ),
+        (["data", "info", ""], "got '' as a source of data"),
+        (
             [
                 "offline",
                 "--dataset",
@@ -649,6 +654,19 @@ def test_a_suite_counts_a_seed_once_and_says_so(tmp_path, capsys, monkeypatch):
         asked, other = "-".join(map(str, seeds)), {(1,): "1-2", (1, 2): "1"}[seeds]
         words = f"seed 1 of {tmp_path / 'data/bc'}: counted once, as in {asked}, not as in {other}"
         assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_suite_without_a_finished_run_has_nothing_to_report(begun, tmp_path, capsys):
+    out = tmp_path / "suite"
+    if begun:
+        in_folder(out / "pendulum/bc/1", cli_offline.Offline(seeds=(1,), algorithm=offline.BC))
+    before = [*tmp_path.rglob("*")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["suite", "--datasets", "embedded:pendulum", "--report", "--out", str(out)])
+    assert stop.value.code == 2
+    assert f"--report: {out} holds no finished run" in capsys.readouterr().err
+    assert [*tmp_path.rglob("*")] == before
 
 
 @pytest.mark.parametrize("scored", [True, False])
