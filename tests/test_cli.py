@@ -358,7 +358,7 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
         (["offline", "--dataset", "embedded:pendulum", "--fitting.patience", "0"], "patience=0"),
         (
             ["data", "info", "nowhere", "--figure", "x.xyz"],
-            "--figure x.xyz: no figure ends in .xyz, expected one of .eps",
+            "--figure x.xyz: no figure ends in .xyz, expected one of .",
         ),
         (["data", "info", ""], "got '' as a source of data"),
         (
