@@ -353,13 +353,12 @@ def plain_mujoco(monkeypatch):
 
 @pytest.mark.parametrize("name", ["FetchReach-v4", "FrankaKitchen-v1"])
 def test_what_asks_for_the_kinds_of_joints_can_be_made(name, plain_mujoco):
-    scores.robotics()
+    env = make(name)
     kinds, shown = mujoco.mjtJoint, mujoco_utils.mujoco
     assert [np.int32(int(x)) in (getattr(shown.mjtJoint, k),) for k, x in kinds.__members__.items()] == [True] * 4
     assert shown.mj_forward is mujoco.mj_forward
     scores.robotics()
     assert mujoco_utils.mujoco is shown, "once is enough"
-    env = make(name)
     env.reset(seed=0)
     env.step(env.action_space.sample())
     env.close()

@@ -11,7 +11,6 @@ with D4RL's reward, observation and end.
 import importlib
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from gymnasium import spaces
 
 from mbrl_envs.evaluate import EnvError, make
-from mbrl_envs.scores import d4rl_table, robotics
+from mbrl_envs.scores import d4rl_table
 
 mujoco: Any = importlib.import_module("mujoco")
 
@@ -271,8 +270,6 @@ def adroit(task: str, **kw: Any) -> gym.Env:
 def kitchen(quality: str, **kw: Any) -> gym.Env:
     tasks = KITCHEN[quality]
     done = {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
-    with suppress(ImportError):  # which `make` reports
-        robotics()
     return Kitchen(make("FrankaKitchen-v1", tasks_to_complete=list(tasks), **done, **kw), tasks)
 
 

@@ -20,7 +20,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from mbrl_envs.scores import parted
+from mbrl_envs.scores import parted, robotics
 
 Policy = Callable[[Tensor], Tensor]
 ROBOTICS = r"AdroitHand|AntMaze|PointMaze|FrankaKitchen|Fetch|HandReach|HandManipulate|MaMuJoCo"
@@ -325,7 +325,7 @@ def make(env_id: str, **kw: Any) -> gym.Env:
     name, own = parted(env_id)
     if re.match(ROBOTICS, env_id):
         try:
-            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+            robotics()
         except ImportError as error:
             raise EnvError(f"{env_id} needs gymnasium-robotics: pip install mbrl-suite[robotics] ({error})") from error
     try:
