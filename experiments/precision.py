@@ -2,9 +2,9 @@
 
     python experiments/precision.py [--data embedded:hopper] [--seeds 0 1 2] [--epochs 40]
 
-Both begin at the same parameters, hold out the same rows and take as many epochs at most; the best of each member's counts. The error is what the fit
-judges its members by (mean squared error of the mean, in standard deviations), mean over the elites. The result goes to
-experiments/results/precision.json.
+Both begin at the same parameters, hold out the same rows and take as many epochs at most; the best of each member's
+counts. The error is what the fit judges its members by (mean squared error of the mean, in standard deviations), mean
+over the elites. The result goes to experiments/results/precision.json.
 """
 
 import json
