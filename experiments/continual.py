@@ -10,6 +10,11 @@ the handle, closes on it, turns it either way and pulls, since random actions ha
 share of final episodes in which the door came open.
 A finished student is a row of experiments/results/continual.json and is not run again. The figures of a set are medians
 over its seeds with 90 % bootstrap intervals.
+
+    python experiments/continual.py --truth [--sets cartpole-pole ...] [--seeds 0]
+
+measures instead of students the bound of those returns: the same planner on the same first states, which plans in the
+true simulator. Its rows and figures are kept apart, under "truth".
 """
 
 import json
@@ -24,6 +29,7 @@ import torch
 import tyro
 from mbrl_envs import contexts
 from mbrl_envs.evaluate import evaluator
+from mbrl_envs.simulator import Simulator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -34,13 +40,14 @@ from mbrl.continual import Budget, Ewc, Finetune, Hypernetwork, MultiTask, Repla
 from mbrl.data import Dataset, joined
 from mbrl.dynamics.heads import HeadsConfig
 from mbrl.dynamics.hyper import HyperConfig, HyperFit
-from mbrl.mpc import Mpc
+from mbrl.mpc import ByValue, Mpc, episode
 from mbrl.offline import digest
 from mbrl.planner import ICEM, Worth
 from mbrl.run import machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "continual.json"
 LENGTH = 200  # steps of an episode of the half-cheetah's exploration
+PLAYED = 200  # steps of a final episode, at most
 TEST = {"cheetah-body": 4000, "pusher": 4000}  # transitions of each task to judge by, else 1 000
 NET = HeadsConfig(hidden=(200, 200))
 HYPER = HyperConfig(hidden=(200, 200), hyper=(50, 50))
@@ -64,6 +71,8 @@ class Args:
     steps: int = 5000
     episodes: int = 3
     threads: int = 2
+    truth: bool = False
+    """Plan in the true simulator instead, with nothing learned."""
 
 
 def explorer(seed: int) -> Callable[[Tensor], Tensor]:
@@ -131,7 +140,7 @@ def run(name: str, student: str, seed: int, args: Args) -> dict[str, Any]:
         model, ctx = made.known(i)
         draws = devices.generator(100 * seed + i)
         mpc = Mpc(ICEM, Worth(), model, generator=draws, reward=task.reward, terminal=task.terminal, ctx=ctx)
-        play = evaluator(task.env, args.episodes, seed=1000 + seed, max_steps=200)
+        play = evaluator(task.env, args.episodes, seed=1000 + seed, max_steps=PLAYED)
         watched = Watched(mpc)
         returns.append(play(watched if name == "door" else mpc, rows=mpc.rows).tolist())
         opened += (watched.most >= 0.2).tolist()
@@ -143,6 +152,45 @@ def run(name: str, student: str, seed: int, args: Args) -> dict[str, Any]:
         "wall_s": round(time.perf_counter() - began, 1),
         "threads": args.threads, **machine(), "versions": versions(),
     }  # fmt: skip
+
+
+def bound(name: str, seed: int, args: Args) -> dict[str, Any]:
+    """What iCEM earns in the true simulator, on the first states of the students' final episodes."""
+    began, returns, opened = time.perf_counter(), [], []
+    for i, task in enumerate(tasks_of(name)):
+        env = task.env()
+        width, simulator = env.action_space.shape[0], Simulator(env, args.threads)  # pyright: ignore[reportOptionalSubscript]
+        value = lambda acts, simulator=simulator: simulator.value(acts[0], Worth().discount)[None]
+        control, total = ByValue(ICEM, value, width, devices.generator(100 * seed + i)), []
+        for k in range(args.episodes):
+            control.begin()
+            e = episode(env, control, 1000 + seed + k, PLAYED)
+            total.append(e.total)
+            opened += [bool(e.obs[:-1, 7].max() >= 0.2)] if name == "door" else []
+        returns.append(total)
+        simulator.close()
+        env.close()
+        print(
+            f"{name} truth {seed}  task {i}  return {np.mean(total):.4g}  {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+    return {
+        "set": name, "seed": seed, "digest": digest(ICEM, Worth(), args.episodes, PLAYED), "returns": returns,
+        "success": sum(opened) / len(opened) if opened else None, "wall_s": round(time.perf_counter() - began, 1),
+        "threads": args.threads, **machine(), "versions": versions(),
+    }  # fmt: skip
+
+
+def bounds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the true simulator, by set."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(r["set"] for r in rows):
+        mine = sorted((r for r in rows if r["set"] == name), key=lambda r: r["seed"])
+        found[name] = {
+            "seeds": [r["seed"] for r in mine], "return": float(np.median([np.mean(r["returns"]) for r in mine])),
+            **({"success": [r["success"] for r in mine]} if mine[0]["success"] is not None else {}),
+        }  # fmt: skip
+    return found
 
 
 def mark(name: str, student: str, args: Args) -> str:
@@ -175,10 +223,10 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, Any]) -> None:
-    for name, students in found.items():
+def table(found: dict[str, Any], truth: dict[str, Any]) -> None:
+    for name in [*found, *(x for x in truth if x not in found)]:
         words = Table("", "seeds", "final", "90 %", "learned", "forgetting", "20 steps", "return", "stored", title=name)
-        for student, x in students.items():
+        for student, x in found.get(name, {}).items():
             one = x["one_step"]
             words.add_row(
                 student, str(len(x["seeds"])), f"{one['final']['median']:.3g}",
@@ -186,7 +234,36 @@ def table(found: dict[str, Any]) -> None:
                 f"{one['forgetting']['median']:.3g}", f"{x['many_steps']['final']['median']:.3g}",
                 "-" if x["return"] is None else f"{x['return']:.4g}", str(x["memory"]["transitions"]),
             )  # fmt: skip
+        if x := truth.get(name):
+            words.add_row("true simulator", str(len(x["seeds"])), *["-"] * 5, f"{x['return']:.4g}", "-")
         Console(width=110).print(words)
+
+
+def kept() -> dict[str, Any]:
+    """What the file holds."""
+    there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return {"figures": {}, "rows": [], **there}
+
+
+def learn(name: str, student: str, seed: int, args: Args) -> None:
+    """A student's row, unless the file has it."""
+    key = lambda r: (r["set"], r["student"], r["seed"])
+    there = {key(r): r["digest"] for r in kept()["rows"]}
+    if there.get((name, student, seed)) != mark(name, student, args):
+        row, file = run(name, student, seed, args), kept()
+        rows = [r for r in file["rows"] if key(r) != key(row)] + [row]
+        write_json(RESULTS, file | {"figures": figures(rows), "rows": sorted(rows, key=key)})
+
+
+def measure(name: str, seed: int, args: Args) -> None:
+    """The true simulator's row, unless the file has it."""
+    key = lambda r: (r["set"], r["seed"])
+    of = lambda file: file.get("truth", {"rows": []})["rows"]
+    there = {key(r): r["digest"] for r in of(kept())}
+    if there.get((name, seed)) != digest(ICEM, Worth(), args.episodes, PLAYED):
+        row, file = bound(name, seed, args), kept()
+        rows = sorted([r for r in of(file) if key(r) != key(row)] + [row], key=key)
+        write_json(RESULTS, file | {"truth": {"figures": bounds(rows), "rows": rows}})
 
 
 def main(args: Args) -> None:
@@ -194,16 +271,13 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     for seed in args.seeds:
         for name in args.sets:
+            if args.truth:
+                measure(name, seed, args)
+                continue
             for student in args.students:
-                rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-                key = lambda r: (r["set"], r["student"], r["seed"])
-                there = {key(r): r["digest"] for r in rows}
-                if there.get((name, student, seed)) != mark(name, student, args):
-                    row = run(name, student, seed, args)
-                    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-                    rows = [r for r in rows if key(r) != key(row)] + [row]
-                    write_json(RESULTS, {"figures": figures(rows), "rows": sorted(rows, key=key)})
-    table(json.loads(RESULTS.read_text())["figures"])
+                learn(name, student, seed, args)
+    file = kept()
+    table(file["figures"], file.get("truth", {"figures": {}})["figures"])
 
 
 if __name__ == "__main__":
