@@ -1,6 +1,8 @@
 """What the commands have in common that drive an environment, and one of them: `mbrl online` (MBPO)."""
 
 import functools
+import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -15,9 +17,9 @@ from mbrl import online
 from mbrl.border import World, spec_of
 from mbrl.choices import KNOWN, LEARNERS, Learner, console, only_its_own
 from mbrl.core import check_reward
-from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.dynamics.ensemble import Ensemble, EnsembleConfig
 from mbrl.fit import FitConfig, check_fit
-from mbrl.planner import PRESETS
+from mbrl.planner import PRESETS, Worth
 from mbrl.run import Run, folder_name, from_plain, machine, save_figure, to_plain, versions, write_json
 
 KINDS = (*KNOWN, online.OnlineConfig, online.Horizon)
@@ -82,6 +84,42 @@ def functions(env_id: str, obs: int, reward: str) -> tuple[Any, Any]:
     return (task.reward if task and reward == "task" else None), (task.terminal if task else None)
 
 
+def check_drawn(path: Path, env_id: str, obs: int | None = None) -> None:
+    """Raises EnvError where no film of this environment can be written there: before what is filmed is at work."""
+    from mbrl_envs import evaluate as worlds
+
+    worlds.check_film(path)
+    with tempfile.TemporaryDirectory() as folder:
+        worlds.video(lambda rows: rows, env_id, Path(folder) / "frame.gif", max_steps=0, obs=obs)
+
+
+def telling(worth: Worth, learner: Any) -> Any:
+    """A learner, or its config: an ensemble also reports what the worth's limit reads, since its weights do not depend
+    on that."""
+    name = worth.uncertainty
+    if worth.limit == math.inf or not isinstance(learner, Ensemble | EnsembleConfig) or name in learner.uncertainty:
+        return learner
+    names = (*learner.uncertainty, name)
+    return learner.reporting(*names) if isinstance(learner, Ensemble) else replace(learner, uncertainty=names)
+
+
+def check_spread(worth: Worth, model: Any, option: str = "--worth") -> None:
+    """Raises ValueError for a pessimism over particles that are all alike."""
+    one, certain = worth.particles == 1, model.parts == 1 and model.noise_dim == 0
+    if worth.pessimism and (one or certain):
+        why = "there is one" if one else f"all are alike under a {type(model).__name__} without noise or parts"
+        raise ValueError(
+            f"{option}.pessimism {worth.pessimism}: is in standard deviations over the particles, and {why}; leave it "
+            "out, or take several of a learner with noise or parts"
+        )
+
+
+def last_words(evaluations: int) -> str:
+    """What is called last-10, of so many evaluations."""
+    few = min(evaluations, 10)
+    return "last-10: the only evaluation" if few == 1 else f"last-10: mean over the last {few} evaluations"
+
+
 # ---------------------------------------------------------------- mbrl online
 
 
@@ -130,7 +168,7 @@ def run_online(args: Online) -> Run:
             for seed, last, final in zip(args.seeds, out["last10"], out["final"], strict=True):
                 words.add_row(str(seed), f"{last:.1f}", f"{final:.1f}")
             console.print(words)
-            console.print("last-10: mean over the last ten evaluations; never the best one.")
+            console.print(f"{last_words(len(out['returns']))}; never the best one.", highlight=False)
             console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}")
             console.print(f"figure: {run.folder / 'report.png'}    curves: tensorboard --logdir {run.folder}")
     return run

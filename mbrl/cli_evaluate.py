@@ -1,7 +1,7 @@
 """The command `mbrl eval`: a policy that `mbrl offline` or `mbrl online` has learned, in the true simulator."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +12,10 @@ from rich.table import Table
 from mbrl import device as devices
 from mbrl import offline, online
 from mbrl.choices import KNOWN, console
-from mbrl.cli_control import KINDS, Online, functions
-from mbrl.cli_offline import Offline, check_by, fitted, learned_end, planned_over, scale_of
+from mbrl.cli_control import KINDS, Online, check_drawn, functions
+from mbrl.cli_offline import Offline, check_by, controllers_over, fitted, learned_end, planned_over, scale_of
 from mbrl.core import Spec
+from mbrl.planner import Over
 from mbrl.run import Run, RunError, from_plain
 from mbrl.sac import SacConfig
 
@@ -33,6 +34,7 @@ class Evaluate:
     """Plan over the policy in the run's fitted model, and show the gain."""
     plan_by: Literal["loop", "tdmpc"] = "loop"
     """How: LOOP, or TD-MPC2's mixture."""
+    over: Over = field(default_factory=Over)
     export: Path | None = None
     """Write the policy as a stable-baselines3 SAC checkpoint; of several seeds the first one's."""
     video: Path | None = None
@@ -48,7 +50,7 @@ def settings_of(run: Run) -> Offline | Online:
         raise RunError(
             f"{run.folder}: is of `mbrl {kind}`, which learns no policy; expected `mbrl offline` or `online`"
         )
-    return from_plain(arguments, (*KNOWN, Offline) if kind == "offline" else (*KINDS, Online))
+    return from_plain(arguments, (*KNOWN, Over, Offline) if kind == "offline" else (*KINDS, Online))
 
 
 def load_agent(run: Run) -> tuple[Any, str]:
@@ -67,7 +69,7 @@ def load_agent(run: Run) -> tuple[Any, str]:
 def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[float]]]:
     """Undiscounted returns [seeds][episodes] of a run's "policy", its agent, and, with `args.plan`, "planned" over it,
     from the same initial states. Raises RunError where the run names no environment, or there is nothing to plan
-    with."""
+    with, EnvError where nothing can be filmed."""
     from mbrl_envs import evaluate as worlds
 
     check_by(args)
@@ -75,17 +77,19 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     env = args.env or (run.result or {}).get("env") or settings.env
     if env in (None, "none"):
         raise RunError(f"{args.run}: the run names no environment; pass --env")
+    if args.video:
+        check_drawn(args.video, env, agent.spec.obs)
     bounds = _bounds(run, settings, args)
     evaluate = worlds.evaluator(env, episodes=args.episodes, seed=args.seed, obs=agent.spec.obs, **bounds)
     seeds = settings.seeds
-    found = {"policy": [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(seeds))]}
+    policies = lambda: [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(seeds))]
     if not args.plan:
-        return found
+        return {"policy": policies()}
     models, ends, dt = _models(run, settings, agent.spec)
     reward, terminal = functions(env, agent.spec.obs, settings.reward)
     ends = [terminal or end for end in ends]
-    agent = copy.deepcopy(agent).to(devices.pick())
-    return found | {"planned": planned_over(agent, models, seeds, evaluate, ends, reward, dt, args.plan_by)}
+    controls = controllers_over(copy.deepcopy(agent).to(devices.pick()), models, seeds, args, ends, reward, dt)
+    return {"policy": policies(), "planned": planned_over(controls, seeds, evaluate)}
 
 
 def _bounds(run: Run, settings: Offline | Online, args: Evaluate) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from rich.table import Table
 from mbrl import device as devices
 from mbrl import mpc, offline
 from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console, only_its_own
-from mbrl.cli_control import functions
+from mbrl.cli_control import check_spread, functions, last_words, telling
 from mbrl.core import Spec, check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, check_fit
-from mbrl.planner import OVER
+from mbrl.planner import OVER, Over
 from mbrl.run import Run, RunError, draw_report, folder_name, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
 from mbrl.terminal import TerminalConfig, restored
@@ -58,6 +58,7 @@ class Offline:
     """At the end, evaluate planning over the policy as well, from the same initial states."""
     plan_by: Literal["loop", "tdmpc"] = "loop"
     """How: LOOP, or TD-MPC2's mixture."""
+    over: Over = field(default_factory=Over)
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 is torch's own choice."""
@@ -123,6 +124,15 @@ def name_of(config: offline.OfflineConfig) -> str:
     )
 
 
+def _without_doubts(config: offline.Imagination, data: Any, model: Any) -> str:
+    """What to do on the command line where a learner does not tell the uncertainty that imagination reads."""
+    try:
+        offline.check_doubts(replace(config, penalty=replace(config.penalty, coefficient=0.0)), data, [model])
+    except ValueError:
+        return "its rollouts are cut by it: take a learner that tells it, as dynamics:ensemble, or another algorithm"
+    return "--algorithm.imagination.penalty.coefficient 0, before dynamics:"
+
+
 def run_offline(args: Offline) -> Run:
     """The command `mbrl offline`; returns the finished run."""
     from mbrl_envs import datasets
@@ -134,7 +144,7 @@ def run_offline(args: Offline) -> Run:
         run = Run.resumed(args.resume, "offline", args.threads, quiet=args.quiet)
         config = run.config
         source = args.dataset or run.local["source"]
-        args = replace(from_plain(config["arguments"], (*KNOWN, Offline)), threads=args.threads, quiet=args.quiet)
+        args = replace(from_plain(config["arguments"], (*KNOWN, Over, Offline)), threads=args.threads, quiet=args.quiet)
         args = replace(args, device=run.local["device"], models=run.local["models"] and Path(run.local["models"]))
         start = run.local.get("start") or args.start
         args = replace(args, start=start and Path(start), scale=given.scale or args.scale)
@@ -148,7 +158,7 @@ def run_offline(args: Offline) -> Run:
             )
         run.shared = args.models
         world = World.of(args, data, given.env)
-        _check_plan(args, world)
+        _check_plan(args, world, data.spec)
         run.rewind()
         return _train(args, run, data, world)
     if args.dataset is None:
@@ -164,7 +174,7 @@ def run_offline(args: Offline) -> Run:
     if args.start is not None and not isinstance(algorithm.agent, SacConfig):
         raise ValueError(f"--start {args.start}: {name_of(algorithm)} starts from no SAC policy; leave --start out")
     world = World.of(replace(args, seeds=seeds), data)
-    _check_plan(replace(args, algorithm=algorithm), world)
+    _check_plan(replace(args, algorithm=algorithm), world, data.spec)
     if algorithm.imagination is not None:
         check_fit(args.fitting)
         model = offline.unfitted(algorithm.imagination, data, args.dynamics)
@@ -172,8 +182,8 @@ def run_offline(args: Offline) -> Run:
         try:
             offline.check_doubts(algorithm.imagination, data, [model])
         except ValueError as error:
-            option = "--algorithm.imagination.penalty.coefficient 0, before dynamics:"
-            raise ValueError(f"{name_of(algorithm)}: {error} ({option})") from error
+            advice = _without_doubts(algorithm.imagination, data, model)
+            raise ValueError(f"{name_of(algorithm)}: {error} ({advice})") from error
     if args.start is not None:
         _start(Path(args.start), replace(args, seeds=seeds), data)
     label = name_of(algorithm)
@@ -186,14 +196,16 @@ def run_offline(args: Offline) -> Run:
         "threads": torch.get_num_threads(),
     }
     args = replace(args, algorithm=algorithm, seeds=seeds, dataset=data.name, out=None, models=None)
-    start = str(args.start) if args.start else None
+    plain = to_plain(replace(args, start=str(args.start) if args.start else None))
+    if not args.over.given:
+        del plain["over"]
     config = {
         "algorithm": label,
         "data": {
             **{"name": data.name, "sha256": data.sha256, "steps": len(data), "episodes": data.episodes},
             **{"act_low": data.act_low.tolist(), "act_high": data.act_high.tolist(), "dt": data.dt},
         },
-        "arguments": to_plain(replace(args, start=start)),
+        "arguments": plain,
     }
     shared = Path(local["models"]) if local["models"] else None
     run = Run.create(out, config, local, shared=shared, quiet=args.quiet)
@@ -272,27 +284,21 @@ def _train(args: Offline, run: Run, data: Any, world: World) -> Run:
         if args.plan:
             models = [fitted(run, args, s, data.spec) for s in args.seeds]
             ends = [world.terminal or offline.learn_terminal(data, TerminalConfig(), args.seeds[0], run)] * len(models)
-            planned = planned_over(
-                result.agent,
-                models,
-                args.seeds,
-                world.evaluate,
-                ends,
-                world.reward,
-                data.dt,
-                args.plan_by,
-            )
+            controls = controllers_over(result.agent, models, args.seeds, args, ends, world.reward, data.dt)
+            planned = planned_over(controls, args.seeds, world.evaluate)
         finish(run, args, data, result, world, planned)
     return run
 
 
 def check_by(args: Any) -> None:
-    """Raises ValueError where --plan-by is given for a plan that is not."""
-    if args.plan_by != "loop" and not args.plan:
-        raise ValueError(f"--plan-by {args.plan_by}: says how --plan plans, which is not given; pass --plan too")
+    """Raises ValueError where --plan-by or --over is given for a plan that is not."""
+    said = [f"--plan-by {args.plan_by}"] * (args.plan_by != "loop")
+    said += [f"--over.{k.replace('_', '-')} {v}" for k, v in args.over.given.items()]
+    if said and not args.plan:
+        raise ValueError(f"{', '.join(said)}: says how --plan plans, which is not given; pass --plan too")
 
 
-def _check_plan(args: Offline, world: "World") -> None:
+def _check_plan(args: Offline, world: "World", spec: Spec) -> None:
     """Before anything is learned. Raises ValueError for what --plan cannot plan over."""
     check_by(args)
     if not args.plan:
@@ -301,6 +307,8 @@ def _check_plan(args: Offline, world: "World") -> None:
         raise ValueError(f"--plan: {name_of(args.algorithm)} has no model or no critic to plan with; leave --plan out")
     if world.evaluate is None:
         raise ValueError("--plan: there is no environment to plan in; leave --plan or --env none out")
+    agent, model = (x.build(spec, devices.generator(0)) for x in (args.algorithm.agent, args.dynamics))
+    controllers_over(agent, [model], [0], args, reward=world.reward)
 
 
 def learned_end(run: Run, args: Offline, spec: Spec) -> Any:
@@ -323,25 +331,37 @@ def fitted(run: Run, args: Offline, seed: int, spec: Spec) -> Any:
     return model.eval().to(devices.pick(args.device))
 
 
-def planned_over(
-    agent: Any, models: Any, seeds: Any, evaluate: Any, ends: Any, reward: Any, dt: float, by: str
-) -> list[list[float]]:
-    """Returns [seeds][episodes] of planning over each seed's policy, in its model and under its termination."""
+def controllers_over(
+    agent: Any, models: Any, seeds: Any, args: Any, ends: Any = None, reward: Any = None, dt: float = 1.0
+) -> list[mpc.Mpc]:
+    """Planning over the policy of each of an agent's seeds, in its model and under its termination, as args.plan_by and
+    args.over have it. Raises ValueError for settings that cannot be."""
+    critics: Literal["mean", "least"] = "mean" if args.plan_by == "tdmpc" else "least"
     found = []
-    for i, (seed, model, terminal) in enumerate(zip(seeds, models, ends, strict=True)):
-        device = next(model.parameters()).device
-        stream = devices.generator(seed, device)
-        control = mpc.over(
-            agent, i, model, generator=stream, planner=OVER[by], critics="mean" if by == "tdmpc" else "least",
+    for i, (seed, model, terminal) in enumerate(zip(seeds, models, ends or [None] * len(models), strict=True)):
+        planner, worth = args.over.applied(OVER[args.plan_by], mpc.worth_over(agent.config.gamma, model))
+        if args.over.pessimism:
+            check_spread(worth, model, "--over")
+        stream = devices.generator(seed, next(model.parameters()).device)
+        one = mpc.over(
+            agent, i, telling(worth, model), generator=stream, planner=planner, worth=worth, critics=critics,
             terminal=terminal, reward=reward, dt=dt,
         )  # fmt: skip
+        found.append(one)
+    return found
+
+
+def planned_over(controls: list[mpc.Mpc], seeds: Any, evaluate: Any) -> list[list[float]]:
+    """Returns [seeds][episodes] under these."""
+    found = []
+    for seed, control in zip(seeds, controls, strict=True):
         with console.status("planning") as status:
-            act = _watched(control, f"seed {seed}: planning over its policy", status)
+            act = watched(control, f"seed {seed}: planning over its policy", status)
             found.append([float(x) for x in evaluate(act, rows=lambda kept, begun, c=control: c.rows(kept, begun))])
     return found
 
 
-def _watched(control: Any, what: str, status: Any) -> Any:
+def watched(control: Any, what: str, status: Any) -> Any:
     """The controller, with a line on the terminal that says how far it is."""
     steps = itertools.count(1)
 
@@ -448,8 +468,9 @@ def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: Wo
         for seed, row, own in zip(args.seeds, planned, result.returns[-1][1], strict=True):
             with_, without = sum(row) / len(row), sum(own) / len(own)
             console.print(f"seed {seed}: planning over the policy {with_:.1f}, a gain of {with_ - without:+.1f}")
-    console.print(f"last-10: mean over the last ten evaluations{early(args.algorithm, data.spec, result)}; ", end="")
-    console.print("never the best one. ", end="")
+    if result.returns:
+        console.print(f"{last_words(len(result.returns))}{early(args.algorithm, data.spec, result)}; ", end="")
+        console.print("never the best one. ", end="")
     console.print(f"scale: {scale}" if scale else "no reference scores are known for this environment")
     console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in result.seconds.items())}")
     console.print(f"figure: {run.folder / 'report.png'}    curves: tensorboard --logdir {run.folder}")

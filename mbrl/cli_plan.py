@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shlex
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +15,25 @@ from rich.table import Table
 from mbrl import cli_meta, mpc, offline, online
 from mbrl import device as devices
 from mbrl.border import episode_seed, spec_of
-from mbrl.choices import PLAIN, Learner, Search, console
-from mbrl.cli_control import KINDS, Driving, Online, begin, draw, functions, opened
-from mbrl.cli_offline import Offline, learned_end
+from mbrl.choices import LEARNERS, PLAIN, Learner, Search, console
+from mbrl.cli_control import (
+    KINDS,
+    Driving,
+    Online,
+    begin,
+    check_drawn,
+    check_spread,
+    draw,
+    functions,
+    opened,
+    telling,
+)
+from mbrl.cli_offline import Offline, learned_end, watched
 from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.mpc import Adapting, ByValue, Mpc, PetsConfig
-from mbrl.planner import ICEM, Worth
+from mbrl.planner import ICEM, Over, Worth
 from mbrl.run import Run, RunError, from_plain, machine, to_plain, versions, write_json
 from mbrl.terminal import TerminalConfig, restored
 
@@ -55,15 +67,14 @@ class Plan(Driving):
 
 def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int, threads: int = 0) -> Any:
     """A controller that plans in the simulator itself, on so many threads (0: one for each processor)."""
-    from mbrl_envs import control
     from mbrl_envs.simulator import Simulator
 
     stream = devices.generator(seed)
     _certain(worth, "the true simulator")
-    if env_id in control.TRUTHS:
-        _, terminal = functions(env_id, spec_of(env).obs, "task")
-        one = replace(worth, particles=1)
-        return Mpc(planner, one, control.TRUTHS[env_id](), generator=stream, terminal=terminal)
+    if (known := _known_truth(env_id)) is not None:
+        name, world = known
+        _, terminal = functions(name, spec_of(env).obs, "task")
+        return Mpc(planner, replace(worth, particles=1), world, generator=stream, terminal=terminal)
     simulator = Simulator(env, threads or None)
     width = env.action_space.shape[0]
 
@@ -73,9 +84,26 @@ def truth(env_id: str, env: Any, planner: Any, worth: Worth, seed: int, threads:
     return ByValue(planner, value, width, stream)
 
 
+def _known_truth(env_id: str) -> tuple[str, Any] | None:
+    """The id without arguments, and its equations, where these are known: however long an episode is, and at any
+    gravity of a pendulum's."""
+    from mbrl_envs import control, scores
+
+    name, kw = scores.parted(env_id)
+    name = name.rpartition(":")[2]
+    own = {k: v for k, v in scores.altered(name, kw).items() if k != "max_episode_steps"}
+    if name not in control.TRUTHS or not set(own) <= ({"g"} if name == "Pendulum-v1" else set()):
+        return None
+    return name, control.TRUTHS[name](**own)
+
+
 def run_plan(args: Plan) -> Run:
     """The command `mbrl plan`; returns the finished run."""
+    resumed = args.resume is not None
+    _check_unfinished(args)
     run, args = begin(args, Plan, "plan", _check_plan)
+    if resumed and args.video:
+        check_drawn(args.video, str(args.env))
     named, args = args.model, replace(args, model=run.local.get("model", args.model))  # found from another folder, too
     assert args.env is not None
     assert args.seed is not None
@@ -87,13 +115,16 @@ def run_plan(args: Plan) -> Run:
         config = PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
         with run:
             if args.model is None:
+                _note_reward(args, reward)
+                learner = telling(args.worth, args.dynamics)
                 result = mpc.pets(
-                    config, env, args.dynamics, seed=args.seed, record=run, reward=reward, terminal=terminal,
-                    device=device,
-                )  # fmt: skip
+                    config, env, learner, seed=args.seed, record=run, reward=reward, terminal=terminal, device=device
+                )
                 returns, controller = result.returns, result.mpc
             else:
                 controller = _given(args, env, reward, terminal, device)
+                if args.model != "true":
+                    _note_reward(args, getattr(controller, "mpc", controller).reward)
                 if (of := _world_of(args)) not in (None, "none", args.env) and not args.quiet:
                     console.print(f"note: {named} is of {of}, and steps {args.env} here", **PLAIN)
                 returns = _driven(args, env, controller, run, device)
@@ -119,12 +150,28 @@ def run_plan(args: Plan) -> Run:
     return run
 
 
+def _note_reward(args: Plan, reward: Any) -> None:
+    """Says that the learner's head tells the reward where the task's was asked for."""
+    if reward is None and args.reward == "task" and not args.quiet:
+        console.print(f"note: no reward function is known for {args.env}; the learner's head tells it", **PLAIN)
+
+
+def _check_unfinished(args: Plan) -> None:
+    """Raises RunError where a run that has finished is to be filmed, with the way round."""
+    if args.video is None or args.resume is None or (run := Run.open(args.resume)).result is None:
+        return
+    own = run.config.get("arguments") or {}
+    if own.get("_type") == "Plan":
+        model = own.get("model") or args.resume
+        again = f"mbrl plan --model {shlex.quote(str(model))} --env {shlex.quote(str(own.get('env')))}"
+        again += f" --episodes 1 --video {shlex.quote(str(args.video))}"
+        raise RunError(f"{args.resume}: has finished; `{again}` films its model")
+
+
 def _check_plan(args: Plan, env: Any) -> None:
     """Before there is a folder. Raises ValueError for what cannot be planned, or filmed."""
     if args.video:
-        from mbrl_envs import evaluate as worlds
-
-        worlds.check_film(args.video)
+        check_drawn(args.video, str(args.env))
     PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
     if args.planner.proposals:
         raise ValueError(
@@ -133,8 +180,8 @@ def _check_plan(args: Plan, env: Any) -> None:
         )
     if args.model is None:
         reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
-        learner = args.dynamics.build(spec_of(env), devices.generator(0))
-        _spread(args.worth, learner)
+        learner = telling(args.worth, args.dynamics).build(spec_of(env), devices.generator(0))
+        check_spread(args.worth, learner)
         Mpc(args.planner, args.worth, learner, generator=devices.generator(0), reward=reward, terminal=terminal)
         return
     if args.episodes < 1:
@@ -145,7 +192,12 @@ def _check_plan(args: Plan, env: Any) -> None:
     if said := [k for k, v in idle.items() if getattr(args, v) != getattr(usual, v)]:
         raise ValueError(f"{', '.join(said)}: got beside --model {args.model}, where nothing is learned; leave out")
     reward, terminal = functions(str(args.env), spec_of(env).obs, args.reward)
-    _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
+    control = _given(replace(args, seed=0), env, reward, terminal, devices.pick("cpu"))
+    idle = {"--worth.particles": "particles", "--worth.no-pinned": "pinned"}
+    said = [k for k, v in idle.items() if getattr(args.worth, v) != getattr(usual.worth, v)]
+    if said and (args.model == "true" or isinstance(control, Adapting)):
+        what = "the true simulator" if args.model == "true" else f"the mixture of {args.model}"
+        raise ValueError(f"{', '.join(said)}: {what} is not uncertain and has one future; leave out")
 
 
 def _certain(worth: Worth, what: str) -> None:
@@ -156,29 +208,23 @@ def _certain(worth: Worth, what: str) -> None:
         )
 
 
-def _spread(worth: Worth, model: Any) -> None:
-    """Raises ValueError for a pessimism over particles that are all alike."""
-    one, certain = worth.particles == 1, model.parts == 1 and model.noise_dim == 0
-    if worth.pessimism and (one or certain):
-        why = "there is one" if one else f"all are alike under a {type(model).__name__} without noise or parts"
-        raise ValueError(
-            f"--worth.pessimism {worth.pessimism}: is in standard deviations over the particles, and {why}; leave it "
-            "out, or take several of a learner with noise or parts"
-        )
-
-
 def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.device) -> Any:
     """A controller with a model that is there."""
     assert args.env is not None
     assert args.seed is not None
     if args.model == "true":
         return truth(args.env, env, args.planner, args.worth, args.seed, args.threads)
+    if args.model in LEARNERS and not Path(args.model).exists():
+        raise RunError(
+            f"--model {args.model}: no such folder; expected that of a run whose model is there, or true; a learner to "
+            f"fit is named as dynamics:{args.model}"
+        )
     other, stream = Run.open(Path(str(args.model))), devices.generator(args.seed, device)
     kind = str((other.config.get("arguments") or {}).get("_type"))
     if kind not in (names := [x.__name__ for x in (Plan, Online, Offline, cli_meta.Meta)]):
         expected = ", ".join(f"`mbrl {x.lower()}`" for x in names)
         raise RunError(f"--model {args.model}: is of `mbrl {kind.lower()}`; expected a run of {expected}, or true")
-    settings = from_plain(other.config["arguments"], (*KINDS, Plan, Online, Offline, *cli_meta.TYPES))
+    settings = from_plain(other.config["arguments"], (*KINDS, Plan, Online, Over, Offline, *cli_meta.TYPES))
     make = functools.partial(Mpc, args.planner, generator=stream)
     if isinstance(settings, cli_meta.Meta):
         tensors, facts = other.load("model") or ({}, {"systems": 1})
@@ -215,7 +261,8 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
             weights = mpc.weights((other.load("pets") or ({}, {}))[0])
     model = _built(args, settings.dynamics, spec, weights, of).to(device)
     _same_bounds(args, env, low, high)
-    _spread(args.worth, model)
+    check_spread(args.worth, model)
+    model = telling(args.worth, model)
     terminal = terminal or _learned_end(other, settings, spec, device)
     return make(args.worth, model, reward=reward, terminal=terminal, dt=dt)
 
@@ -273,7 +320,8 @@ def _driven(args: Plan, env: Any, controller: Any, run: Run, device: torch.devic
         controller.generator.manual_seed(episode_seed(args.seed, i))
         controller.begin(1)
         before = dict(controller.counts)
-        e = mpc.episode(env, lambda obs: controller(obs.to(device)), episode_seed(args.seed, i))
+        act = lambda obs: controller(obs.to(device))
+        e = mpc.episode(env, act, episode_seed(args.seed, i), told=mpc.telling(run))
         returns.append(((returns[-1][0] if returns else 0) + len(e.act), e.total))
         figures = {"return": e.total, "length": float(len(e.act))} | mpc.shares(controller.counts, before)
         run.log("episode", returns[-1][0], figures)
@@ -289,5 +337,7 @@ def _film(args: Plan, controller: Any, env: Any, device: torch.device) -> None:
     controller.begin(1)
     assert args.video is not None
     source = env if isinstance(controller, ByValue) else str(args.env)
-    total = worlds.video(lambda obs: controller(torch.as_tensor(obs).to(device)), source, args.video)
+    with console.status("filming") as status:
+        act = watched(controller, "filming", status)
+        total = worlds.video(lambda obs: act(torch.as_tensor(obs).to(device)), source, args.video)
     console.print(f"video: {args.video}, return {total:.1f}")

@@ -184,7 +184,8 @@ def test_eval_films_and_exports_what_it_evaluates(finished, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "video", lambda policy, env, path, **kw: filmed.append((env, path, kw)))
     export, video = tmp_path / "p.zip", tmp_path / "v.gif"
     cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, export=export, video=video))
-    assert filmed == [("Pendulum-v1", video, {"act_low": [-0.5], "act_high": [0.5], "obs": 3})]
+    assert [(env, kw["max_steps"]) for env, _, kw in filmed[:1]] == [("Pendulum-v1", 0)], "one frame, before all else"
+    assert filmed[1:] == [("Pendulum-v1", video, {"act_low": [-0.5], "act_high": [0.5], "obs": 3})]
     obs = torch.randn(6, 3)
     theirs, _ = SAC.load(export, device="cpu").predict(obs.numpy(), deterministic=True)
     ours = offline.policy_of(cli_evaluate.load_agent(run)[0])(obs)
@@ -654,6 +655,26 @@ def test_a_suite_counts_a_seed_once_and_says_so(tmp_path, capsys, monkeypatch):
         asked, other = "-".join(map(str, seeds)), {(1,): "1-2", (1, 2): "1"}[seeds]
         words = f"seed 1 of {tmp_path / 'data/bc'}: counted once, as in {asked}, not as in {other}"
         assert words in capsys.readouterr().out
+
+
+def test_a_suite_says_how_probably_one_scores_more_and_draws_it(tmp_path, capsys):
+    scores = {
+        "bc": {"x": [1.0, 3.0], "y": [2.0, 5.0]},
+        "mopo": {"x": [2.0, 4.0], "y": [6.0, 7.0]},
+        "part": {"x": [9.0]},
+    }
+    for name, row in scores.items():
+        for data, each in row.items():
+            for seed, score in enumerate(each):
+                folder = tmp_path / data / name / str(seed)
+                folder.mkdir(parents=True)
+                (folder / "result.json").write_text(json.dumps({"seeds": [seed], "score_last10": [score]}))
+    summary = cli_suite.run_suite(cli_suite.Suite(("x", "y"), ("bc", "mopo"), (0, 1), tmp_path, report=True))
+    assert summary["improvement"]["mopo"]["bc"][0] == pytest.approx((0.75 + 1) / 2)
+    assert summary["improvement"]["bc"]["mopo"][0] == pytest.approx((0.25 + 0) / 2)
+    assert set(summary["improvement"]) == {"bc", "mopo"}, "one that lacks a dataset does not compare"
+    assert "how probably a run of mopo scores more than one of bc 0.88 [" in capsys.readouterr().out
+    assert (tmp_path / "suite.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("begun", [False, True])

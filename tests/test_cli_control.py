@@ -1,6 +1,7 @@
 """`mbrl plan` and `mbrl online` on small settings: what they leave behind, resuming, and what they refuse."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -10,10 +11,14 @@ import torch
 from mbrl_envs import evaluate as worlds
 from stable_baselines3 import SAC
 
-from mbrl import cli, cli_control, cli_evaluate, cli_plan, mpc, offline
+from mbrl import cli, cli_control, cli_evaluate, cli_offline, cli_plan, mpc, offline
 from mbrl.border import World
-from mbrl.planner import ICEM, Worth
+from mbrl.core import Spec, StepInput
+from mbrl.dynamics.ensemble import EnsembleConfig
+from mbrl.fit import FitConfig
+from mbrl.planner import ICEM, LOOP, OVER, Over, Planner, Worth
 from mbrl.run import Run, to_plain
+from mbrl.sac import SacConfig
 
 PLAN = ["plan", "--env", "Pendulum-v1", "--seed", "0", "--threads", "1", "--quiet", "--worth.particles", "2"]
 SEARCH = ["planner:icem", "--planner.horizon", "4", "--planner.samples", "12", "--planner.elites", "4"]
@@ -21,8 +26,16 @@ LEARNER = ["dynamics:single", "--dynamics.hidden", "16", "--dynamics.weight-deca
 
 
 def plan(*options):
-    learns = "--model" not in options
-    cli.main([*PLAN, *["--fitting.max-epochs", "3"] * learns, *options, *SEARCH, *LEARNER * learns])
+    learns, certain = "--model" not in options, "true" in options
+    cli.main(
+        [
+            *PLAN[: -2 if certain else None],
+            *["--fitting.max-epochs", "3"] * learns,
+            *options,
+            *SEARCH,
+            *LEARNER * learns,
+        ]
+    )
 
 
 class Edge(gym.Env):
@@ -122,16 +135,23 @@ def test_plan_resumes_to_the_same_numbers(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args, **kw)
 
+    filmed = []
+    monkeypatch.setattr("mbrl_envs.evaluate.video", lambda act, env, path, **kw: (filmed.append((path, kw)), 0.0)[1])
     monkeypatch.setattr(mpc, "episode", stopping)
     with pytest.raises(SystemExit) as stopped:
         plan("--episodes", "3", "--out", str(tmp_path / "cut"), "--video", str(tmp_path / "v.gif"))
     assert stopped.value.code == 130
     assert "mbrl plan --resume" in capsys.readouterr().out
-    filmed = []
-    monkeypatch.setattr("mbrl_envs.evaluate.video", lambda act, env, path: (filmed.append(path), 0.0)[1])
     cli.main(["plan", "--resume", str(tmp_path / "cut"), "--quiet"])
     assert result(tmp_path / "cut")["returns"] == result(tmp_path / "whole")["returns"]
-    assert filmed == [tmp_path / "v.gif"]
+    *frames, (path, rest) = filmed
+    assert [kw["max_steps"] for _, kw in frames] == [0, 0], "before it begins, and before it goes on"
+    assert (path, rest) == (tmp_path / "v.gif", {})
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--resume", str(tmp_path / "whole"), "--video", str(tmp_path / "w.gif")])
+    said = capsys.readouterr().err
+    assert f"has finished; `mbrl plan --model {tmp_path / 'whole'} --env Pendulum-v1" in said
+    assert f"--video {tmp_path / 'w.gif'}` films its model" in said
 
 
 def test_driving_resumes_to_the_same_numbers_and_no_episode_is_another_again(tmp_path, monkeypatch):
@@ -140,11 +160,11 @@ def test_driving_resumes_to_the_same_numbers_and_no_episode_is_another_again(tmp
     plan(*true, "--out", str(tmp_path / "whole"))
     real, seeds = mpc.episode, []
 
-    def stopping(env, act, seed, *args):
+    def stopping(env, act, seed, *args, **kw):
         seeds.append(seed)
         if len(seeds) == 2:
             raise KeyboardInterrupt
-        return real(env, act, seed, *args)
+        return real(env, act, seed, *args, **kw)
 
     monkeypatch.setattr(mpc, "episode", stopping)
     with pytest.raises(SystemExit):
@@ -165,11 +185,11 @@ def test_a_plan_goes_on_with_the_same_model_from_another_folder(tmp_path, monkey
     plan(*with_it, "--out", "whole")
     real, count = mpc.episode, []
 
-    def stopping(*args):
+    def stopping(*args, **kw):
         count.append(1)
         if len(count) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **kw)
 
     monkeypatch.setattr(mpc, "episode", stopping)
     with pytest.raises(SystemExit):
@@ -195,6 +215,7 @@ def test_a_plan_in_the_truth_is_filmed_where_it_is_valued(tmp_path, monkeypatch)
     keep = lambda *a: (begun.append(given(*a)), begun[-1])[1]
     monkeypatch.setattr(cli_plan, "_given", keep)
     monkeypatch.setattr("mbrl_envs.evaluate.video", video)
+    monkeypatch.setattr(cli_plan, "check_drawn", lambda *_: None)
     cli.main(["plan", "--env", "InvertedPendulum-v5", "--seed", "0", "--model", "true", "--episodes", "1", "--quiet",
               "--threads", "1", "--out", str(tmp_path / "t"), "--video", str(tmp_path / "x.gif"), "planner:icem",
               "--planner.horizon", "5"])  # fmt: skip
@@ -208,9 +229,9 @@ def test_a_plan_in_the_truth_is_filmed_where_it_is_valued(tmp_path, monkeypatch)
 def test_each_driven_episode_has_a_stream_of_its_own(tmp_path, monkeypatch):
     drawn = []
 
-    def noting(env, act, seed, *args):
+    def noting(env, act, seed, *args, **kw):
         drawn.append(torch.rand(3, generator=act.__closure__[0].cell_contents.generator).tolist())
-        return real(env, act, seed, *args)
+        return real(env, act, seed, *args, **kw)
 
     real = mpc.episode
     monkeypatch.setattr(mpc, "episode", noting)
@@ -223,6 +244,22 @@ def test_each_driven_episode_has_a_stream_of_its_own(tmp_path, monkeypatch):
 def test_the_truth_is_not_uncertain(env, worth):
     with pytest.raises(ValueError, match="the true simulator is not uncertain; leave both out"):
         cli_plan.truth(env, cli_control.opened(env), ICEM, worth, 0)
+
+
+def test_the_truth_is_known_by_whatever_name(monkeypatch):
+    """However long episodes are, and at any gravity of the pendulum's, whose steps it then takes."""
+    pole, cut = 'Pendulum-v1{"g": 1.6, "max_episode_steps": 50}', "mbrl_envs/CartPoleSwingUp-v0"
+    env = gym.make("Pendulum-v1", g=1.6)
+    obs, _ = env.reset(seed=3)
+    told = cli_plan.truth(pole, cli_control.opened(pole), ICEM, Worth(), 0).model
+    inp = StepInput(torch.tensor([[0.25]]), torch.zeros(1, 0), torch.ones(1, 1))
+    after = told.step(torch.as_tensor(obs)[None], inp, ())[0]
+    np.testing.assert_allclose(after[0], env.step(np.array([0.5], np.float32))[0], atol=1e-6)
+    own, its = (
+        cli_plan.truth(x, cli_control.opened(cut), ICEM, Worth(), 0) for x in (cut, f'{cut}{{"max_episode_steps": 9}}')
+    )
+    assert type(own.model) is type(its.model)
+    assert None not in (own.terminal, its.terminal)
 
 
 def test_the_truth_is_told_the_discount_and_the_end(monkeypatch):
@@ -253,6 +290,48 @@ def test_the_true_model_is_the_upper_bound(tmp_path, env):
     assert got > chance
     if env.startswith("Inverted"):
         assert got == 25
+
+
+def test_a_limit_is_read_whatever_the_ensemble_was_to_report(tmp_path):
+    """Its weights do not depend on it: neither while they are learned nor afterwards need anything be named."""
+    small = EnsembleConfig(members=3, elites=2, hidden=(8,), weight_decay=(0.0, 0.0), uncertainty=())
+    worth = Worth(particles=2, pinned=False, limit=1e-3)
+    search, fitting = Planner(horizon=2, samples=8, iterations=1, elites=2), FitConfig(batch=8, max_epochs=2)
+    args = cli_plan.Plan(
+        env="Pendulum-v1", seed=0, episodes=1, worth=worth, planner=search, fitting=fitting, dynamics=small, quiet=True
+    )
+    assert len(result(cli_plan.run_plan(replace(args, out=tmp_path / "limited")).folder)["returns"]) == 2
+    free = cli_plan.run_plan(replace(args, out=tmp_path / "free", worth=Worth(particles=2)))
+    again = replace(args, model=str(free.folder), fitting=cli_plan.Plan().fitting, dynamics=cli_plan.Plan().dynamics)
+    cli_plan.run_plan(replace(again, out=tmp_path / "again"))
+    control = cli_plan._given(again, cli_control.opened("Pendulum-v1"), None, None, torch.device("cpu"))
+    assert control.model.uncertainty == ("disagreement",)
+    assert control.worth == worth
+
+
+def test_what_is_asked_otherwise_of_planning_over_a_policy_holds():
+    agent = SacConfig(hidden=(8,)).build(Spec(3, 1), torch.Generator().manual_seed(0), seeds=2)
+    small = EnsembleConfig(members=3, elites=2, hidden=(8,), weight_decay=(0.0, 0.0), uncertainty=())
+    models = [small.build(Spec(3, 1)) for _ in range(2)]
+    of = lambda **kw: cli_offline.controllers_over(
+        agent, models, (4, 5), cli_evaluate.Evaluate(Path("x"), plan=True, **kw)
+    )
+    usual = of()
+    assert [x.planner for x in usual] == [LOOP, LOOP]
+    assert usual[0].worth == Worth(discount=0.99, particles=5, pessimism=1.0)
+    one, other = of(over=Over(horizon=2, pessimism=0.5, limit=1.0))
+    assert one.planner == other.planner == replace(LOOP, horizon=2)
+    assert one.worth == Worth(discount=0.99, particles=5, pessimism=0.5, limit=1.0, pinned=False)
+    assert one.model.uncertainty == ("disagreement",)
+    assert of(plan_by="tdmpc", over=Over(horizon=2))[0].planner == replace(OVER["tdmpc"], horizon=2)
+    with pytest.raises(ValueError, match=r"--over.pessimism 1.0: .* there is one"):
+        of(over=Over(pessimism=1.0, particles=1))
+
+
+def test_the_last_evaluations_are_as_many_as_there_are():
+    words = [cli_control.last_words(n) for n in (1, 2, 10, 40)]
+    assert words[0] == "last-10: the only evaluation"
+    assert words[1:] == [f"last-10: mean over the last {n} evaluations" for n in (2, 10, 10)]
 
 
 def test_online_leaves_a_run(tmp_path):
@@ -369,6 +448,15 @@ def test_an_online_runs_model_serves_to_plan_with(met, tmp_path, monkeypatch, ca
     cli.main(["plan", "--env", "Edge-v0", "--model", str(met), "--episodes", "1", "--reward", "learned", "--seed", "0",
               "--out", str(tmp_path / "p"), "planner:icem", "--planner.horizon", "4"])  # fmt: skip
     assert len(result(tmp_path / "p")["returns"]) == 1
+    note = "note: no reward function is known for Edge-v0; the learner's head tells it"
+    assert note not in capsys.readouterr().out
+    said = []
+    monkeypatch.setattr(Run, "progress", lambda self, stage, step, of, figures: said.append((stage, step, of)))
+    cli.main(["plan", "--env", "Edge-v0", "--model", str(met), "--episodes", "1", "--seed", "0",
+              "--out", str(tmp_path / "q"), "planner:icem", "--planner.horizon", "4"])  # fmt: skip
+    assert note in capsys.readouterr().out
+    assert said[:2] == [("step", 1, 25), ("step", 2, 25)]
+    assert said[-1] == ("episode", 1, 1)
     monkeypatch.setattr(env, "action_space", gym.spaces.Box(-2, 1, (1,)))
     with pytest.raises(ValueError, match=r"span \[-1\.0\] to \[1\.0\], those of Edge-v0 \[-2\.0\] to \[1\.0\]"):
         cli_plan._given(args, env, None, None, torch.device("cpu"))
@@ -414,6 +502,27 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
             "gradient",
         ),
         (["plan", "--env", "Pendulum-v1", "--model", "true", "--reward", "learned"], "--reward learned: got beside"),
+        (
+            ["plan", "--env", "Pendulum-v1", "--model", "true", "--worth.particles", "3", "--worth.no-pinned"],
+            "--worth.particles, --worth.no-pinned: the true simulator is not uncertain and has one future",
+        ),
+        (["plan", "--env", "Pendulum-v1", "--model", "ensemble"], "a learner to fit is named as dynamics:ensemble"),
+        (["plan", "--env", "Pendulum-v1", "--worth.limit", "1"], "pass pinned=False (--worth.no-pinned)"),
+        (["plan", "--env", "Pendulum-v1", "--worth.limit", "1", "planner:cem", *LEARNER], "as an ensemble does"),
+        (["plan", "--env", "Edge-v0", "--video", "x.gif"], "cannot make the environment 'Edge-v0'"),
+        (
+            ["offline", "--dataset", "embedded:pendulum", "--over.horizon", "2"],
+            "--over.horizon 2: says how --plan plans",
+        ),
+        (["offline", "--dataset", "embedded:pendulum", "--plan", "--over.horizon", "0"], "horizon is 0"),
+        (
+            ["offline", "--dataset", "embedded:pendulum", "algorithm:morel", "dynamics:single"],
+            "its rollouts are cut by it: take a learner that tells it, as dynamics:ensemble",
+        ),
+        (
+            ["offline", "--dataset", "embedded:pendulum", "algorithm:mopo", "dynamics:single"],
+            "(--algorithm.imagination.penalty.coefficient 0, before dynamics:)",
+        ),
         (["plan", "--env", "Pendulum-v1", "--model", "runs/x", "--random", "7"], "--random: got beside --model runs/x"),
         (
             ["plan", "--env", "Pendulum-v1", "--model", "true", "--fitting.max-epochs", "3", "planner:cem", *LEARNER],
