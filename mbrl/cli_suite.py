@@ -21,7 +21,7 @@ from mbrl.choices import KNOWN, PLAIN, Learner, console
 from mbrl.cli_offline import Offline, algorithm_named, run_offline, sized
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
-from mbrl.run import Run, RunError, folder_name, from_plain, machine, versions, write_json
+from mbrl.run import Run, RunError, folder_name, from_plain, machine, save_figure, versions, write_json
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Suite:
 
 
 def run_suite(args: Suite) -> dict[str, Any]:
-    """The command `mbrl suite`; returns the summary that it also writes to <out>/summary.json."""
+    """The command `mbrl suite`; returns the summary that it also writes to <out>/summary.json. Where algorithms can be
+    compared, <out>/suite.png shows them."""
     if args.scale and len(args.scale) not in (1, len(args.datasets)):
         raise ValueError(f"--scale: got {len(args.scale)} for {len(args.datasets)} datasets, expected one or one each")
     if empty := [f"--{name}" for name in ("datasets", "algorithms", "seeds") if not getattr(args, name)]:
@@ -131,6 +132,9 @@ def run_suite(args: Suite) -> dict[str, Any]:
         console.print(words, **PLAIN)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "summary.json", summary)
+    if summary.get("aggregate"):
+        _draw(summary, args.out / "suite.png")
+        console.print(f"picture: {args.out / 'suite.png'}", **PLAIN)
     for folder, words in failures.items():
         console.print(f"[red]failed[/red] {escape(f'{folder}: {words}')}")
     if failures:
@@ -213,8 +217,15 @@ def _summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "cells: mean ± standard deviation over seeds (their number); intervals: 95 %, stratified bootstrap, "
             "50 000; -: not of as many seeds on every dataset"
         )
-        plain = {a: {k: [v.point, v.low, v.high] for k, v in row.items()} for a, row in total.items()}
+        numbers = lambda x: [x.point, x.low, x.high]
+        plain = {a: {k: numbers(v) for k, v in row.items()} for a, row in total.items()}
+        better = {a: {b: suite.improvement(scores[a], scores[b]) for b in total if b != a} for a in total}
+        if len(total) > 1:
+            best = max(total, key=lambda a: total[a]["iqm"].point)
+            told = ", ".join(f"{b} {v.point:.2f} [{v.low:.2f}, {v.high:.2f}]" for b, v in better[best].items())
+            console.print(f"how probably a run of {best} scores more than one of {told}", **PLAIN)
         summary = {"scores": scores, "aggregate": plain} | summary | {"versions": versions(), **machine()}
+        summary["improvement"] = {a: {b: numbers(v) for b, v in row.items()} for a, row in better.items()}
     if returns:
         _show(returns, "return", {})
         console.print(
@@ -224,6 +235,35 @@ def _summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not (scores or returns):
         console.print("no finished run with an evaluation yet")
     return summary
+
+
+def _draw(summary: dict[str, Any], path: Path) -> None:
+    """Performance profiles, and interquartile means with their intervals, of the algorithms that can be compared."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scores, total = summary["scores"], summary["aggregate"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    every = [x for a in total for row in scores[a].values() for x in row]
+    low, high = min(0.0, *every), max(every)
+    levels = [low + (high - low) * i / 200 for i in range(201)]
+    ranked = sorted(total, key=lambda a: total[a]["iqm"][0])
+    for i, a in enumerate(ranked):
+        point, *ends = total[a]["iqm"]
+        color = f"C{i % 10}"
+        left.plot(levels, suite.profile(scores[a], levels), color=color, label=a)
+        right.plot(ends, [i, i], color=color, lw=6, alpha=0.4)
+        right.plot([point], [i], "o", color=color)
+    left.set(
+        title="performance profiles", xlabel="normalised score", ylabel="share of runs above it", ylim=(-0.02, 1.02)
+    )
+    left.legend(fontsize=8)
+    right.set(
+        title="interquartile mean, 95 %", xlabel="normalised score", yticks=range(len(ranked)), yticklabels=ranked
+    )
+    save_figure(figure, path)
 
 
 def _show(table: dict[str, dict[str, list[float]]], what: str, whole: dict[str, list[str]]) -> None:

@@ -1,5 +1,6 @@
 """The command line, from outside where it matters: real processes, really killed."""
 
+import functools
 import json
 import os
 import shutil
@@ -657,7 +658,8 @@ def test_a_suite_counts_a_seed_once_and_says_so(tmp_path, capsys, monkeypatch):
         assert words in capsys.readouterr().out
 
 
-def test_a_suite_says_how_probably_one_scores_more_and_draws_it(tmp_path, capsys):
+def test_a_suite_says_how_probably_one_scores_more_and_draws_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "aggregate", functools.partial(suite.aggregate, resamples=100))
     scores = {
         "bc": {"x": [1.0, 3.0], "y": [2.0, 5.0]},
         "mopo": {"x": [2.0, 4.0], "y": [6.0, 7.0]},
