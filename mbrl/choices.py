@@ -34,7 +34,7 @@ from mbrl.dynamics.plrnn import (
 )
 from mbrl.dynamics.single import SingleConfig
 from mbrl.fit import FitConfig
-from mbrl.planner import Planner, Worth
+from mbrl.planner import Over, Planner, Worth
 from mbrl.run import Run, RunError, types_of
 from mbrl.sac import SacConfig
 from mbrl.solvers import RK4, Dopri5, Tsit5
@@ -102,7 +102,7 @@ KNOWN = (
     *(offline.OfflineConfig, offline.Imagination, offline.Penalty, offline.Truncation, offline.Morec),
     *(RK4, Tsit5, Dopri5, Local, ErrorEstimate, StiffnessRatio),
     *(SacConfig, BcConfig, Td3BcConfig, RewardConfig, FilterConfig, FitConfig),
-    *(Planner, Worth, HeadsConfig, HyperFit),
+    *(Planner, Worth, Over, HeadsConfig, HyperFit),
     *{type(x) for x in STUDENTS.values()},
     *(MixerConfig, MixerFit, Ncf, Coda, Geps, Hierarchical),
     *(PlrnnConfig, Shallow, Dendritic, AlmostLinear, Constant, Sparse, Annealed, Adaptive),
