@@ -50,7 +50,7 @@ def settings_of(run: Run) -> Offline | Online:
         raise RunError(
             f"{run.folder}: is of `mbrl {kind}`, which learns no policy; expected `mbrl offline` or `online`"
         )
-    return from_plain(arguments, (*KNOWN, Over, Offline) if kind == "offline" else (*KINDS, Online))
+    return from_plain(arguments, (*KNOWN, Offline) if kind == "offline" else (*KINDS, Online))
 
 
 def load_agent(run: Run) -> tuple[Any, str]:

@@ -144,7 +144,7 @@ def run_offline(args: Offline) -> Run:
         run = Run.resumed(args.resume, "offline", args.threads, quiet=args.quiet)
         config = run.config
         source = args.dataset or run.local["source"]
-        args = replace(from_plain(config["arguments"], (*KNOWN, Over, Offline)), threads=args.threads, quiet=args.quiet)
+        args = replace(from_plain(config["arguments"], (*KNOWN, Offline)), threads=args.threads, quiet=args.quiet)
         args = replace(args, device=run.local["device"], models=run.local["models"] and Path(run.local["models"]))
         start = run.local.get("start") or args.start
         args = replace(args, start=start and Path(start), scale=given.scale or args.scale)

@@ -33,7 +33,7 @@ from mbrl.core import Spec
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.mpc import Adapting, ByValue, Mpc, PetsConfig
-from mbrl.planner import ICEM, Over, Worth
+from mbrl.planner import ICEM, Worth
 from mbrl.run import Run, RunError, from_plain, machine, to_plain, versions, write_json
 from mbrl.terminal import TerminalConfig, restored
 
@@ -224,7 +224,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
     if kind not in (names := [x.__name__ for x in (Plan, Online, Offline, cli_meta.Meta)]):
         expected = ", ".join(f"`mbrl {x.lower()}`" for x in names)
         raise RunError(f"--model {args.model}: is of `mbrl {kind.lower()}`; expected a run of {expected}, or true")
-    settings = from_plain(other.config["arguments"], (*KINDS, Plan, Online, Over, Offline, *cli_meta.TYPES))
+    settings = from_plain(other.config["arguments"], (*KINDS, Plan, Online, Offline, *cli_meta.TYPES))
     make = functools.partial(Mpc, args.planner, generator=stream)
     if isinstance(settings, cli_meta.Meta):
         tensors, facts = other.load("model") or ({}, {"systems": 1})

@@ -183,8 +183,10 @@ MOBILE = OfflineConfig(
 # it let half-cheetahs learn to earn what they did not get. One in a thousand transitions like the data's is a bound
 # that means the same for every dataset and reward. (One in a hundred cut hoppers wherever they touched the ground.)
 _CUT = Truncation("implausibility", 1.0, relative=True, quantile=0.999)
-# Published: 2000 starts of up to 100 steps. Over so many a half-cheetah may still learn to earn what it does not get, for
-# all that cuts; over 20 it did not. Starts are drawn up to a budget, at a known cost, since many are cut before.
+# Published: 2000 starts of up to 100 steps. Over so many a half-cheetah may still learn to earn what it does not get,
+# for all that cuts; over 20 it did not. Starts are drawn up to a budget, at a known cost, since many are cut before.
+# Released: a cut is stored as an end whose target is max(0, r - penalty). Here it is an end, too, but no target has a
+# floor: where the data's mean reward is negative, an end at 0 would be the best there is (`Truncation`).
 _LONG: dict[str, Any] = {"horizon": 20, "rollouts": 5_000, "budget": 20_000, "chunk": 250}
 MOREC_MOPO = OfflineConfig(
     **_POLICY,
