@@ -16,6 +16,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from mbrl import device as devices
 from mbrl import suite
 from mbrl.choices import KNOWN, PLAIN, Learner, console
 from mbrl.cli_offline import Offline, algorithm_named, run_offline, sized
@@ -169,6 +170,7 @@ def _other(cell: Offline, folder: Path, sha256: Callable[[], str]) -> str | None
 
 def _leave_with(parent: int) -> None:
     """A worker whose suite was killed ends too: it would write to folders that the next suite continues."""
+    devices.keep_memory()
 
     def watch() -> None:
         while os.getppid() == parent:
