@@ -4,13 +4,14 @@
 
 DIR holds {hopper,halfcheetah}-{medium,mixed}-v5.hdf5. BC and TD3+BC, MOPO with each of four coefficients (the best one
 for all sets is reported), MOREC-MOPO with one setting. Scores are on D4RL's constants. Every finished run is a row of
-experiments/results/offline_suite.json, and one that is there already, with the settings and the data of today, is not
-run again; one of other settings stays in the file and out of the figures. The suite may be filled over several sittings
-and machines, a few --sets, --algorithms or --seeds at a time.
+experiments/results/offline_suite.json (drawn in offline_suite.png), and one that is there already, with the settings
+and the data of today, is not run again; one of other settings stays in the file and out of the figures. The suite may
+be filled over several sittings and machines, a few --sets, --algorithms or --seeds at a time.
 """
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def main(args: Args) -> None:
     rows += [row for row in left if whose(row) not in found]
     config = {"sets": SETS, "updates": args.updates, "evaluate_every": args.evaluate_every}
     write_json(RESULTS, {"config": config, "figures": result, "runs": rows, "versions": versions(), **machine()})
+    if (picture := args.out / "suite.png").exists():
+        shutil.copyfile(picture, RESULTS.with_suffix(".png"))
     print(json.dumps(result))
 
 
