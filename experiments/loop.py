@@ -3,8 +3,8 @@
     python experiments/loop.py RUN [RUN ...] [--episodes 10] [--over.pessimism 0] [--over.limit 1] [--over.horizon 2]
 
 RUN is a finished run folder of `mbrl offline` or of the offline suite. Policy and planner start from the same initial
-states. A run is a row of experiments/results/loop.json; one of the same data, algorithm, seed, policy
-and settings asked for (`over`) is replaced.
+states. A run is a row of experiments/results/loop.json; one of the same data, algorithm, seed, policy and settings
+asked for (`over`) is replaced.
 """
 
 import json

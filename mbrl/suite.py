@@ -1,7 +1,7 @@
 """Many runs, one table: scores, interquartile means and their intervals (Agarwal et al., NeurIPS 2021)."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,20 +77,7 @@ def difference(
     seed: int = 0,
 ) -> Interval:
     """The mean over datasets of a's mean less b's, resampling the runs of each dataset and algorithm on their own."""
-    datasets = sorted(set(a) & set(b))
-    if not datasets:
-        raise ValueError(f"no dataset in common: {sorted(a)} and {sorted(b)}")
-    generator = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    point = 0.0
-    for d in datasets:
-        for sign, values in ((1.0, a[d]), (-1.0, b[d])):
-            x = np.asarray(values, dtype=float)
-            draws = generator.integers(len(x), size=(resamples, len(x)))
-            total += sign * x[draws].mean(1) / len(datasets)
-            point += sign * x.mean() / len(datasets)
-    edge = (1 - confidence) / 2
-    return Interval(point, *np.quantile(total, [edge, 1 - edge]))
+    return _compared(a, b, lambda x, y: x.mean(-1) - y.mean(-1), resamples, confidence, seed)
 
 
 def improvement(
@@ -103,19 +90,31 @@ def improvement(
 ) -> Interval:
     """The probability that a run of a scores more than one of b on the same dataset, a tie counting half, averaged over
     the datasets that both have; the interval resamples the runs of each dataset and algorithm on their own."""
+    wins = lambda x, y: (np.sign(x[..., :, None] - y[..., None, :]) + 1) / 2  # of each run against each
+    return _compared(a, b, lambda x, y: wins(x, y).mean((-2, -1)), resamples, confidence, seed)
+
+
+def _compared(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    of: Callable[[np.ndarray, np.ndarray], Any],
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> Interval:
+    """The mean over the datasets that both have of a figure of two algorithms' runs, of([..., n], [..., m]) -> [...],
+    and its bootstrap interval, stratified by dataset and algorithm."""
     datasets = sorted(set(a) & set(b))
     if not datasets:
         raise ValueError(f"no dataset in common: {sorted(a)} and {sorted(b)}")
     generator = np.random.default_rng(seed)
     total, point = np.zeros(resamples), 0.0
     for d in datasets:
-        x, y = (np.asarray(row[d], dtype=float) for row in (a, b))
-        wins = (np.sign(x[:, None] - y) + 1) / 2  # of each run against each
-        i, j = (generator.integers(len(z), size=(resamples, len(z))) for z in (x, y))
-        total += wins[i[:, :, None], j[:, None]].mean((1, 2)) / len(datasets)
-        point += wins.mean() / len(datasets)
+        runs = [np.asarray(row[d], dtype=float) for row in (a, b)]
+        point += of(*runs) / len(datasets)
+        total += of(*(x[generator.integers(len(x), size=(resamples, len(x)))] for x in runs)) / len(datasets)
     edge = (1 - confidence) / 2
-    return Interval(point, *np.quantile(total, [edge, 1 - edge]))
+    return Interval(float(point), *np.quantile(total, [edge, 1 - edge]))
 
 
 def profile(row: Mapping[str, Sequence[float]], levels: Sequence[float]) -> list[float]:
