@@ -90,7 +90,7 @@ def run_info(args: Info) -> None:
 
 
 def _check_figure(path: Path) -> None:
-    """Raises ValueError where no figure of that kind can be written: before what it shows is read."""
+    """Raises ValueError where no figure of that kind can be written there: before what it shows is read."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     endings = FigureCanvasAgg.get_supported_filetypes()
@@ -99,6 +99,8 @@ def _check_figure(path: Path) -> None:
             f"--figure {path}: no figure ends in {path.suffix}, expected one of .{', .'.join(sorted(endings))}; "
             "rename it"
         )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--figure {path}: there is no folder {path.parent}; make it, or write elsewhere")
 
 
 def run_scores(args: Scores) -> None:

@@ -362,6 +362,7 @@ def test_a_run_starts_from_a_checkpoint(finished, pendulum, tmp_path, kind):
             ["data", "info", "nowhere", "--figure", "x.xyz"],
             "--figure x.xyz: no figure ends in .xyz, expected one of .",
         ),
+        (["data", "info", "nowhere", "--figure", "none/x.png"], "there is no folder none; make it"),
         (["data", "info", ""], "got '' as a source of data"),
         (
             [

@@ -232,6 +232,10 @@ def test_an_id_may_bring_arguments():
     assert worlds.make('Pendulum-v1{"g": 1.6}', g=3.0).unwrapped.g == 1.6  # type: ignore[attr-defined]
     with pytest.raises(EnvError, match=r"cannot make .*moons"):
         worlds.make('Pendulum-v1{"moons": 2}')
+    bad = ('Hopper-v5{"frame_skip": 0}', 'Pendulum-v1{"g": "heavy"}', 'Hopper-v5{"xml_file": "none.xml"}')
+    for name in (*bad, 'Pendulum-v1{"max_episode_steps": 0}'):  # in making it, or in its first step
+        with pytest.raises(EnvError, match=r"cannot make .*mend its arguments|cannot make .*TypeError"):
+            worlds.make(name)
     with pytest.raises(ValueError, match=r"Pendulum-v1\{g=1\}: its arguments are no JSON .*expected as in"):
         worlds.make("Pendulum-v1{g=1}")
 

@@ -258,6 +258,7 @@ def train(
     `path` as stable-baselines3 saves it. Returns its actor, all that it saw, and [(step, mean return)]."""
     from stable_baselines3 import SAC
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
 
     curve: list[tuple[int, float]] = []
     env, test = Recorder(make(config.env)), make(config.env)
@@ -278,6 +279,7 @@ def train(
         layers = {"net_arch": [config.width] * 2}
         own = seeds(config.seed, 0, learner)
         model = SAC("MlpPolicy", env, buffer_size=most, policy_kwargs=layers, seed=own, device="cpu")
+        model.set_logger(Logger(None, []))  # its own makes a folder among the system's temporary ones
         model.learn(most, callback=Watch())
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as tmp, open(tmp, "wb") as f:

@@ -321,7 +321,8 @@ def _no_compiler_warnings(env_id: str) -> Iterator[None]:
 
 def make(env_id: str, **kw: Any) -> gym.Env:
     """gymnasium.make, with gymnasium-robotics registered where its ids are asked for. The id may bring arguments, which
-    go before kw: `Pendulum-v1{"g": 1.6}`. Raises EnvError, and DataError for arguments that are no JSON."""
+    go before kw: `Pendulum-v1{"g": 1.6}`; one step is tried with them. Raises EnvError, and DataError for arguments
+    that are no JSON."""
     name, own = parted(env_id)
     if re.match(ROBOTICS, env_id):
         try:
@@ -330,11 +331,25 @@ def make(env_id: str, **kw: Any) -> gym.Env:
             raise EnvError(f"{env_id} needs gymnasium-robotics: pip install mbrl-suite[robotics] ({error})") from error
     try:
         with quiet(), _no_compiler_warnings(name):
-            return gym.make(name, disable_env_checker=True, **(kw | own))
+            env = gym.make(name, disable_env_checker=True, **(kw | own))
+            if own:
+                _try(env)
+            return env
     except gym.error.Error as error:
         raise EnvError(f"cannot make the environment {env_id!r}: {error}") from error
     except (ImportError, AssertionError, TypeError) as error:  # a package, a version, or an argument that it has not
         raise EnvError(f"cannot make the environment {env_id!r}: {error!r}") from error
+    except Exception as error:  # what an environment raises for a bad argument is its own
+        if not own:
+            raise
+        raise EnvError(f"cannot make the environment {env_id!r}: {error!r}; mend its arguments") from error
+
+
+def _try(env: gym.Env) -> None:
+    """Some environments read their arguments in their first step."""
+    env.reset(seed=0)
+    if isinstance(env.action_space, spaces.Box):
+        env.step(np.clip(np.zeros_like(env.action_space.low), env.action_space.low, env.action_space.high))
 
 
 def flat(env: gym.Env) -> gym.Env:
