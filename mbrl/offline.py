@@ -71,17 +71,18 @@ class Truncation:
     name: str = "implausibility"
     threshold: float = math.inf
     relative: bool = False
-    """The threshold is in units of the uncertainty over the data's own transitions (20 000 of them, where there are
-    more; the finite ones): of the largest (MOReL), or of `quantile`."""
+    """The threshold is in units of the uncertainty of the model's own steps from the data's states under the data's
+    actions (20 000 of them, where there are more; the finite ones): of the largest (MOReL), or of `quantile`."""
     then: Literal["terminal", "bootstrap", "drop"] = "terminal"
-    """The cut transition is stored as an end without a value after it, as one with a value, or not at all. Where the
-    data's mean reward is negative, "terminal" would pay for being cut: there the value after it is that of the mean
-    reward for ever."""
+    """The cut transition is stored as an end without a value after it, as one with a value, or not at all. Where going
+    on as the data do is worth less than nothing, "terminal" would pay for being cut: there the value after it is
+    `worth_of_going_on`."""
     reward: float | None = None
     """The reward of the cut transition; as predicted where None (MOReL gives a large negative one)."""
     quantile: float = field(default=1.0, metadata={"added": True})
-    """Which quantile of the uncertainty over the data's own transitions a relative threshold is in units of: with 0.99
-    and a threshold of 1, one in a hundred transitions like the data's is cut, whatever the uncertainty's units."""
+    """Which quantile of that uncertainty a relative threshold is in units of: with 0.99 and a threshold of 1, one in a
+    hundred of the model's steps from where the data go is cut, whatever the uncertainty's units. It may be more of the
+    data's own transitions, where the uncertainty reads the next state: a filter's candidates are the likely ones."""
 
     def __post_init__(self) -> None:
         if self.then not in ("terminal", "bootstrap", "drop"):
@@ -180,13 +181,14 @@ MOBILE = OfflineConfig(
     imagination=Imagination(penalty=Penalty(1.0, "bellman"), floor=True, rollouts=10_000),
 )
 # Published: r_D < 0.6 cuts. Where that lies depends on what the discriminator was told to tell apart: with this reward
-# it let half-cheetahs learn to earn what they did not get. One in a thousand transitions like the data's is a bound
-# that means the same for every dataset and reward. (One in a hundred cut hoppers wherever they touched the ground.)
+# it let half-cheetahs learn to earn what they did not get. One in a thousand of the filtered model's steps from the
+# data's states is a bound that means the same for every dataset and reward. (One in a hundred cut hoppers wherever they
+# touched the ground.)
 _CUT = Truncation("implausibility", 1.0, relative=True, quantile=0.999)
 # Published: 2000 starts of up to 100 steps. Over so many a half-cheetah may still learn to earn what it does not get,
 # for all that cuts; over 20 it did not. Starts are drawn up to a budget, at a known cost, since many are cut before.
 # Released: a cut is stored as an end whose target is max(0, r - penalty). Here it is an end, too, but no target has a
-# floor: where the data's mean reward is negative, an end at 0 would be the best there is (`Truncation`).
+# floor: where rewards are negative on the average, an end at 0 would be the best there is (`Truncation`).
 _LONG: dict[str, Any] = {"horizon": 20, "rollouts": 5_000, "budget": 20_000, "chunk": 250}
 MOREC_MOPO = OfflineConfig(
     **_POLICY,
@@ -560,11 +562,34 @@ def _named(doubts: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def uncertainty_limit(model: Dynamics, data: Dataset, config: Truncation, generator: torch.Generator) -> float:
-    """The threshold in the uncertainty's own units."""
+    """The threshold in the uncertainty's own units. Warns where a bounded uncertainty lies at its bound for so many of
+    the steps that the quantile is the bound itself, beyond which nothing is."""
     if not config.relative:
         return config.threshold
     doubt = doubts_on(model, data, config.name, generator).double()
-    return config.threshold * float(doubt.quantile(config.quantile))
+    at = float(doubt.quantile(config.quantile))
+    if config.quantile < 1 and config.threshold >= 1 and at == doubt.max() > doubt.min():
+        warnings.warn(
+            f"{config.name} is {at:g}, the largest there is, for {float((doubt == at).double().mean()):.2%} of the "
+            f"steps from {data.name or 'the data'}: at the quantile {config.quantile:g} nothing is cut; pass a smaller "
+            "truncation.quantile or a threshold below 1",
+            stacklevel=2,
+        )
+    return config.threshold * at
+
+
+def worth_of_going_on(
+    model: Dynamics, data: Dataset, config: Penalty, unit: float, gamma: float, generator: torch.Generator
+) -> float:
+    """What follows a cut that is stored as an end, where that is negative, else 0: the data's mean reward for ever,
+    less the penalty of the model's steps from the data. Bellman's inconsistency, which changes with the policy, is not
+    counted. 0 without a discount below 1."""
+    if gamma >= 1:
+        return 0.0
+    mean = data.reward.double().mean().item()
+    if config.coefficient and config.name != "bellman":
+        mean -= config.coefficient * unit * doubts_on(model, data, config.name, generator).double().mean().item()
+    return min(0.0, gamma * mean / (1 - gamma))
 
 
 def penalty_unit(model: Dynamics, data: Dataset, config: Penalty, generator: torch.Generator) -> float:
@@ -584,8 +609,8 @@ def penalty_unit(model: Dynamics, data: Dataset, config: Penalty, generator: tor
 
 @torch.no_grad()
 def doubts_on(model: Dynamics, data: Dataset, name: str, generator: torch.Generator, most: int = 20_000) -> Tensor:
-    """The uncertainty of that name on the data's own transitions, at most so many of them; the finite ones. Raises
-    Diverged where there is none."""
+    """The uncertainty of that name of the model's steps from the data's states under the data's actions, at most so
+    many of them; the finite ones. Raises Diverged where there is none."""
     index = data.paired.nonzero()[:, 0]
     if len(index) > most:
         order = torch.randperm(len(index), generator=generator, device=index.device)
@@ -642,7 +667,8 @@ def train(
         check_fit(fitting)
     device, spec, lap = data.obs.device, data.spec, Laps()
 
-    imagination, limits, units = config.imagination, [], []
+    imagination, limits, units, afters = config.imagination, [], [], []
+    gamma = getattr(config.agent, "gamma", 1.0)
     if imagination is not None and imagination.floor and data.reward.double().mean() < 0:
         imagination = replace(imagination, floor=False)
     made: list[Dynamics] = []
@@ -664,12 +690,13 @@ def train(
             stream = devices.generator(seed + 3, device)
             limits.append(math.inf if cut is None else uncertainty_limit(model, data, cut, stream))
             units.append(penalty_unit(model, data, imagination.penalty, stream))
+            ends = cut is not None and cut.then == "terminal"
+            after = (model, data, imagination.penalty, units[-1], gamma, stream)
+            afters.append(worth_of_going_on(*after) if ends else 0.0)
         if terminal is None:
             terminal = learn_terminal(data, TerminalConfig(), seeds[0], record)
             lap("terminal")
 
-    gamma = getattr(config.agent, "gamma", 0.0)
-    after = min(0.0, gamma * data.reward.double().mean().item() / (1 - gamma)) if gamma < 1 else 0.0
     generator = devices.generator(group_seed(seeds), device)
     settings = config.agent
     if isinstance(settings, SacConfig):
@@ -745,7 +772,7 @@ def train(
             assert isinstance(agent, Sac)
             logs: dict[str, float] = {}
             for s, model in enumerate(made):
-                arguments = (terminal, reward, imagination, limits[s], generator, units[s], after)
+                arguments = (terminal, reward, imagination, limits[s], generator, units[s], afters[s])
                 counts[s] = [*counts[s][1 - imagination.retain :], 0] if imagination.retain > 1 else [0]
                 for batch, log in rollouts(agent.one(s), model, data, *arguments):
                     buffer.add(s, batch)

@@ -654,11 +654,12 @@ def test_a_trained_generator_outlives_rows_that_diverge(through):
 def test_the_reward_knows_how_far_the_data_go():
     data = linear_data(400)
     reward = fit_reward(Biased(0.3), data, FAST, gen())
-    z = (data.obs - data.obs.mean(0)) / data.obs.std(0, correction=0)
+    seen = torch.cat([data.obs, data.next_obs])
+    z = (seen - data.obs.mean(0)) / data.obs.std(0, correction=0)
     close(reward.reach, z.abs().amax(0))
     low, high = reward.bounds(0.0)
-    assert (data.obs >= low - 1e-4).all()
-    assert (data.obs <= high + 1e-4).all()
+    assert (seen >= low - 1e-4).all()
+    assert (seen <= high + 1e-4).all()
 
 
 def test_no_window_is_an_error():

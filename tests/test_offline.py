@@ -1,6 +1,7 @@
 """The offline loop, with models that are the environment and agents whose values are known."""
 
 import math
+import warnings
 from dataclasses import make_dataclass, replace
 
 import numpy as np
@@ -637,6 +638,43 @@ def test_the_value_after_a_cut_is_that_of_the_mean_reward():
         after = min(0.0, 0.99 * moved.reward.mean().item() / 0.01)
         torch.testing.assert_close(t.reward, -(t.next_obs[:, 0] ** 2) + after, rtol=1e-4, atol=1e-3)
         assert (after < 0) == (shift == 0.0)
+
+
+def test_what_follows_a_cut_pays_the_penalty_of_going_on():
+    """Scaled, going on costs `coefficient` standard deviations of the reward a step; in raw units what it costs."""
+    data, model, g = line_data(), Line(), torch.Generator()
+    going = lambda penalty, unit: offline.worth_of_going_on(model, data, penalty, unit, 0.9, g)
+    mean, std = data.reward.double().mean().item(), data.reward.double().std(correction=0).item()
+    doubt = offline.doubts_on(model, data, "doubt", g).double().mean().item()
+    scaled = Penalty(2.0, "doubt", scaled=True)
+    assert going(scaled, offline.penalty_unit(model, data, scaled, g)) == pytest.approx(9 * (mean - 2 * std), rel=1e-4)
+    assert going(Penalty(3.0, "doubt"), 1.0) == pytest.approx(9 * (mean - 3 * doubt), rel=1e-4)
+    assert going(Penalty(3.0, "bellman"), 1.0) == pytest.approx(9 * mean, rel=1e-4)
+    rich = replace(data, reward=data.reward - mean + 1.5 * std)  # earns, but not enough for two standard deviations
+    left = offline.worth_of_going_on(model, rich, scaled, offline.penalty_unit(model, rich, scaled, g), 0.9, g)
+    assert left == pytest.approx(-9 * 0.5 * std, rel=1e-3)
+    assert offline.worth_of_going_on(model, rich, Penalty(0.0, "doubt"), 1.0, 0.9, g) == 0
+    assert offline.worth_of_going_on(model, data, scaled, 1.0, 1.0, g) == 0
+
+
+def test_a_quantile_at_the_bound_of_an_uncertainty_is_warned_of():
+    class Bounded(Line):
+        def step(self, state, inp, cond):
+            after, p = super().step(state, inp, cond)
+            return after, p._replace(uncertainty={"doubt": p.uncertainty["doubt"].clamp(max=top)})
+
+    data = line_data()
+    doubt = offline.doubts_on(Line(), data, "doubt", torch.Generator())
+    cut = Truncation("doubt", 1.0, relative=True, quantile=0.9)
+    limit = lambda config=cut: offline.uncertainty_limit(Bounded(), data, config, torch.Generator())
+    top = doubt.quantile(0.95).item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert limit() < top
+    top = doubt.quantile(0.8).item()
+    with pytest.warns(UserWarning, match=r"doubt is .*, the largest there is, for 2\d\.\d\d% of the steps"):
+        assert limit() == pytest.approx(top)
+    assert limit(replace(cut, threshold=0.5)) == pytest.approx(top / 2)
 
 
 @pytest.mark.parametrize(

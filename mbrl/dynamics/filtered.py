@@ -196,7 +196,7 @@ class Filtered(Dynamics):
 
 
 def standardised(x: Tensor, keep: Tensor) -> Tensor:
-    """x [B, K] by the mean and standard deviation of what is kept of each row; 0 where nothing differs."""
+    """x [B, K] by the mean and standard deviation of what is kept of each row; all the same where nothing differs."""
     count = keep.sum(-1, keepdim=True).clamp(min=1)
     off = x - torch.where(keep, x, 0.0).sum(-1, keepdim=True) / count
     std = (torch.where(keep, off, 0.0).square().sum(-1, keepdim=True) / count).sqrt()
@@ -212,23 +212,23 @@ class RewardConfig:
 
     members: snapshots kept, from the last `late` of the updates, evenly. hidden: of the discriminator.
     penalty: weight of the mean squared gradient of its logit with respect to s', in units of the change of the
-    observation, between real and generated transitions. The stronger it is, the more the logits fall with the distance
-    from what is real, in these units, rather than with what gives the generator away; r_D does not read their size.
+    observation, between real and generated transitions. It lets the logits fall with the distance from what is real, in
+    these units, rather than with what gives the generator away; r_D does not read their size.
 
     anchors: networks (s, a) -> s' fitted first, by the root mean square of a row's error and, every second one, by its
     mean square, at a rate that decays to zero; the discriminator sees s' also as its distance from their mean. 0 leaves
-    it the plain network over (s, a, s' - s), which ranks candidates worse off the data's distribution.
+    it the plain network over (s, a, s' - s).
 
     generator: "fixed" takes generated transitions from the fitted model as it stands. "trained" improves a copy of it
     pathwise against the discriminator after every `every` updates of that, with `likelihood` times the model's own
-    loss: the adversarial game of the paper. The default is fixed, since beside the anchors a trained one chose no
-    better and took twice as long. length: steps of a generated trajectory under the data's actions, from a real state:
-    beyond 1, transitions at generated states are among those the discriminator learns to tell. spread: further noise on
-    what is generated, for each row of a standard deviation that is uniform in [0, spread] times the anchors' typical
-    error. The best logit is log p(real) - log p(generated): against the model's own samples alone it ranks candidates
-    by the ratio, against a wide generator by the density of what is real, which is what a filter needs.
+    loss: the adversarial game of the paper. length: steps of a generated trajectory under the data's actions, from a
+    real state: beyond 1, transitions at generated states are among those the discriminator learns to tell. spread:
+    further noise on what is generated, for each row of a standard deviation that is uniform in [0, spread] times the
+    anchors' typical error. The best logit is log p(real) - log p(generated): against the model's own samples alone it
+    ranks candidates by the ratio, against a wide generator by the density of what is real, which is what a filter
+    needs.
 
-    experiments/reward.py --ablate measures these choices."""
+    experiments/reward.py --ablate tries other choices."""
 
     members: int = 10
     hidden: tuple[int, ...] = (256, 256)
@@ -447,8 +447,8 @@ class Game:
                 for r in (self.reward, self.player):
                     r.inputs.fit(x)
                     r.change.fit(after - obs)
-            far = torch.cat([self.reward.inputs(x)[:, : obs.shape[1]].abs(), self.reward.reach[None]])
-            self.reward.reach.copy_(far.amax(0))
+            far = [self.reward.inputs(torch.cat([z, act], -1))[:, : obs.shape[1]].abs() for z in (obs, after)]
+            self.reward.reach.copy_(torch.cat([*far, self.reward.reach[None]]).amax(0))
         self.player.anchor = self.reward.anchor
 
     def _flat(self, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
