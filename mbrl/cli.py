@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -224,6 +225,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, Diverged, OSError, ImportError, evaluate.gym.error.Error) as error:
         Console(stderr=True, emoji=False).print(
             f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+            raise
+        Console(stderr=True, emoji=False).print(
+            f"[red]error:[/red] there is not enough memory: {escape(str(error).strip().partition(chr(10))[0])}; ask "
+            "for less at a time (steps, rollouts, samples, particles, batch)",
+            highlight=False,
+            soft_wrap=True,
         )
         sys.exit(2)
 

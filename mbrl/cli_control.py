@@ -180,12 +180,20 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def _check_online(args: Online, env: Any) -> None:
     """Before there is a folder. Raises ValueError for what cannot be learned."""
+    from mbrl_envs import evaluate as worlds
+
     assert args.env is not None
     online.check(args.setting)
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds: got {' '.join(map(str, args.seeds))}; expected none twice")
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1")
+    if env.spec is None or env.spec.max_episode_steps is None:
+        console.print(
+            f"[yellow]warning:[/yellow] {args.env} states no limit of its episodes: one that takes {worlds.ENDLESS} "
+            "steps in an evaluation is an error; an id may bring one, as in 'Id-v0{\"max_episode_steps\": 1000}'",
+            highlight=False,
+        )
     reward = functions(args.env, spec_of(env).obs, args.reward)[0]
     if args.reward == "task" and reward is None:
         raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from rich.table import Table
@@ -85,6 +86,14 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     policies = lambda: [[float(x) for x in evaluate(offline.policy_of(agent, s))] for s in range(len(seeds))]
     if not args.plan:
         return {"policy": policies()}
+    if isinstance(settings, Offline):
+        own = [run.config["data"][k] for k in ("act_low", "act_high")]
+        if not all(np.allclose(a, b) for a, b in zip(evaluate.bounds, own, strict=True)):
+            (low, high), (least, most) = ([x.tolist() for x in evaluate.bounds], (list(map(float, x)) for x in own))
+            raise RunError(
+                f"--plan: the actions of the run's model span {least} to {most}, those of {env} {low} to {high}; "
+                "expected the same; leave --plan out"
+            )
     models, ends, dt = _models(run, settings, agent.spec)
     reward, terminal = functions(env, agent.spec.obs, settings.reward)
     ends = [terminal or end for end in ends]
@@ -120,6 +129,8 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
 
     run = Run.open(args.run)
     agent, source = load_agent(run)
+    if args.export:
+        adapters.sb3_path(agent, args.export)
     found, settings = returns_of(run, agent, args), settings_of(run)
     result, bounds = run.result or {}, _bounds(run, settings, args)
     own = result.get("env") or settings.env

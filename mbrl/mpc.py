@@ -193,9 +193,12 @@ class Mpc:
         name, has = self.worth.uncertainty, told(self.model.pinned(part) if self.pins else free)
         if name not in has:
             if self.pins and name in told(free):
-                advice = "pass pinned=False (--worth.no-pinned)"
+                advice = "pass pinned=False (--worth.no-pinned; over a policy --over.pinned False)"
             elif has:
-                advice = "name what it reports (--worth.uncertainty), or set what it is to report"
+                advice = (
+                    "name what it reports (--worth.uncertainty; over a policy --over.uncertainty), or set what it is "
+                    "to report"
+                )
             else:
                 advice = (
                     "plan with a learner that reports it, as an ensemble does (dynamics:ensemble), or without a limit"

@@ -99,7 +99,8 @@ class OnlineConfig:
     evaluate_every: int = 1_000
     log_every: int = 1_000
     save_every: int = 1_000
-    """State is saved at the first end of an episode so many steps after it was last saved, and at the end."""
+    """State is saved at the first end of an episode so many steps after it was last saved, ten times as many where no
+    episode ends before, and at the end."""
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,20 @@ def train_together(
     one for all seeds, or one each.
 
     record: where numbers and state go. A record that holds an interrupted run's state makes this call go on from
-    there, to the same numbers. That of several seeds is saved in the midst of episodes: on going on, an episode is run
-    again from its start, under the actions that it was given.
+    there, to the same numbers. That of several seeds, or of a long episode, is saved in the midst of episodes: on going
+    on, an episode is run again from its start, under the actions that it was given.
 
     Raises ValueError where the settings do not go together, the record is of other settings or seeds, an environment
     is of the wrong kind, returns what is not finite, or, run again, returns something else."""
     record, fitting, dynamics = record or Forget(), fitting or FitConfig(), dynamics or EnsembleConfig()
     check(config)
     check_fit(fitting)
+    many = len(seeds)
     if len(envs) != len(seeds) or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"online: got {len(envs)} environments and seeds {list(seeds)}; expected one each, none twice")
-    worlds, device, many = [World(env) for env in envs], torch.device(device), len(seeds)
+    if len({id(env) for env in envs}) < many:
+        raise ValueError("online: got one environment twice, which cannot be at two places; expected one each")
+    worlds, device = [World(env) for env in envs], torch.device(device)
     if len({(w.spec, *w.low.flatten(), *w.high.flatten()) for w in worlds}) > 1:
         raise ValueError("online: the environments are not alike; expected one kind, for one seed each")
     judges = list(evaluate) if isinstance(evaluate, Sequence) else [evaluate] * many
@@ -356,7 +360,8 @@ def train_together(
             returns.append((done, found))
             record.log("evaluate", done, {"return": sum(map(sum, found)) / sum(map(len, found))})
             lap("evaluate")
-        if done - saved >= config.save_every and (many > 1 or not running[0]):
+        wait = 10 if many == 1 and running[0] else 1  # at an episode's end, unless it goes on and on
+        if done - saved >= wait * config.save_every:
             checkpoint(done)
             saved = done
             lap("checkpoint")

@@ -107,8 +107,11 @@ class Planner:
 
     def sizes(self) -> list[int]:
         """Candidates that each iteration draws: without proposals, kept elites and the mean."""
-        least = min(2 * self.most_elites, self.samples)
-        return [max(least, int(self.samples / self.decay**i)) - self.proposals for i in range(self.iterations)]
+        least, logs = min(2 * self.most_elites, self.samples), math.log(self.decay)
+        left = lambda i: (
+            int(self.samples / self.decay**i) if i == 0 or i * logs < 700 else 0
+        )  # a power that is no float
+        return [max(least, left(i)) - self.proposals for i in range(self.iterations)]
 
     def valued(self) -> list[int]:
         """Candidates that each iteration values: those, and the proposals, the kept elites and at last the mean."""

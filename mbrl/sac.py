@@ -517,19 +517,23 @@ class Sac(ActorCritic):
         if not 0 <= config.init_alpha < math.inf or (config.init_alpha == 0 and config.alpha_lr > 0):
             got = f"init_alpha={config.init_alpha}, alpha_lr={config.alpha_lr}"
             raise ValueError(f"agent: got {got}; expected a finite init_alpha above 0, or 0 with alpha_lr 0")
-        if config.cloning < 0 or config.narrow <= 0:
+        if not (0 <= config.cloning < math.inf and config.narrow > 0):
             got = f"cloning={config.cloning}, narrow={config.narrow}"
-            raise ValueError(f"agent: got {got}; expected cloning >= 0 and narrow > 0")
+            raise ValueError(f"agent: got {got}; expected a finite cloning >= 0 and narrow > 0")
         if config.cloning and config.cloning_end is not None and not 0 <= config.cloning_end <= config.cloning:
             got = f"cloning_end={config.cloning_end} with cloning={config.cloning}"
             raise ValueError(f"agent: got {got}; expected no more than that, or None for what stays")
         if config.cloning_end is not None and not 0 < config.cloning_hold < 1:
             raise ValueError(f"agent: got cloning_hold={config.cloning_hold}; expected a share between 0 and 1")
-        if config.robust < 0 or config.robust_eps < 0:
-            raise ValueError(f"agent: got robust={config.robust}, robust_eps={config.robust_eps}; expected >= 0")
-        if config.spectral is not None and (config.spectral <= 0 or config.spectral_iterations < 1):
+        if not (0 <= config.robust < math.inf and 0 <= config.robust_eps < math.inf):
+            got = f"robust={config.robust}, robust_eps={config.robust_eps}"
+            raise ValueError(f"agent: got {got}; expected finite numbers >= 0")
+        if config.spectral is not None and not (config.spectral > 0 and config.spectral_iterations >= 1):
             got = f"spectral={config.spectral}, spectral_iterations={config.spectral_iterations}"
             raise ValueError(f"agent: got {got}; expected a positive bound and at least 1")
+        if math.isnan(config.target_min or 0) or not math.isfinite(config.target_entropy or 0):
+            got = f"target_min={config.target_min}, target_entropy={config.target_entropy}"
+            raise ValueError(f"agent: got {got}; expected numbers, the entropy a finite one, or None")
         if config.spectral is not None and config.layer_norm:
             raise ValueError("agent: layer_norm undoes the bounds that spectral puts on the layers; leave one out")
         super().__init__(config, 2 * spec.act, spec, generator, seeds, dtype)
@@ -794,6 +798,10 @@ class Sac(ActorCritic):
         super().load_linears(seed, actor, critics, target)
         if self.config.spectral is not None:
             self.find_vectors()
+            for flat in (self.critics, self.target):
+                for weight, *_ in self.layers(self.critic_net, flat):
+                    norm = torch.linalg.matrix_norm(weight, 2)
+                    weight.mul_((self.config.spectral / norm).clamp(max=1.0)[:, None, None])
 
     def actor_lr(self) -> float | Tensor:
         """The actor's learning rate at this update."""

@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from mbrl_envs import adapters, evaluate, tasks
 from mbrl_envs import datasets as worlds
-from mbrl_envs import evaluate, tasks
 from stable_baselines3 import SAC
 
 from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, cli_suite, mpc, offline, suite
@@ -175,6 +175,23 @@ def test_eval_gives_actions_the_meaning_that_they_have_in_the_data(finished, mon
     monkeypatch.setattr(Run, "config", config)
     assert cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1)) != wide
     assert cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=1, env="Pendulum-v1")) == wide
+
+
+def test_eval_plans_only_where_actions_mean_what_they_did_to_the_model(finished, monkeypatch):
+    run = Run.open(finished)
+    config = run.config
+    config["data"] |= {"act_low": [-0.5], "act_high": [0.5]}
+    monkeypatch.setattr(Run, "config", config)
+    asked = cli_evaluate.Evaluate(finished, episodes=1, env="Pendulum-v1", plan=True)
+    with pytest.raises(RunError, match=r"model span \[-0.5\] to \[0.5\], those of Pendulum-v1 \[-2.0\] to \[2.0\]"):
+        cli_evaluate.run_evaluate(asked)
+
+
+def test_eval_refuses_what_it_cannot_write_before_it_evaluates(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_evaluate, "returns_of", lambda *_: pytest.fail("evaluated"))
+    (tmp_path / "p.zip").mkdir()
+    with pytest.raises(adapters.AdapterError, match="is a folder, expected the name of a file"):
+        cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, export=tmp_path / "p.zip"))
 
 
 def test_eval_films_and_exports_what_it_evaluates(finished, tmp_path, monkeypatch):
@@ -392,6 +409,11 @@ def test_bad_input_is_one_clear_error(args, message, capsys, tmp_path, monkeypat
     ("error", "said"),
     [
         (PermissionError(13, "Permission denied", "runs"), "Permission denied: 'runs'"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nframe #0"),
+            "there is not enough memory: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate "
+            "memory; ask for less at a time (steps, rollouts, samples, particles, batch)",
+        ),
         (IsADirectoryError(21, "Is a directory", "x"), "Is a directory: 'x'"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (ImportError("pip install 'mbrl-suite[dysts]'"), "pip install 'mbrl-suite[dysts]'"),
@@ -404,6 +426,12 @@ def test_what_the_machine_or_an_environment_refuses_is_one_clear_error(error, sa
         cli.main(["list"])
     assert stop.value.code == 2
     assert f"{said}\n" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_no_want_of_memory(monkeypatch):
+    monkeypatch.setattr(cli, "run_list", lambda args: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["list"])
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,18 @@ def test_a_pole_that_is_put_upright_stands():
     np.testing.assert_allclose(obs, [0, 0, 1, 0, 0], atol=1e-5)
 
 
+def test_the_swing_up_draws_its_cart_and_pole():
+    env = make("mbrl_envs/CartPoleSwingUp-v0", render_mode="rgb_array")
+    pole = lambda picture: np.argwhere((picture == (202, 152, 101)).all(-1))  # rows (down), columns (right)
+    env.reset(options={"state": (1.0, 0, 0, 0)})
+    up = pole(env.render())
+    assert (up[:, 0].min(), up[:, 1].mean()) == (pytest.approx(90, abs=2), pytest.approx(385, abs=2))
+    env.reset(options={"state": (0.0, 0, math.pi / 2, 0)})
+    right = pole(env.render())
+    assert (right[:, 1].max(), right[:, 0].mean()) == (pytest.approx(385, abs=2), pytest.approx(175, abs=2))
+    assert env.unwrapped.__class__().render() is None
+
+
 def test_the_swing_up_is_its_twin():
     env, model = make("mbrl_envs/CartPoleSwingUp-v0"), TrueCartPole().double()
     obs, _ = env.reset(seed=0)

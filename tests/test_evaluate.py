@@ -232,7 +232,12 @@ def test_an_id_may_bring_arguments():
     assert worlds.make('Pendulum-v1{"g": 1.6}', g=3.0).unwrapped.g == 1.6  # type: ignore[attr-defined]
     with pytest.raises(EnvError, match=r"cannot make .*moons"):
         worlds.make('Pendulum-v1{"moons": 2}')
-    bad = ('Hopper-v5{"frame_skip": 0}', 'Pendulum-v1{"g": "heavy"}', 'Hopper-v5{"xml_file": "none.xml"}')
+    bad = (
+        'Hopper-v5{"frame_skip": 0}',
+        'Hopper-v5{"frame_skip": -1}',
+        'Pendulum-v1{"g": "heavy"}',
+        'Hopper-v5{"xml_file": "none.xml"}',
+    )
     for name in (*bad, 'Pendulum-v1{"max_episode_steps": 0}'):  # in making it, or in its first step
         with pytest.raises(EnvError, match=r"cannot make .*mend its arguments|cannot make .*TypeError"):
             worlds.make(name)
@@ -338,6 +343,13 @@ def test_a_film_that_cannot_be_made(tmp_path):
     with pytest.raises(EnvError, match=r"cannot write .*film\.what.*use a name that ends in \.gif"):
         video(constant(0.0), Counter(render_mode="rgb_array"), tmp_path / "film.what")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.gif").mkdir()
+    for place, way in (("file/film.gif", "file"), ("file/deeper/film.gif", "file"), ("folder.gif", "folder.gif")):
+        with pytest.raises(EnvError, match=f"film|folder.* cannot be written, .*{way} is in the way"):
+            worlds.check_film(tmp_path / place)
+    worlds.check_film(tmp_path / "new" / "film.gif")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_policy_that_remembers_is_told_which_rows_go_on():

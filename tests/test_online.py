@@ -20,7 +20,7 @@ from mbrl.terminal import TerminalConfig
 AGENT = SacConfig(hidden=(32, 32), actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3)
 SMALL = OnlineConfig(
     AGENT, steps=120, random=40, refit_every=20, rollouts=50, retain=2, updates=2, batch=32, evaluate_every=40,
-    log_every=30, save_every=1,
+    log_every=30, save_every=2,
 )  # fmt: skip
 SINGLE = SingleConfig(hidden=(16,), weight_decay=(0.0, 0.0), gaussian=True)
 SHORT = FitConfig(max_epochs=2, batch=16)
@@ -236,7 +236,7 @@ def test_a_record_of_another_run_is_refused(other):
 def test_learned_terminations_are_kept(seeds, monkeypatch):
     """Also by a run that is interrupted after its last refit, which comes to the same ones."""
     monkeypatch.setattr(online, "TerminalConfig", lambda: TerminalConfig(hidden=(8,), steps=20))
-    config = replace(SMALL, steps=119, save_every=1 if len(seeds) == 1 else 110)
+    config = replace(SMALL, steps=119, save_every=2 if len(seeds) == 1 else 110)
     go = lambda record: together(seeds, config, lambda: LineEnv(13, 2.0), dynamics=SINGLE, terminal=None, record=record)
     first, names = Memory(), ["terminal"] if len(seeds) == 1 else ["terminal0", "terminal1"]
     found = go(first)
@@ -313,6 +313,20 @@ def test_several_seeds_interrupted_in_the_midst_of_episodes_go_on_to_the_same_nu
         assert all(torch.equal(v, two.agent.state_dict()[k]) for k, v in one.agent.state_dict().items())
 
 
+def test_an_episode_that_goes_on_and_on_is_saved_in_its_midst():
+    config = replace(SMALL, save_every=5)
+    go = lambda record: run(config, LineEnv(10_000), dynamics=SINGLE, evaluate=earned, record=record)
+    whole = go(Memory())
+    memory = Memory(1)
+    with pytest.raises(KeyboardInterrupt):
+        go(memory)
+    assert memory.kept["online.partial"][1]["steps"] == 50
+    memory.left = 10**9
+    again = go(memory)
+    assert (whole.returns, whole.probes) == (again.returns, again.probes)
+    assert all(torch.equal(v, again.agent.state_dict()[k]) for k, v in whole.agent.state_dict().items())
+
+
 def test_an_environment_that_is_not_its_seeds_alone_is_not_gone_on_with():
     class Fickle(LineEnv):
         def reset(self, *, seed=None):
@@ -343,6 +357,8 @@ def test_seeds_and_environments_that_do_not_go_together_are_one_error(envs, opti
     with pytest.raises(ValueError, match=message):
         online.train_together(SMALL, envs, **options)
     wide = LineEnv()
+    with pytest.raises(ValueError, match="one environment twice"):
+        online.train_together(SMALL, [wide, wide], seeds=[0, 1])
     wide.action_space = Box([-1.0], [1.0])
     with pytest.raises(ValueError, match="environments are not alike"):
         online.train_together(SMALL, [LineEnv(), wide], seeds=[0, 1])

@@ -77,6 +77,7 @@ class Linear(Markov):
         {"temperature": 0.0},
         {"elites": -1},
         {"decay": 0.9},
+        {"decay": math.nan},
         {"decay": 4.0, "samples": 64, "elites": 8, "proposals": 16},
         {"iterations": 0},
         {"momentum": 1.0},
@@ -95,6 +96,11 @@ class Linear(Markov):
 def test_a_setting_that_cannot_be_is_named(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*expected"):
         Planner(**wrong)
+
+
+@pytest.mark.parametrize("decay", [1e200, math.inf])
+def test_a_decay_beyond_all_numbers_leaves_the_least(decay):
+    assert Planner(samples=40, elites=10, decay=decay, iterations=4).sizes() == [40, 20, 20, 20]
 
 
 def test_each_iteration_draws_fewer_but_never_fewer_than_two_an_elite():

@@ -543,6 +543,21 @@ def test_critics_that_are_loaded_keep_to_the_bound_as_well():
         assert (torch.linalg.svdvals(weight)[:, 0] <= 1 + 1e-9).all()
 
 
+def test_targets_that_are_loaded_keep_to_the_bound_and_to_their_directions():
+    make = lambda **kw: SacConfig(hidden=(16, 16), **kw).build(Spec(3, 2), gen(1), 2, DOUBLE)
+    agent, other = make(spectral=1.0), make()
+    other.critics.data.mul_(4.0)
+    other.target.data.mul_(3.0)
+    untouched = agent.target[1].clone()
+    agent.load_linears(0, **other.linears(0))
+    for flat, given in ((agent.critics, other.critics), (agent.target, other.target)):
+        for (weight, *_), (full, *_) in zip(*(agent.critic_net.views(x[0]) for x in (flat, given)), strict=True):
+            norms = torch.linalg.svdvals(full)[:, 0]
+            torch.testing.assert_close(weight, full / norms.clamp(min=1)[:, None, None])
+            assert (norms > 1).any()
+    torch.testing.assert_close(agent.target[1], untouched)
+
+
 REGULAR = {"hidden": (8, 8), "robust": 0.5, "spectral": 1.0, "critic_lr": 1e-2}
 
 
@@ -842,7 +857,14 @@ def test_without_a_temperature_there_is_no_entropy_term():
         (lambda: small(layer_norm=True).linears(0), "normalisation"),
         (lambda: small(layer_norm=True, spectral=1.0), "undoes"),
         (lambda: small(spectral=0.0), "positive bound"),
+        (lambda: small(spectral=math.nan), "spectral=nan"),
         (lambda: small(robust=-1.0), "robust=-1.0"),
+        (lambda: small(robust=math.nan), "robust=nan"),
+        (lambda: small(robust=math.inf), "robust=inf"),
+        (lambda: small(robust=1.0, robust_eps=math.nan), "robust_eps=nan"),
+        (lambda: small(cloning=math.nan), "cloning=nan"),
+        (lambda: small(target_min=math.nan), "target_min=nan"),
+        (lambda: small(target_entropy=math.nan), "target_entropy=nan"),
         (lambda: small(init_alpha=-1.0), "init_alpha=-1.0"),
         (lambda: small(init_alpha=0.0), "init_alpha=0.0, alpha_lr=0.0001"),
         (lambda: small(init_alpha=math.inf), "init_alpha=inf"),

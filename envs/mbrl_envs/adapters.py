@@ -376,6 +376,19 @@ class ModelVecEnv(VecEnv):
 # ---------------------------------------------------------------- policies as checkpoints
 
 
+def sb3_path(agent: Any, path: str | Path, seed: int = 0) -> Path:
+    """The file that `to_sb3` writes. Raises AdapterError for what it cannot, before any work."""
+    if not isinstance(agent, Sac):
+        raise AdapterError(f"to_sb3: got a {type(agent).__name__}, expected a Sac; other policies have no counterpart")
+    if not 0 <= seed < agent.seeds:
+        raise AdapterError(f"to_sb3: got seed {seed}, expected 0 .. {agent.seeds - 1}")
+    path = Path(path)
+    path = path if path.suffix else path.with_name(path.name + ".zip")
+    if path.is_dir():
+        raise AdapterError(f"to_sb3: {path} is a folder, expected the name of a file; name another")
+    return path
+
+
 def to_sb3(
     agent: Sac,
     env_id: str | gym.Env,
@@ -396,14 +409,7 @@ def to_sb3(
     Raises AdapterError where agent and environment do not fit, the agent is no SAC, or a folder has the path."""
     from stable_baselines3 import SAC
 
-    if not isinstance(agent, Sac):
-        raise AdapterError(f"to_sb3: got a {type(agent).__name__}, expected a Sac; other policies have no counterpart")
-    if not 0 <= seed < agent.seeds:
-        raise AdapterError(f"to_sb3: got seed {seed}, expected 0 .. {agent.seeds - 1}")
-    path = Path(path)
-    path = path if path.suffix else path.with_name(path.name + ".zip")
-    if path.is_dir():
-        raise AdapterError(f"to_sb3: {path} is a folder, expected the name of a file; name another")
+    path = sb3_path(agent, path, seed)
     config = agent.config
     env = made = make(env_id) if isinstance(env_id, str) else env_id
     try:

@@ -281,11 +281,13 @@ class TrueCartPole(Truth):
 
 class CartPoleSwingUp(gym.Env):
     """TrueCartPole as an environment, in float64: observes [5], takes the force over 10 N, [1] in [-1, 1]. Made by id
-    it is cut after 250 steps, 5 s. reset(options={"state": (x, velocity, angle, angular velocity)}) starts there."""
+    it is cut after 250 steps, 5 s. reset(options={"state": (x, velocity, angle, angular velocity)}) starts there. It
+    draws itself where render_mode is "rgb_array"."""
 
-    metadata = {"render_modes": []}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012
 
-    def __init__(self) -> None:
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
         self.world = TrueCartPole().double()
         self.terminal = known("mbrl_envs/CartPoleSwingUp-v0").terminal
         self.observation_space = spaces.Box(-np.inf, np.inf, (5,), np.float64)
@@ -306,6 +308,26 @@ class CartPoleSwingUp(gym.Env):
         self.state, pred = self.world.step(before, StepInput(act, act[:, :0], act.new_ones(1, 1)), ())
         end = self.terminal(before, act, self.state).item()
         return self.state[0].numpy().copy(), pred.reward.item(), bool(end), False, {}
+
+    def render(self) -> np.ndarray | None:
+        """[300, 600, 3] uint8: the cart on its track and the pole of 1 m; None without a render_mode."""
+        if self.render_mode is None:
+            return None
+        from PIL import Image, ImageDraw
+
+        x, _, cos, sin, _ = self.state[0].tolist()
+        metre, ground, middle = 85.0, 175.0, 300.0
+        at = middle + metre * x
+        picture = Image.new("RGB", (600, 300), "white")
+        draw = ImageDraw.Draw(picture)
+        ends = [middle + side * 2.4 * metre for side in (-1, 1)]
+        draw.line([ends[0], ground, ends[1], ground], fill="black", width=2)
+        for end in ends:
+            draw.line([end, ground - 12, end, ground + 12], fill="black", width=2)
+        draw.rectangle([at - 25, ground - 14, at + 25, ground + 14], fill="black")
+        draw.line([at, ground, at + metre * sin, ground - metre * cos], fill=(202, 152, 101), width=10)
+        draw.ellipse([at - 5, ground - 5, at + 5, ground + 5], fill=(129, 132, 203))
+        return np.asarray(picture)
 
 
 class TrueReacher(Truth):

@@ -246,7 +246,12 @@ def video(
 
 
 def check_film(path: Path) -> None:
-    """Raises EnvError where no film of that kind can be written: before what is to be filmed takes hours."""
+    """Raises EnvError where no film of that kind can be written there: before what is to be filmed takes hours."""
+    above = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not above.is_dir():
+        raise EnvError(
+            f"video: {path} cannot be written, {path if path.is_dir() else above} is in the way; name another"
+        )
     with tempfile.TemporaryDirectory() as folder:
         _writer(Path(folder) / f"film{path.suffix}", path).close()
 
@@ -347,6 +352,9 @@ def make(env_id: str, **kw: Any) -> gym.Env:
 
 def _try(env: gym.Env) -> None:
     """Some environments read their arguments in their first step."""
+    interval = getattr(env.unwrapped, "dt", 1.0)
+    if isinstance(interval, float) and interval <= 0:
+        raise ValueError(f"a step of it takes {interval:g} s")
     env.reset(seed=0)
     if isinstance(env.action_space, spaces.Box):
         env.step(np.clip(np.zeros_like(env.action_space.low), env.action_space.low, env.action_space.high))
