@@ -32,6 +32,8 @@ from mbrl.fit import FitConfig
 from mbrl.run import Run
 from mbrl.sac import SacConfig
 
+CROWDED = 1.5  # times as long as on one thread, from which a machine is too busy for several
+
 # ---------------------------------------------------------------- the small commands
 
 
@@ -134,12 +136,31 @@ def run_demo(args: Demo) -> Run:
     """The command `mbrl demo`."""
     folder = args.out or Path("runs/demo")
     number = 2
+    begun = args.out is None and (folder / "config.json").exists() and not (folder / "result.json").exists()
+    if begun and Run.open(folder).config["arguments"]["seeds"] == [args.seed]:
+        console.print(f"{folder} was interrupted: going on with it", **PLAIN)
+        return _demonstrated(run_offline(Offline(resume=folder)))
     while args.out is None and (folder / "config.json").exists():
         folder, number = Path(f"runs/demo-{number}"), number + 1
-    return run_offline(demo_settings(folder, args.seed))
+    threads = 0
+    if devices.slowdown() > CROWDED:
+        threads = 1
+        console.print("other processes keep this machine's cores busy: one thread is the faster", **PLAIN)
+    return _demonstrated(run_offline(demo_settings(folder, args.seed, threads)))
 
 
-def demo_settings(folder: Path, seed: int) -> Offline:
+def _demonstrated(run: Run) -> Run:
+    folder = shlex.quote(str(run.folder))
+    console.print(
+        f"next: look at {folder}/report.png; `mbrl eval {folder} --episodes 50` asks more initial states;", **PLAIN
+    )
+    console.print(
+        f"`mbrl eval {folder} --plan` plans over the policy; `mbrl offline --dataset FILE` takes your data", **PLAIN
+    )
+    return run
+
+
+def demo_settings(folder: Path, seed: int, threads: int = 0) -> Offline:
     """The embedded default: MOREC-MOPO on the Pendulum set, sized for two cores."""
     preset = offline.MOREC_MOPO
     assert preset.imagination is not None
@@ -150,7 +171,8 @@ def demo_settings(folder: Path, seed: int) -> Offline:
     agent = SacConfig(hidden=(128, 128), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3)
     algorithm = replace(preset, agent=agent, imagination=imagination, updates=12_000, evaluate_every=500, log_every=100)
     fitting = FitConfig(max_epochs=15)
-    return Offline(dataset="embedded:pendulum", out=folder, seeds=(seed,), algorithm=algorithm, fitting=fitting)
+    source, own = "embedded:pendulum", {"algorithm": algorithm, "fitting": fitting, "threads": threads}
+    return Offline(dataset=source, out=folder, seeds=(seed,), **own)
 
 
 # ---------------------------------------------------------------- all of them
@@ -211,6 +233,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = isinstance(command, (Reconstruct, Continual, Meta))  # which say so themselves
         if not own and not 0 <= worst <= 2**62:
             raise ValueError(f"--seed{'s' * hasattr(command, 'seeds')} is {worst}, expected 0 or more, 2^62 at most")
+        if getattr(command, "threads", None) == 0 and sys.stderr.isatty() and (times := devices.slowdown()) > CROWDED:
+            Console(stderr=True).print(
+                "[yellow]warning:[/yellow] other processes keep this machine's cores busy: small products take "
+                f"{times:.0f} times as long on its threads as on one; --threads 1 is the faster",
+                highlight=False,
+                soft_wrap=True,
+            )
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt as stop:
         words = "interrupted"

@@ -152,5 +152,5 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
         console.print(f"stable-baselines3 checkpoint{of}: {path}")
     if args.video:
         worlds.video(offline.policy_of(agent), env, args.video, obs=agent.spec.obs, **bounds)
-        console.print(f"video{of}: {args.video}")
+        console.print(f"video of one more episode{of}: {args.video}")
     return found["policy"]

@@ -471,6 +471,9 @@ def finish(run: Run, args: Offline, data: Any, result: offline.Result, world: Wo
     if result.returns:
         console.print(f"{last_words(len(result.returns))}{early(args.algorithm, data.spec, result)}; ", end="")
         console.print("never the best one. ", end="")
-    console.print(f"scale: {scale}" if scale else "no reference scores are known for this environment")
+    words = "no reference scores are known for this environment"
+    if scale:
+        words = f"score: 0 is a return of {scale[0]:.1f}, 100 one of {scale[1]:.1f}"
+    console.print(words, highlight=False)
     console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in result.seconds.items())}")
     console.print(f"figure: {run.folder / 'report.png'}    curves: tensorboard --logdir {run.folder}")

@@ -340,4 +340,4 @@ def _film(args: Plan, controller: Any, env: Any, device: torch.device) -> None:
     with console.status("filming") as status:
         act = watched(controller, "filming", status)
         total = worlds.video(lambda obs: act(torch.as_tensor(obs).to(device)), source, args.video)
-    console.print(f"video: {args.video}, return {total:.1f}")
+    console.print(f"video of one more episode: {args.video}, return {total:.1f}")

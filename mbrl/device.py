@@ -3,6 +3,7 @@
 import ctypes
 import os
 import secrets
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +39,27 @@ def use_threads(n: int) -> None:
         raise ValueError(f"--threads {n}: expected 0 (torch's own choice) or more")
     if n:
         torch.set_num_threads(n)
+
+
+def slowdown(seconds: float = 0.1) -> float:
+    """How many times as long a small matrix product and an activation take on this process's threads as on one, from
+    so many seconds of each. Below 1 where the cores are free; several times as long where another process keeps one of
+    them busy, since all threads wait for that which shares its core, and spin while they do."""
+    count = torch.get_num_threads()
+    if count == 1:
+        return 1.0
+    x, took = torch.rand(256, 256), []
+    try:
+        for threads in (1, count):
+            torch.set_num_threads(threads)
+            done, begin = 0, time.perf_counter()
+            while (spent := time.perf_counter() - begin) < seconds or done < 3:
+                torch.sigmoid(x @ x)
+                done += 1
+            took.append(spent / done)
+    finally:
+        torch.set_num_threads(count)
+    return took[1] / took[0]
 
 
 def available() -> bool:

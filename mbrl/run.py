@@ -459,19 +459,21 @@ def draw_report(
         right = ax.secondary_yaxis(
             "right", functions=(lambda r: 100 * (r - low) / (high - low), lambda s: low + s * (high - low) / 100)
         )
-        right.set_ylabel("normalised score")
+        right.set_ylabel(f"normalised score: 0 is {low:.0f}, 100 is {high:.0f}")
     for ax, stage, name, unit in (
         (axes[0, 1], "model", "dynamics model", "epochs"),
         (axes[1, 0], "policy", "policy", "updates"),
     ):
-        keys = [k for k in dict.fromkeys(k for x in of(stage) for k in x) if k not in ("stage", "step", "return")]
+        keys = [
+            k for k in dict.fromkeys(k for x in of(stage) for k in x) if k not in ("stage", "step", "return", "active")
+        ]
         for key in keys[:6]:
             curve(ax, stage, key, label=key, lw=1)
         if of("reward") and stage == "model":
             ax.text(
                 0.98,
                 0.6,
-                f"dynamics reward: {of('reward')[-1]['step']} updates",
+                f"and a dynamics reward, in {of('reward')[-1]['step']} updates",
                 transform=ax.transAxes,
                 ha="right",
                 fontsize=8,
@@ -481,12 +483,14 @@ def draw_report(
             continue
         ax.set(title=name, xlabel=unit)
         ax.set_yscale("symlog", linthresh=1.0)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, ncols=2)
     ax = axes[1, 1]
     if of("rollout"):
         curve(ax, "rollout", "length", label="mean length")
         ax.set(title="imagined rollouts", xlabel="updates", ylabel="steps")
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
         other = ax.twinx()
+        other.set_ylabel("share of rollouts")
         curve(other, "rollout", "cut", color="C1", label="share cut as implausible")
         curve(other, "rollout", "ended", color="C2", label="share ended by the task")
         other.set_ylim(0, 1.05)

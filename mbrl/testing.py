@@ -113,11 +113,15 @@ def check_dynamics(
     device: torch.device | str = "cpu",
 ) -> None:
     """Run every check but those in `skip`. Raises AssertionError naming each that fails, with the failures as its
-    cause; ValueError where `skip` names no check."""
+    cause, or saying that the learner cannot be built; ValueError where `skip` names no check."""
     if unknown := set(skip) - set(CHECKS):
         raise ValueError(f"skip: got {sorted(unknown)}, expected names among {sorted(CHECKS)}")
     subject, failures = Subject(build, spec, imposes, dt, device), []
     names = [name for name in CHECKS if name not in skip]
+    try:
+        build(spec)
+    except Exception as error:
+        raise AssertionError(f"the learner cannot be built for {spec}: {_first_line(error)}") from error
     for name in names:
         try:
             CHECKS[name](subject)

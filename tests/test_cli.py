@@ -428,6 +428,41 @@ def test_what_the_machine_or_an_environment_refuses_is_one_clear_error(error, sa
     assert f"{said}\n" in capsys.readouterr().err
 
 
+def test_the_demo_goes_on_with_an_interrupted_one_of_its_seed(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    class Ran:
+        folder = Path("runs/demo")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "run_offline", lambda args: asked.append(args) or Ran())
+    monkeypatch.setattr(cli.devices, "slowdown", lambda: 0.7)
+    demo = lambda seed=0: (cli.run_demo(cli.Demo(seed=seed)), asked[-1])[1]
+    assert demo() == cli.demo_settings(Path("runs/demo"), 0)
+    plain = to_plain(replace(cli.demo_settings(Path("runs/demo"), 0), out=None))
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo/config.json").write_text(json.dumps({"arguments": plain}))
+    assert demo().resume == Path("runs/demo")
+    assert "runs/demo was interrupted: going on with it" in capsys.readouterr().out
+    assert demo(1) == cli.demo_settings(Path("runs/demo-2"), 1), "another seed is another run"
+    Path("runs/demo/result.json").write_text("{}")
+    monkeypatch.setattr(cli.devices, "slowdown", lambda: 7.0)
+    assert demo() == cli.demo_settings(Path("runs/demo-2"), 0, threads=1), "where the cores are busy"
+    assert "one thread is the faster" in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_warned_of_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(cli.devices, "slowdown", lambda: 6.6)
+    monkeypatch.setattr(cli, "run_offline", lambda args: None)
+    go = lambda *more: (cli.main(["offline", "--dataset", "embedded:pendulum", *more]), capsys.readouterr().err)[1]
+    assert go() == "", "not in a file"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert "7 times as long on its threads as on one; --threads 1" in go().replace("\n", " ")
+    assert go("--threads", "2") == "", "which were asked for"
+    monkeypatch.setattr(cli.devices, "slowdown", lambda: 1.1)
+    assert go() == ""
+
+
 def test_an_error_of_ours_is_no_want_of_memory(monkeypatch):
     monkeypatch.setattr(cli, "run_list", lambda args: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):

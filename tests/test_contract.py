@@ -652,6 +652,15 @@ def test_one_line_survives_a_learner_that_raises():
         check_dynamics(Raising, skip=quick())
 
 
+def test_a_learner_that_cannot_be_built_is_said_once():
+    class Abstract(Markov):
+        pass
+
+    with pytest.raises(AssertionError, match=r"cannot be built for Spec.*: TypeError: Can't instantiate") as caught:
+        check_dynamics(lambda spec: Abstract())  # type: ignore[abstract]
+    assert "\n" not in str(caught.value)
+
+
 def test_one_line_takes_what_an_affine_observation_imposes():
     check_dynamics(Latent, skip=quick(), imposes=projection)
     narrow = lambda spec: Latent(spec, latent=2)

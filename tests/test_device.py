@@ -65,6 +65,25 @@ def test_nothing_is_captured_on_the_cpu():
     assert not calls, "nor is anything run"
 
 
+def test_the_slowdown_leaves_the_threads_as_they_were(monkeypatch):
+    """And is that of several threads beside one: with a clock of ours, whose ticks are the threads' number."""
+    before, now = torch.get_num_threads(), [0.0]
+
+    def clock() -> float:
+        now[0] += torch.get_num_threads() / 100
+        return now[0]
+
+    monkeypatch.setattr(devices.time, "perf_counter", clock)
+    try:
+        torch.set_num_threads(3)
+        assert devices.slowdown(1.0) == pytest.approx(3.0, rel=0.1)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        assert devices.slowdown(1.0) == 1.0
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_freed_memory_is_kept_and_nothing_else_changes():
     """Where the C library can, what is freed comes back at once: the same tensors, without new pages."""
     import resource

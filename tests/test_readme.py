@@ -27,6 +27,13 @@ def test_a_command_parses(line):
     tyro.cli(cli._commands(), args=shlex.split(line, comments=True)[1:], prog="mbrl")
 
 
+def test_the_learner_that_is_shown_keeps_the_contract(tmp_path, monkeypatch):
+    (text,) = (x for x in PYTHON if "check_dynamics(" in x)
+    (tmp_path / "shown_in_the_readme.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("shown_in_the_readme")
+
+
 @pytest.mark.parametrize("text", PYTHON)
 def test_what_is_imported_exists(text):
     for node in ast.walk(ast.parse(text)):
