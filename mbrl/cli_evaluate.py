@@ -74,6 +74,8 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     from mbrl_envs import evaluate as worlds
 
     check_by(args)
+    if args.episodes < 1:
+        raise ValueError(f"--episodes: got {args.episodes}, expected at least 1")
     settings = settings_of(run)
     env = args.env or (run.result or {}).get("env") or settings.env
     if env in (None, "none"):

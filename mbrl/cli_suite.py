@@ -201,7 +201,8 @@ def _run_group(cells: Sequence[tuple[Offline, Path]]) -> dict[Path, str]:
             else:
                 run = run_offline(cell)
             result = run.result or {}
-            print(f"{folder}: last-10 {result.get('last10')}, {time.perf_counter() - began:.0f} s", flush=True)
+            last = ", ".join(f"{x:.1f}" for x in result.get("last10") or ()) or "-"
+            print(f"{folder}: last-10 {last}, {time.perf_counter() - began:.0f} s", flush=True)
         except (ValueError, RuntimeError, OSError) as error:  # one cell's fault is not the others'
             failures[folder] = str(error)
     return failures

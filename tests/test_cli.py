@@ -187,6 +187,11 @@ def test_eval_plans_only_where_actions_mean_what_they_did_to_the_model(finished,
         cli_evaluate.run_evaluate(asked)
 
 
+def test_eval_of_no_episode_is_refused(finished):
+    with pytest.raises(ValueError, match="--episodes: got 0, expected at least 1"):
+        cli_evaluate.run_evaluate(cli_evaluate.Evaluate(finished, episodes=0))
+
+
 def test_eval_refuses_what_it_cannot_write_before_it_evaluates(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_evaluate, "returns_of", lambda *_: pytest.fail("evaluated"))
     (tmp_path / "p.zip").mkdir()

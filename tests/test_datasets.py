@@ -1106,3 +1106,10 @@ def test_draw_writes_one_whole_figure(tmp_path):
 def test_returns_that_single_precision_cannot_part_are_drawn(tmp_path):
     data = load(columns((5,), ended=(False,)) | {"rewards": np.full(5, -4.4e6, np.float32)})
     overview.draw(data, tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("name", ["series.csv", "SERIES.NPY"])
+def test_a_series_is_told_from_a_dataset(tmp_path, name):
+    (tmp_path / name).write_bytes(b"time,x\n0,1\n")
+    with pytest.raises(DataError, match=r"which is a series, expected .*`mbrl reconstruct --data` takes series"):
+        load(tmp_path / name)

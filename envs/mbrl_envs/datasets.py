@@ -204,6 +204,11 @@ def _path(source: str | os.PathLike, strict: bool, progress: Progress | None) ->
         magic = file.read(4)
     if not magic:
         raise DataError(f"{label}: the file is empty, expected D4RL's HDF5 or NeoRL's .npz; download or write it again")
+    if path.suffix.lower() in (".csv", ".npy"):
+        raise DataError(
+            f"{label}: got a {path.suffix} file, which is a series, expected D4RL's HDF5 or NeoRL's .npz; `mbrl "
+            "reconstruct --data` takes series, or store its observations, actions and rewards as an .npz"
+        )
     if path.suffix == ".npz" and not magic.startswith(b"PK"):
         raise DataError(f"{label}: not NumPy's .npz, which is a zip archive; download or write it again")
     if magic.startswith(b"PK"):
