@@ -264,21 +264,24 @@ class Counted(Equations):
         return torch.stack([along(e) for e in torch.eye(self.dim).to(x)], -1)
 
 
+MOST = 100_000  # environments of one family
+
+
 def environments(name: str, split: Literal["train", "adapt"] = "train", n: int | None = None) -> list[Environment]:
     """Those of a set or of one family, by its name; n of each family, by default as many as were published.
 
     The data by which a learner adapts and those that judge it are both of the "adapt" environments. By default none of
     them is in training as well, but of the set "four" the first and the last of each family. A trajectory's draws do
     not depend on the split: give other data another seed. Raises ValueError for a name or a split that there is not,
-    and for n below 1."""
+    and for n below 1 or above MOST."""
     if name not in SETS and name not in FAMILIES:
         known = dict.fromkeys([*SETS, *FAMILIES])
         raise ValueError(f"environments: got {name!r}{close_matches(name, known)}; expected one of {', '.join(known)}")
     if split not in ("train", "adapt"):
         raise ValueError(f"environments: got the split {split!r}, expected train or adapt")
-    if n is not None and n < 1:
+    if n is not None and not 1 <= n <= MOST:
         raise ValueError(
-            f"environments: got n={n}, expected at least 1 of each family; None takes the published number"
+            f"environments: got n={n}, expected 1 to {MOST} of each family; None takes the published number"
         )
     families = SETS[name] if name in SETS else (FAMILIES[name],)
     factors = {f: f.train if split == "train" else f.adapt for f in families}
