@@ -162,7 +162,7 @@ class OfflineConfig:
 
 
 # Published: plain SAC on raw observations, actor and temperature at 1e-4 from a temperature of 1, a twentieth of real
-# rows, over three million updates. In the 100 000 of these settings hoppers do not learn to stay up that way. So every
+# rows, over three million updates. In the 100 000 of these settings MOREC-MOPO keeps no hopper up that way. So every
 # algorithm that learns in a model has the same agent, quicker, and kept near to what the data did where they show one
 # way to act; none is ahead by it. `PUBLISHED` is without.
 PUBLISHED = SacConfig()

@@ -433,6 +433,19 @@ def test_what_the_machine_or_an_environment_refuses_is_one_clear_error(error, sa
     assert f"{said}\n" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_demo_swings_up_where_its_data_do_not(tmp_path):
+    """Model, dynamics reward and policy as the demo has them, in a third of its updates: from -1070 to about -120."""
+    asked = cli.demo_settings(tmp_path / "demo", 0, threads=1)
+    assert (asked.algorithm.updates, asked.algorithm.evaluate_every) == (12_000, 500)
+    shorter = replace(asked.algorithm, updates=4_000, evaluate_every=1_000)
+    run = cli_offline.run_offline(replace(asked, algorithm=shorter, quiet=True))
+    assert run.result is not None
+    assert run.result["behaviour_mean"] < -1000
+    assert run.result["final"][0] > -300
+    assert {"model", "reward", "policy", "rollout", "evaluate"} <= {x["stage"] for x in run.metrics()}
+
+
 def test_the_demo_goes_on_with_an_interrupted_one_of_its_seed(tmp_path, monkeypatch, capsys):
     asked = []
 
