@@ -459,7 +459,7 @@ def draw_report(
         right = ax.secondary_yaxis(
             "right", functions=(lambda r: 100 * (r - low) / (high - low), lambda s: low + s * (high - low) / 100)
         )
-        right.set_ylabel(f"normalised score: 0 is {low:.0f}, 100 is {high:.0f}")
+        right.set_ylabel(f"score (0: {low:.0f}, 100: {high:.0f})")
     for ax, stage, name, unit in (
         (axes[0, 1], "model", "dynamics model", "epochs"),
         (axes[1, 0], "policy", "policy", "updates"),
