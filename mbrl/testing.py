@@ -119,7 +119,7 @@ def check_dynamics(
     subject, failures = Subject(build, spec, imposes, dt, device), []
     names = [name for name in CHECKS if name not in skip]
     try:
-        build(spec)
+        subject.fresh()
     except Exception as error:
         raise AssertionError(f"the learner cannot be built for {spec}: {_first_line(error)}") from error
     for name in names:

@@ -507,7 +507,7 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
             "--worth.particles, --worth.no-pinned: the true simulator is not uncertain and has one future",
         ),
         (["plan", "--env", "Pendulum-v1", "--model", "ensemble"], "a learner to fit is named as dynamics:ensemble"),
-        (["plan", "--env", "Pendulum-v1", "--worth.limit", "1"], "pass pinned=False (--worth.no-pinned)"),
+        (["plan", "--env", "Pendulum-v1", "--worth.limit", "1"], "pass pinned=False (--worth.no-pinned;"),
         (["plan", "--env", "Pendulum-v1", "--worth.limit", "1", "planner:cem", *LEARNER], "as an ensemble does"),
         (["plan", "--env", "Edge-v0", "--video", "x.gif"], "cannot make the environment 'Edge-v0'"),
         (

@@ -349,7 +349,7 @@ def test_a_limit_on_what_the_learner_does_not_tell_is_found_before_the_first_pla
     for pinned, it in ((True, "the learner pinned to a part reports none"), (False, "the learner reports none")):
         with pytest.raises(ValueError, match=rf"{it}; plan with a learner that .* \(dynamics:ensemble\)"):
             Mpc(SMALL, Worth(particles=3, limit=1.0, pinned=pinned), silent)
-    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt; name .*\(--worth.uncertainty\)"):
+    with pytest.raises(ValueError, match=r"'disagreement', the learner reports doubt; name .*\(--worth.uncertainty;"):
         Mpc(SMALL, Worth(limit=1.0), Line())
 
 
