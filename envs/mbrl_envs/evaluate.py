@@ -355,9 +355,13 @@ def _try(env: gym.Env) -> None:
     interval = getattr(env.unwrapped, "dt", 1.0)
     if isinstance(interval, float) and interval <= 0:
         raise ValueError(f"a step of it takes {interval:g} s")
-    env.reset(seed=0)
-    if isinstance(env.action_space, spaces.Box):
-        env.step(np.clip(np.zeros_like(env.action_space.low), env.action_space.low, env.action_space.high))
+    try:
+        env.reset(seed=0)
+        if isinstance(env.action_space, spaces.Box):
+            env.step(np.clip(np.zeros_like(env.action_space.low), env.action_space.low, env.action_space.high))
+    except Exception:
+        env.close()
+        raise
 
 
 def flat(env: gym.Env) -> gym.Env:
