@@ -234,11 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not own and not 0 <= worst <= 2**62:
             raise ValueError(f"--seed{'s' * hasattr(command, 'seeds')} is {worst}, expected 0 or more, 2^62 at most")
         if getattr(command, "threads", None) == 0 and sys.stderr.isatty() and (times := devices.slowdown()) > CROWDED:
-            Console(stderr=True).print(
+            _say(
                 "[yellow]warning:[/yellow] other processes keep this machine's cores busy: small products take "
-                f"{times:.0f} times as long on its threads as on one; --threads 1 is the faster",
-                highlight=False,
-                soft_wrap=True,
+                f"{times:.0f} times as long on its threads as on one; --threads 1 is the faster"
             )
         does.get(type(command), run_collect)(command)
     except KeyboardInterrupt as stop:
@@ -252,20 +250,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"\n{words}", **PLAIN)
         sys.exit(130)
     except (ValueError, Diverged, OSError, ImportError, evaluate.gym.error.Error) as error:
-        Console(stderr=True, emoji=False).print(
-            f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
+        _say(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(2)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
             raise
-        Console(stderr=True, emoji=False).print(
+        _say(
             f"[red]error:[/red] there is not enough memory: {escape(str(error).strip().partition(chr(10))[0])}; ask "
-            "for less at a time (steps, rollouts, samples, particles, batch)",
-            highlight=False,
-            soft_wrap=True,
+            "for less at a time (steps, rollouts, samples, particles, batch)"
         )
         sys.exit(2)
+
+
+def _say(words: str) -> None:
+    """To standard error, in one line."""
+    Console(stderr=True, emoji=False).print(words, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def train_together(
     check(config)
     check_fit(fitting)
     many = len(seeds)
-    if len(envs) != len(seeds) or not seeds or len(set(seeds)) < len(seeds):
+    if len(envs) != many or not seeds or len(set(seeds)) < many:
         raise ValueError(f"online: got {len(envs)} environments and seeds {list(seeds)}; expected one each, none twice")
     if len({id(env) for env in envs}) < many:
         raise ValueError("online: got one environment twice, which cannot be at two places; expected one each")

@@ -107,10 +107,9 @@ class Planner:
 
     def sizes(self) -> list[int]:
         """Candidates that each iteration draws: without proposals, kept elites and the mean."""
-        least, logs = min(2 * self.most_elites, self.samples), math.log(self.decay)
-        left = lambda i: (
-            int(self.samples / self.decay**i) if i == 0 or i * logs < 700 else 0
-        )  # a power that is no float
+        least = min(2 * self.most_elites, self.samples)
+        # a power beyond the largest number leaves none
+        left = lambda i: int(self.samples / self.decay**i) if i == 0 or i * math.log(self.decay) < 700 else 0
         return [max(least, left(i)) - self.proposals for i in range(self.iterations)]
 
     def valued(self) -> list[int]:

@@ -464,9 +464,8 @@ def draw_report(
         (axes[0, 1], "model", "dynamics model", "epochs"),
         (axes[1, 0], "policy", "policy", "updates"),
     ):
-        keys = [
-            k for k in dict.fromkeys(k for x in of(stage) for k in x) if k not in ("stage", "step", "return", "active")
-        ]
+        apart = ("stage", "step", "return", "active")
+        keys = [k for k in dict.fromkeys(k for x in of(stage) for k in x) if k not in apart]
         for key in keys[:6]:
             curve(ax, stage, key, label=key, lw=1)
         if of("reward") and stage == "model":

@@ -798,7 +798,7 @@ class Sac(ActorCritic):
         super().load_linears(seed, actor, critics, target)
         if self.config.spectral is not None:
             self.find_vectors()
-            for flat in (self.critics, self.target):
+            for flat in (self.critics[seed : seed + 1], self.target[seed : seed + 1]):
                 for weight, *_ in self.layers(self.critic_net, flat):
                     norm = torch.linalg.matrix_norm(weight, 2)
                     weight.mul_((self.config.spectral / norm).clamp(max=1.0)[:, None, None])

@@ -328,6 +328,15 @@ def test_what_is_asked_otherwise_of_planning_over_a_policy_holds():
         of(over=Over(pessimism=1.0, particles=1))
 
 
+@pytest.mark.parametrize(("limit", "warned"), [(None, True), (200, False)])
+def test_an_environment_without_a_limit_is_warned_of(limit, warned, capsys):
+    env = cli_control.opened("Pendulum-v1")
+    assert env.spec is not None
+    env.spec.max_episode_steps = limit
+    cli_control._check_online(cli_control.Online(env="Pendulum-v1", seeds=(0,)), env)
+    assert ("states no limit of its episodes" in capsys.readouterr().out.replace("\n", " ")) is warned
+
+
 def test_the_last_evaluations_are_as_many_as_there_are():
     words = [cli_control.last_words(n) for n in (1, 2, 10, 40)]
     assert words[0] == "last-10: the only evaluation"

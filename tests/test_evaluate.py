@@ -346,7 +346,7 @@ def test_a_film_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.gif").mkdir()
     for place, way in (("file/film.gif", "file"), ("file/deeper/film.gif", "file"), ("folder.gif", "folder.gif")):
-        with pytest.raises(EnvError, match=f"film|folder.* cannot be written, .*{way} is in the way"):
+        with pytest.raises(EnvError, match=f"cannot be written, .*{way} is in the way"):
             worlds.check_film(tmp_path / place)
     worlds.check_film(tmp_path / "new" / "film.gif")
     assert not (tmp_path / "new").exists()

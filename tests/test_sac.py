@@ -548,14 +548,16 @@ def test_targets_that_are_loaded_keep_to_the_bound_and_to_their_directions():
     agent, other = make(spectral=1.0), make()
     other.critics.data.mul_(4.0)
     other.target.data.mul_(3.0)
-    untouched = agent.target[1].clone()
+    agent.critics.data[1].mul_(1.01)  # beyond the bound, as a layer that has just grown may be
+    untouched = agent.target[1].clone(), agent.critics[1].clone()
     agent.load_linears(0, **other.linears(0))
     for flat, given in ((agent.critics, other.critics), (agent.target, other.target)):
         for (weight, *_), (full, *_) in zip(*(agent.critic_net.views(x[0]) for x in (flat, given)), strict=True):
             norms = torch.linalg.svdvals(full)[:, 0]
             torch.testing.assert_close(weight, full / norms.clamp(min=1)[:, None, None])
             assert (norms > 1).any()
-    torch.testing.assert_close(agent.target[1], untouched)
+    assert torch.equal(agent.target[1], untouched[0])
+    assert torch.equal(agent.critics[1], untouched[1])
 
 
 REGULAR = {"hidden": (8, 8), "robust": 0.5, "spectral": 1.0, "critic_lr": 1e-2}
