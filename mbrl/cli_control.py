@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -20,7 +21,7 @@ from mbrl.core import check_reward
 from mbrl.dynamics.ensemble import Ensemble, EnsembleConfig
 from mbrl.fit import FitConfig, check_fit
 from mbrl.planner import PRESETS, Worth
-from mbrl.run import Run, folder_name, from_plain, machine, save_figure, to_plain, versions, write_json
+from mbrl.run import Run, RunError, folder_name, from_plain, machine, save_figure, to_plain, versions, write_json
 
 KINDS = (*KNOWN, online.OnlineConfig, online.Horizon)
 
@@ -82,6 +83,16 @@ def functions(env_id: str, obs: int, reward: str) -> tuple[Any, Any]:
     except ValueError:  # a variant with other observations: what it lacks is learned
         task = None
     return (task.reward if task and reward == "task" else None), (task.terminal if task else None)
+
+
+def same_bounds(whose: str, own: tuple[Any, Any], env: str, its: tuple[Any, Any]) -> None:
+    """Raises RunError where a model's actions of [-1, 1], which stand for own (low [A], high [A]), stand for others in
+    the environment."""
+    if not all(np.allclose(a, b) for a, b in zip(own, its, strict=True)):
+        (least, most), (low, high) = ([list(map(float, x)) for x in bounds] for bounds in (own, its))
+        raise RunError(
+            f"{whose}: its actions span {least} to {most}, those of {env} {low} to {high}; expected the same"
+        )
 
 
 def check_drawn(path: Path, env_id: str, obs: int | None = None) -> None:

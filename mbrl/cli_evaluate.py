@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.table import Table
@@ -13,7 +12,7 @@ from rich.table import Table
 from mbrl import device as devices
 from mbrl import offline, online
 from mbrl.choices import KNOWN, console
-from mbrl.cli_control import KINDS, Online, check_drawn, functions
+from mbrl.cli_control import KINDS, Online, check_drawn, functions, same_bounds
 from mbrl.cli_offline import Offline, check_by, controllers_over, fitted, learned_end, planned_over, scale_of
 from mbrl.core import Spec
 from mbrl.planner import Over
@@ -89,13 +88,8 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
     if not args.plan:
         return {"policy": policies()}
     if isinstance(settings, Offline):
-        own = [run.config["data"][k] for k in ("act_low", "act_high")]
-        if not all(np.allclose(a, b) for a, b in zip(evaluate.bounds, own, strict=True)):
-            (low, high), (least, most) = ([x.tolist() for x in evaluate.bounds], (list(map(float, x)) for x in own))
-            raise RunError(
-                f"--plan: the actions of the run's model span {least} to {most}, those of {env} {low} to {high}; "
-                "expected the same; leave --plan out"
-            )
+        own = run.config["data"]["act_low"], run.config["data"]["act_high"]
+        same_bounds(f"--plan in the model of {args.run}", own, str(env), evaluate.bounds)
     models, ends, dt = _models(run, settings, agent.spec)
     reward, terminal = functions(env, agent.spec.obs, settings.reward)
     ends = [terminal or end for end in ends]

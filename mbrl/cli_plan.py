@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from mbrl.cli_control import (
     draw,
     functions,
     opened,
+    same_bounds,
     telling,
 )
 from mbrl.cli_offline import Offline, learned_end, watched
@@ -226,6 +226,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         raise RunError(f"--model {args.model}: is of `mbrl {kind.lower()}`; expected a run of {expected}, or true")
     settings = from_plain(other.config["arguments"], (*KINDS, Plan, Online, Offline, *cli_meta.TYPES))
     make = functools.partial(Mpc, args.planner, generator=stream)
+    whose, its = f"--model {args.model}", (env.action_space.low, env.action_space.high)
     if isinstance(settings, cli_meta.Meta):
         tensors, facts = other.load("model") or ({}, {"systems": 1})
         if settings.dynamics.gating == "own":
@@ -234,7 +235,7 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         model = _built(args, settings.dynamics, spec, tensors, settings.families or "files").to(device)
         model.requires_grad_(False)
         known = cli_meta.functions_of(settings, args.env)
-        _same_bounds(args, env, facts["act_low"], facts["act_high"])
+        same_bounds(whose, (facts["act_low"], facts["act_high"]), str(args.env), its)
         reward = reward or (known[0] if args.reward == "task" else None)
         if reward is None and not settings.dynamics.reward:
             raise RunError(f"--model {args.model}: it tells no reward, and none is known of {args.env}")
@@ -253,14 +254,14 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         of, dt = data["name"], data.get("dt", 1.0)
         low, high = data["act_low"], data["act_high"]
     else:
-        with closing(opened(of)) as its:
-            low, high = its.action_space.low, its.action_space.high
+        with closing(opened(of)) as world:
+            low, high = world.action_space.low, world.action_space.high
         if isinstance(settings, Online):
             weights, _ = other.load(online.key("model", 0, len(settings.seeds))) or ({}, {})
         else:
             weights = mpc.weights((other.load("pets") or ({}, {}))[0])
     model = _built(args, settings.dynamics, spec, weights, of).to(device)
-    _same_bounds(args, env, low, high)
+    same_bounds(whose, (low, high), str(args.env), its)
     check_spread(args.worth, model)
     model = telling(args.worth, model)
     terminal = terminal or _learned_end(other, settings, spec, device)
@@ -276,16 +277,6 @@ def _learned_end(run: Run, settings: Any, spec: Spec, device: torch.device) -> A
         kept = run.load(online.key("terminal", 0, len(settings.seeds)))
         return kept and restored(kept[0], spec, TerminalConfig()).to(device)
     return mpc.learned_end((run.load("pets") or ({}, {}))[0], spec, device)
-
-
-def _same_bounds(args: Plan, env: Any, low: Any, high: Any) -> None:
-    """Raises RunError where a model's actions of [-1, 1] stand for others than the environment's."""
-    space = env.action_space
-    if not all(np.allclose(getattr(space, k), x) for k, x in (("low", low), ("high", high))):
-        raise RunError(
-            f"--model {args.model}: its actions span {list(map(float, low))} to {list(map(float, high))}, those of "
-            f"{args.env} {space.low.tolist()} to {space.high.tolist()}; expected the same"
-        )
 
 
 def _world_of(args: Plan) -> str | None:

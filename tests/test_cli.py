@@ -183,7 +183,9 @@ def test_eval_plans_only_where_actions_mean_what_they_did_to_the_model(finished,
     config["data"] |= {"act_low": [-0.5], "act_high": [0.5]}
     monkeypatch.setattr(Run, "config", config)
     asked = cli_evaluate.Evaluate(finished, episodes=1, env="Pendulum-v1", plan=True)
-    with pytest.raises(RunError, match=r"model span \[-0.5\] to \[0.5\], those of Pendulum-v1 \[-2.0\] to \[2.0\]"):
+    with pytest.raises(
+        RunError, match=r"its actions span \[-0.5\] to \[0.5\], those of Pendulum-v1 \[-2.0\] to \[2.0\]"
+    ):
         cli_evaluate.run_evaluate(asked)
 
 
