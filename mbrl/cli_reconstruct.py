@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from mbrl import compiled, metrics, nulls, piecewise
 from mbrl import device as devices
+from mbrl import forced, metrics, nulls, piecewise
 from mbrl.choices import KNOWN, PLAIN, RECONSTRUCTORS, Reconstructor, console, only_its_own
 from mbrl.core import Diverged, Dynamics, Spec, StepInput
 from mbrl.data import Dataset
@@ -430,10 +430,10 @@ def _check(args: Reconstruct, train: Dataset, test: Dataset) -> None:
             "steps; pass a smaller length, or longer series"
         )
     if args.schedule.solver == "compiled":
-        serves = compiled.serves(torch.zeros(1, 1, 1, device=device))
+        serves = forced.serves(torch.zeros(1, 1, 1, device=device))
         without = [name for name, kind in kinds.items() if not (serves and isinstance(kind, Shallow))]
         if without:
-            why = compiled.problem() or "it serves shallow PLRNNs on a CPU"
+            why = forced.problem() or "it serves shallow PLRNNs on a CPU"
             raise ValueError(f"--schedule.solver compiled: not for {', '.join(without)}: {why}; leave it at auto")
     if len(kinds) < len(configs):
         try:

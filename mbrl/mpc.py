@@ -43,7 +43,6 @@ from mbrl.planner import (
     Planner,
     Worth,
     fresh,
-    pinned,
     propose,
     reset,
     search,
@@ -216,7 +215,7 @@ class Mpc:
 
     def _pinned(self, envs: int, cond: Tree) -> Tree:
         part = self._parts(envs)  # drawn in any case: what follows in the stream does not depend on it
-        return pinned(self.planner, self.model, part) if self.pins else cond
+        return self.model.pinned(part) if self.pins else cond
 
     def _whole(self, given: dict[str, Any]) -> tuple[tuple, tuple, Tree]:
         """A plan and what follows from executing its first action: one graph where there is an accelerator."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mbrl import stacked
+
 Activation = Literal["silu", "relu", "tanh"]
 Init = Callable[[Tensor, torch.Generator | None], object]  # fills one weight [in, out] in place
 ROWS = 512  # of one network at a time on a CPU, so that the activations stay in its caches
@@ -73,6 +75,8 @@ def apply_layers(layers: Sequence[Tensor], x: Tensor, activation: Activation) ->
     """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1 or B, out], ...) -> [n, B, out]."""
     reuse = not torch.is_grad_enabled()  # then nobody needs what the activation was given
     n, size = layers[0].shape[0], x.shape[1]
+    if stacked.serves(layers, x, activation):
+        return stacked.apply(layers, x, activation)
     if reuse and x.is_cpu and size > ROWS and not torch.compiler.is_compiling():
         x, done, step = x.expand(n, -1, -1), [], -(-size // -(-size // ROWS))
         for i in range(n):

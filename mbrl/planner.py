@@ -320,7 +320,6 @@ def _ascend(value: Value, elite: Tensor, v: Tensor, rate: float) -> tuple[Tensor
 # ---------------------------------------------------------------- what a plan is worth
 
 
-LEAST = 128  # rows of a product that a CPU's thread works at
 BEYOND = -1e9  # the worth of a candidate just beyond the limit: the same in every call, whatever else is in it
 
 
@@ -368,8 +367,8 @@ def value(
 
     noise: per step, [E, P * W], P the particles. dt: [E, 1]. reward: the task's; the learner's own where None.
     Rows are [E, P, N]: one condition serves whether it leads with 1, with E (a context an environment) or with E * P
-    (a part a particle, see `pinned`), and is never copied. What happens after an episode's end counts nothing, whatever
-    it is; a prediction that is not finite before it makes the worth not finite."""
+    (a part a particle, as `model.pinned` gives), and is never copied. What happens after an episode's end counts
+    nothing, whatever it is; a prediction that is not finite before it makes the worth not finite."""
     envs, n, _, width = acts.shape
     p, w = worth.particles, model.noise_dim
     rows, dt = repeat((state, dt), p * n)
@@ -387,7 +386,7 @@ def value(
                 raise ValueError(f"value: the limit is on {worth.uncertainty!r}, the learner reports {has}")
             over = (pred.uncertainty[worth.uncertainty] - worth.limit).clamp(min=0)
             excess = excess + (over if alive is None else torch.where(alive, over, 0.0))
-        total = total + factor * (gain if alive is None else torch.where(alive, gain, 0.0))
+        total = torch.add(total, gain if alive is None else torch.where(alive, gain, 0.0), alpha=factor)
         if terminal is not None:
             on = ~terminal(obs, act, pred.obs)
             alive = on if alive is None else alive & on
@@ -404,15 +403,6 @@ def value(
         return worths
     over = excess.reshape(envs, p, n).amax(1)
     return torch.where(worths.isfinite() & ~(over <= 0), BEYOND * (1 + over), worths)  # NaN is within no limit
-
-
-def pinned(p: Planner, model: Dynamics, part: Tensor) -> Tree:
-    """The condition under which part[g] alone steps the candidates of group g, of E * P, for `value`. Where the threads
-    of a CPU cannot share the groups out evenly (two of them, five), each is divided into several."""
-    threads = torch.get_num_threads()
-    share = threads // math.gcd(threads, len(part)) if part.is_cpu else 1
-    divides = p.gradient_steps == 0 and all(n % share == 0 and n >= LEAST * share for n in p.valued())
-    return model.pinned(part.repeat_interleave(share) if divides else part)
 
 
 def propose(

@@ -513,36 +513,6 @@ def by_hand(worth, model, start, conds, acts, noise, reward, terminal, critic):
     return out
 
 
-@pytest.mark.parametrize(
-    ("threads", "groups", "kw"),
-    [
-        (1, 5, {}),
-        (2, 10, {}),
-        (3, 15, {}),
-        (5, 5, {}),
-        (7, 5, {}),  # does not divide 48
-        (8, 5, {}),  # leaves too few rows
-        (2, 5, {"gradient_steps": 1}),  # steps as many rows as there are elites
-        (2, 5, {"join": True}),  # values 49 at last
-        (2, 5, {"keep": 0.2}),  # keeps one
-    ],
-)
-def test_the_threads_of_a_cpu_share_particles_out_evenly_and_the_worth_is_the_same(threads, groups, kw, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(planner, "LEAST", 8)
-    model, part, g = learners()["ensemble"], torch.arange(5), torch.Generator().manual_seed(1)
-    p = Planner(**{"horizon": 2, "samples": 48, "iterations": 2, "elites": 5} | kw)
-    cond = planner.pinned(p, model, part)
-    assert len(cond[1]) == groups
-    start, one = torch.randn(1, 3, generator=g, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    noise = [model.draw(1, 5, g) for _ in range(2)]
-    worth = lambda c, acts: value(Worth(particles=5), model, start, c, acts, noise, one)
-    acts = p.noise(1, 2, g, start)[0].clamp(-1, 1)
-    torch.testing.assert_close(worth(cond, acts), worth(model.pinned(part), acts))
-    found, _ = search(p, lambda acts: worth(cond, acts), fresh(p, 1, 2, start), p.noise(1, 2, g, start))
-    assert found.seen == sum(p.valued())
-
-
 @pytest.mark.parametrize("name", learners())
 @pytest.mark.parametrize("pinned", [True, False])
 def test_worth_is_the_sum_of_rewards_until_the_end_and_then_the_critic(name, pinned):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mbrl import compiled
+from mbrl import compiled, forced
 from mbrl.core import Segment, Spec, StepInput
 from mbrl.data import Dataset
 from mbrl.dynamics import plrnn
@@ -38,7 +38,7 @@ KINDS = {
     "almost-linear": AlmostLinear(2),
 }
 SPEC = Spec(obs=3, act=2)
-needs_compiler = pytest.mark.skipif(compiled.problem() is not None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(forced.problem() is not None, reason="no C compiler")
 
 
 def gen(seed=0):
@@ -331,9 +331,9 @@ def test_no_thread_outlives_the_call_that_began_it(monkeypatch):
         done.append(first.value)
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(compiled, "_library", lambda *of: types.SimpleNamespace(spectral=work))
+    monkeypatch.setattr(compiled, "library", lambda *of: types.SimpleNamespace(spectral=work))
     with pytest.raises(KeyboardInterrupt):
-        compiled.spectral(J)
+        forced.spectral(J)
     assert done == [10]
 
 
@@ -366,7 +366,7 @@ def test_the_compiled_loop_in_both_types_and_for_any_number_of_rows_and_threads(
             results = []
             for count in (1, 3):
                 torch.set_num_threads(count)
-                got = compiled.forced(*cast, signal.to(dtype), keep.to(dtype), True)
+                got = forced.forced(*cast, signal.to(dtype), keep.to(dtype), True)
                 results.append((got, *torch.autograd.grad(got, cast, weight.to(dtype))))
             torch.set_num_threads(threads)
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "threads change the numbers"
@@ -384,14 +384,14 @@ def test_compiled_jacobians_and_spectral_norms_are_those_of_torch(clipped):
             "h2": torch.randn(2, 11, generator=g).double()
         }
         x = torch.randn(2, rows, m, generator=g, dtype=torch.float64)
-        J = compiled.jacobians(p["A"], p["W1"], p["W2"], p["h2"], x, clipped)
+        J = forced.jacobians(p["A"], p["W1"], p["W2"], p["h2"], x, clipped)
         torch.testing.assert_close(J, jacobian(kind, p, x))
-        torch.testing.assert_close(compiled.spectral(J), torch.linalg.matrix_norm(J, 2), rtol=3e-6, atol=0)
+        torch.testing.assert_close(forced.spectral(J), torch.linalg.matrix_norm(J, 2), rtol=3e-6, atol=0)
     close = torch.diag(torch.tensor([1.0, 1 - 1e-5, 0.3], dtype=torch.float64))  # squaring parts these slowly
     J = torch.stack([close, 0 * close, 1e-9 * close, 1e9 * close])
     want = torch.tensor([1.0, 0.0, 1e-9, 1e9], dtype=torch.float64)
-    torch.testing.assert_close(compiled.spectral(J), want, rtol=3e-6, atol=0)
-    torch.testing.assert_close(compiled.spectral(J[:, None].float()), want[:, None].float(), rtol=4e-6, atol=0)
+    torch.testing.assert_close(forced.spectral(J), want, rtol=3e-6, atol=0)
+    torch.testing.assert_close(forced.spectral(J[:, None].float()), want[:, None].float(), rtol=4e-6, atol=0)
 
 
 @needs_compiler
@@ -420,13 +420,13 @@ def test_a_compiler_that_fails_is_a_reason_not_a_crash(monkeypatch, tmp_path):
     bad.chmod(0o755)
     monkeypatch.setenv("CC", str(bad))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for kept in (compiled._fault, compiled._library):
+    for kept in (compiled._fault, compiled.library):
         kept.cache_clear()
     try:
-        assert "out of luck" in compiled.problem()
+        assert "out of luck" in forced.problem()
         assert trained("auto", Shallow(7), Constant(0.3))[1].solver == "loop"
     finally:
-        for kept in (compiled._fault, compiled._library):
+        for kept in (compiled._fault, compiled.library):
             kept.cache_clear()
 
 
@@ -557,7 +557,7 @@ def test_a_noisy_orbit_is_the_steps_under_its_draws(noise, monkeypatch):
     torch.testing.assert_close(got, torch.stack(want, 1))
     still = orbit(model, obs, 5, act)
     assert torch.equal(still, got) == (noise is False)
-    monkeypatch.setattr(plrnn.compiled, "serves", lambda x: False)
+    monkeypatch.setattr(plrnn.forced, "serves", lambda x: False)
     torch.testing.assert_close(orbit(model, obs, 5, act, generator=gen(4)), got)
 
 
@@ -586,7 +586,7 @@ def test_random_features_leave_noise_of_their_own_size():
 @pytest.mark.parametrize("engine", ["compiled", "steps"])
 def test_an_orbits_actions_are_one_for_each_step(engine, monkeypatch):
     if engine == "steps":
-        monkeypatch.setattr(plrnn.compiled, "serves", lambda x: False)
+        monkeypatch.setattr(plrnn.forced, "serves", lambda x: False)
     model = build(Shallow(7), Spec(obs=3, act=2)).requires_grad_(False)
     obs, act = torch.randn(4, 3, generator=gen(1)), torch.randn(1, 9, 2, generator=gen(2))
     want = orbit(model, obs, 6, act[:, :6].expand(4, -1, -1))
@@ -601,10 +601,10 @@ def test_the_compiled_loop_refuses_what_it_would_read_beyond():
     p = {"A": (1, 3), "W1": (1, 3, 5), "W2": (1, 5, 3), "h2": (1, 5), "start": (1, 2, 3)}
     good = {k: torch.zeros(s) for k, s in p.items()}
     good |= {"drive": torch.zeros(1, 2, 4, 3), "signal": torch.zeros(1, 2, 4, 3), "keep": torch.ones(1, 4, 3)}
-    plrnn.compiled.forced(**good, clipped=True)
+    plrnn.forced.forced(**good, clipped=True)
     for name, bad in (("keep", torch.ones(1, 3, 3)), ("start", good["start"].double()), ("W2", torch.zeros(1, 3, 5))):
-        with pytest.raises(ValueError, match=f"compiled.forced: {name} is"):
-            plrnn.compiled.forced(**(good | {name: bad}), clipped=True)
+        with pytest.raises(ValueError, match=f"forced: {name} is"):
+            plrnn.forced.forced(**(good | {name: bad}), clipped=True)
 
 
 def test_a_strength_that_falls_to_nothing_is_refused():

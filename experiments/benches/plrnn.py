@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mbrl import compiled
+from mbrl import forced
 from mbrl import device as devices
 from mbrl.data import Dataset
 from mbrl.dynamics.plrnn import Constant, Plrnn, PlrnnConfig, PlrnnFit, Shallow, Track, _Trainer, fit_plrnn
@@ -99,7 +99,7 @@ def run(harness) -> dict:
         pick = torch.randint(len(track.first), (SEEDS, ROWS), generator=torch.Generator().manual_seed(0))
         index = track.first[pick].to(device)
         solvers: list[Solver] = ["loop", "parallel"]
-        if cpu and compiled.problem() is None:
+        if cpu and forced.problem() is None:
             solvers.insert(0, "compiled")
         naive = Naive(models[0], track)
         fns: dict[str, Callable[[], object]] = {"naive": lambda naive=naive, index=index: naive(index[0])}

@@ -124,8 +124,8 @@ class Ensemble(Markov):
     def _gaussians(self, x: Tensor, members: Tree) -> tuple[Tensor, Tensor]:
         """Standardised inputs [n or 1, B, in] -> mean and variance [n, B, O + 1] in the units of the fit."""
         layers, upper, lower = members
-        mean, raw = apply_layers(layers, x, "silu").chunk(2, -1)
-        return mean, variance(raw, upper, lower)
+        y, width = apply_layers(layers, x, "silu"), upper.shape[-1]
+        return y[..., :width], variance(y[..., width:], upper, lower)
 
     def _every(self, obs: Tensor, act: Tensor, noise: Tensor, members: Tree, pinned: bool):
         """noise [B, k, W] -> obs [B, k, O], reward [B, k], uncertainty [B], with all the given members evaluated."""
@@ -134,19 +134,19 @@ class Ensemble(Markov):
             mean, var = (y.flatten(0, 1)[None] for y in self._gaussians(group(x, members[1].shape[0]), members))
         else:
             mean, var = self._gaussians(x[None], members)
-        mean, var = mean * self.targets.std + self.targets.mean, var * self.targets.std**2  # raw units
-        doubt = {}
+        doubt, unit = {}, self.targets.std
         if "aleatoric" in self.uncertainty:
-            doubt["aleatoric"] = _finite(var.sum(-1).amax(0).sqrt())
+            doubt["aleatoric"] = _finite((var * unit**2).sum(-1).amax(0).sqrt())
         if "disagreement" in self.uncertainty and not pinned:
-            scaled = mean[..., :-1] / self.spread
+            scaled = mean[..., :-1] * (unit[:-1] / self.spread)
             doubt["disagreement"] = _finite((scaled - scaled.mean(0)).norm(dim=-1).amax(0))
         if pinned:
-            y = mean[0][:, None] + var[0].sqrt()[:, None] * noise[..., :-1]
-            return obs[:, None] + y[..., :-1], y[..., -1], doubt
-        pick = self._pick(noise, mean.shape[0]).T[..., None].expand(-1, -1, mean.shape[-1])  # [k, B, O + 1]
-        y = mean.gather(0, pick) + var.gather(0, pick).sqrt() * noise[..., :-1].transpose(0, 1)
-        y = y.transpose(0, 1)
+            y = torch.addcmul(mean[0][:, None], var[0].sqrt()[:, None], noise[..., :-1])
+        else:
+            pick = self._pick(noise, mean.shape[0]).T[..., None].expand(-1, -1, mean.shape[-1])  # [k, B, O + 1]
+            y = mean.gather(0, pick) + var.gather(0, pick).sqrt() * noise[..., :-1].transpose(0, 1)
+            y = y.transpose(0, 1)
+        y = self.targets.inverse(y)
         return obs[:, None] + y[..., :-1], y[..., -1], doubt
 
     def _drawn(self, obs: Tensor, act: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbrl import compiled
+from mbrl import forced, parallel
 from mbrl.core import Diverged, Dynamics, Prediction, Segment, Spec, StepInput, Tree, pull
 from mbrl.data import Dataset
 from mbrl.nets import Normalizer, StackedMLP, apply_layers, uniform, variance
-from mbrl.parallel import forced, pays
 
 Params = Mapping[str, Tensor]  # each leads with the seeds, [S, ...]
 LOG_VARIANCE = (-12.0, 2.0)  # the noise head's, softly bounded
@@ -210,9 +209,9 @@ def estimate(kind: Kind, forcing: Forcing, p: Params, alpha: Tensor, update: int
     if not isinstance(forcing, Adaptive) or update % forcing.every:
         return alpha
     rows, norm = signal.flatten(1, 2), spectral
-    if isinstance(kind, Shallow) and signal.shape[-1] <= compiled.NARROW and compiled.serves(rows):
-        J = compiled.jacobians(p["A"], p["W1"], p["W2"], p["h2"], rows, kind.clipped)
-        norm = compiled.spectral
+    if isinstance(kind, Shallow) and signal.shape[-1] <= forced.NARROW and forced.serves(rows):
+        J = forced.jacobians(p["A"], p["W1"], p["W2"], p["h2"], rows, kind.clipped)
+        norm = forced.spectral
     else:
         J = jacobian(kind, p, rows)
     kappa = growth(J.unflatten(1, signal.shape[1:3]), forcing.estimator, norm).amax(1)
@@ -698,13 +697,13 @@ class _Trainer:
         self.epoch = self.updates = self.fallbacks = 0
         self.skipped = torch.zeros(len(alpha), dtype=torch.int64, device=alpha.device)
         shallow, state = isinstance(model.config.kind, Shallow), p["A"][:, None]
-        if config.solver == "compiled" and not (shallow and compiled.serves(state)):
-            why = compiled.problem() or "it serves shallow PLRNNs of float32 or float64 on a CPU"
+        if config.solver == "compiled" and not (shallow and forced.serves(state)):
+            why = forced.problem() or "it serves shallow PLRNNs of float32 or float64 on a CPU"
             raise ValueError(f"PlrnnFit: solver is 'compiled', but {why}: pass 'auto'")
         self.solver = config.solver
         if config.solver == "auto":
-            parallel = pays(state.device, config.length, model.width)
-            self.solver = "compiled" if shallow and compiled.serves(state) else "parallel" if parallel else "loop"
+            newton = parallel.pays(state.device, config.length, model.width)
+            self.solver = "compiled" if shallow and forced.serves(state) else "parallel" if newton else "loop"
 
     def run_epoch(self, track: Track, generators: Sequence[torch.Generator]) -> Tensor:
         """Returns the mean squared errors [S] of its batches."""
@@ -756,7 +755,7 @@ class _Trainer:
             assert isinstance(kind, Shallow)
             drive = (p["h1"][:, None, None] + act @ p["C"][:, None].mT).expand(signal.shape)
             weights = (p["A"], p["W1"], p["W2"], p["h2"])
-            after = compiled.forced(*weights, start, drive, signal, keep, kind.clipped)
+            after = forced.forced(*weights, start, drive, signal, keep, kind.clipped)
             if not (self.model.config.noise is True or self.model.config.reward):
                 return after, None
             with torch.no_grad():
@@ -765,7 +764,7 @@ class _Trainer:
         method = "parallel" if self.solver == "parallel" else "sequential"
         first = lambda x: x.movedim(2, 0) if x.ndim == 4 else x.movedim(1, 0)[:, :, None]  # time leads
         times = lambda f: lambda z, a: _over_times(f, z, a)
-        found = forced(
+        found = parallel.forced(
             times(lambda z, a: step(kind, p, z, a)),
             times(lambda z, a: jacobian(kind, p, z)),
             start,
@@ -889,7 +888,7 @@ def orbit(
         noise = torch.randn(shape, generator=generator, device=generator.device).to(act).movedim(0, 1)
     noisy = generator is not None and model.noise_dim > 0
     told = noisy and model.config.noise is True  # by the state
-    if not (isinstance(kind, Shallow) and compiled.serves(state[None])) or told:
+    if not (isinstance(kind, Shallow) and forced.serves(state[None])) or told:
         out, dt = [], torch.ones_like(act[:, 0, :1].sum(-1, keepdim=True))
         for t in range(steps):
             state, pred = model.step(state, StepInput(act[:, t], noise[:, t], dt), cond)
@@ -899,5 +898,5 @@ def orbit(
     if noisy:
         drive = drive + model.moved(noise[..., :-1] * model.get_buffer("residual")[:-1].sqrt(), cond)
     keep = drive.new_ones(1, steps, model.width)
-    z = compiled.forced(p["A"], p["W1"], p["W2"], p["h2"], state[None], drive, drive, keep, kind.clipped)[0]
+    z = forced.forced(p["A"], p["W1"], p["W2"], p["h2"], state[None], drive, drive, keep, kind.clipped)[0]
     return model.observe(z.flatten(0, 1), cond).unflatten(0, z.shape[:2])

@@ -1,0 +1,193 @@
+/* Stacks of multilayer perceptrons, y = (... act(act(x W0 + b0) W1 + b1) ...) of N independent networks, for
+ * `mbrl/stacked.py`. Compiled with -DREAL=float -DINT=int32_t or -DREAL=double -DINT=int64_t.
+ *
+ * Rows of a network are shared out in blocks of `each`, and a task takes a block through all layers, so that its activations
+ * stay in the cache; whoever works takes the next task. What a task computes does not depend on who computes the others, and
+ * that of a row not on the rows beside it. Inside, rows are padded to whole vectors.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define BYTES 64
+#define ROWS 8
+#elif defined(__aarch64__)
+#define BYTES 16
+#define ROWS 8
+#else
+#define BYTES 32
+#define ROWS 4
+#endif
+#define COLS 3    /* ROWS x COLS vectors of sums stay in the registers, */
+#define DEPTH 128 /* and DEPTH x COLS vectors of weights in the nearest cache */
+#define LAYERS 64
+#define LANES ((int64_t)(BYTES / sizeof(REAL)))
+#define SINGLE (sizeof(REAL) == 4)
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef REAL vec __attribute__((vector_size(BYTES)));
+typedef REAL loose __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias)); /* anywhere in memory */
+typedef INT mask __attribute__((vector_size(BYTES)));
+typedef enum { PLAIN, SILU, RELU } act;
+
+typedef struct {
+    int64_t networks, rows, layers, act, shared, each; /* shared: all networks have the same x */
+    int64_t sizes[LAYERS + 1], wide[LAYERS], high[LAYERS]; /* wide, high: from one network's weights, biases to the next's */
+    const REAL *x, *weights[LAYERS], *biases[LAYERS];      /* [N or 1, rows, in], [in, out], [out] */
+    REAL *y;                                               /* [N, rows, out] */
+    int64_t next, failed;
+} job;
+
+INLINE vec load(const REAL *p) { return *(const loose *)p; }
+INLINE void store(REAL *p, vec x) { *(loose *)p = x; }
+INLINE vec all(REAL x) { return x - (vec){0}; }
+INLINE vec pick(mask m, vec a, vec b) { return (vec)((m & (mask)a) | (~m & (mask)b)); }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* exp of what neither over- nor underflows, as 2^n e^r with |r| <= log(2) / 2 */
+INLINE vec exponential(vec x) {
+    const double over[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
+    const REAL whole = SINGLE ? 12582912.0 : 6755399441055744.0; /* 1.5 2^23, 1.5 2^52: what is added to it is rounded */
+    const int most = SINGLE ? 7 : 13;
+    const vec shifted = x * (REAL)1.4426950408889634 + whole, n = shifted - whole;
+    vec r = x - n * (REAL)(SINGLE ? 0.693359375 : 0.6931471803691238), sum = all((REAL)(1 / over[most]));
+    r -= n * (REAL)(SINGLE ? -2.1219444005469058e-4 : 1.9082149292705877e-10); /* log(2) in two parts */
+    UNROLL for (int k = most - 1; k >= 0; k--) sum = sum * r + (REAL)(1 / over[k]);
+    return (vec)((mask)sum + ((mask)shifted << (SINGLE ? 23 : 52)));
+}
+
+/* x between -far and far; nan is nan */
+INLINE vec within(vec x, REAL far) {
+#ifdef __AVX512F__
+    if (SINGLE) return (vec)_mm512_max_ps((__m512)all(-far), _mm512_min_ps((__m512)all(far), (__m512)x));
+#endif
+    return pick(x > far, all(far), pick(x < -far, all(-far), x));
+}
+
+INLINE vec inverse(vec x) {
+#ifdef __AVX512F__
+    if (SINGLE) { /* to 14 bits, and a step of Newton's method: a division takes four times as long */
+        const vec r = (vec)_mm512_rcp14_ps((__m512)x);
+        return r + r * (1 - x * r);
+    }
+#endif
+    return 1 / x;
+}
+
+/* x / (1 + exp(-x)) */
+INLINE vec silu(vec x) { return x * inverse(1 + exponential(within(-x, SINGLE ? 87 : 708))); }
+
+/* out [ROWS, cols vectors] = act(base + a b): a [ROWS, depth] with stride as, b [depth, cols vectors]; the base is what is in
+ * `out` already where `more`, else the bias. */
+INLINE void tile(const int cols, const act kind, const int more, int64_t depth, const REAL *a, int64_t as, const REAL *b,
+                 const REAL *bias, REAL *out, int64_t os) {
+    vec sum[ROWS][COLS];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int c = 0; c < cols; c++) sum[r][c] = load((more ? out + r * os : bias) + c * LANES);
+    for (int64_t k = 0; k < depth; k++) {
+        vec w[COLS];
+        UNROLL for (int c = 0; c < cols; c++) w[c] = load(b + (k * cols + c) * LANES);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const vec x = all(a[r * as + k]);
+            UNROLL for (int c = 0; c < cols; c++) sum[r][c] += x * w[c];
+        }
+    }
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int c = 0; c < cols; c++) {
+            const vec y = sum[r][c];
+            store(out + r * os + c * LANES, kind == SILU ? silu(y) : kind == RELU ? pick(y < 0, all(0), y) : y);
+        }
+}
+
+/* Tiles below each other, of `width` columns; their weights are packed into `spare`, padded by zeros. */
+INLINE void column(const int cols, const act kind, int64_t rows, int64_t depth, int64_t width, const REAL *a, int64_t as,
+                   const REAL *w, int64_t ws, const REAL *bias, REAL *out, int64_t os, REAL *spare) {
+    REAL *base = spare + DEPTH * COLS * LANES;
+    const int64_t wide = cols * LANES;
+    if (width < wide) memset(spare, 0, (size_t)((DEPTH + 1) * COLS * LANES) * sizeof(REAL));
+    memcpy(base, bias, (size_t)width * sizeof(REAL));
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        const int64_t n = least(DEPTH, depth - k);
+        const int last = k + n == depth;
+        for (int64_t i = 0; i < n; i++)
+            if (width == wide)
+                UNROLL for (int c = 0; c < cols; c++) store(spare + i * wide + c * LANES, load(w + (k + i) * ws + c * LANES));
+            else memcpy(spare + i * wide, w + (k + i) * ws, (size_t)width * sizeof(REAL));
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const REAL *from = a + r * as + k;
+            if (k && last) tile(cols, kind, 1, n, from, as, spare, base, out + r * os, os);
+            else if (k) tile(cols, PLAIN, 1, n, from, as, spare, base, out + r * os, os);
+            else if (last) tile(cols, kind, 0, n, from, as, spare, base, out + r * os, os);
+            else tile(cols, PLAIN, 0, n, from, as, spare, base, out + r * os, os);
+        }
+    }
+}
+
+/* out [rows, width] = act(bias + a w), a and out padded. */
+INLINE void product(const act kind, int64_t rows, int64_t depth, int64_t width, const REAL *a, const REAL *w,
+                    const REAL *bias, REAL *out, int64_t stride, REAL *spare) {
+    const int64_t vectors = up(width, LANES) / LANES;
+    int cols;
+    for (int64_t v = 0; v < vectors; v += cols) {
+        const int64_t c = v * LANES, few = vectors - v;
+        cols = few == 4 ? 2 : (int)least(few, COLS); /* one vector alone is slow */
+        const int64_t wide = least(width - c, cols * LANES);
+        if (cols == 3) column(3, kind, rows, depth, wide, a, stride, w + c, width, bias + c, out + c, stride, spare);
+        else if (cols == 2) column(2, kind, rows, depth, wide, a, stride, w + c, width, bias + c, out + c, stride, spare);
+        else column(1, kind, rows, depth, wide, a, stride, w + c, width, bias + c, out + c, stride, spare);
+    }
+}
+
+static int64_t padded(const job *j) {
+    int64_t most = 0;
+    for (int64_t l = 0; l <= j->layers; l++) most = j->sizes[l] > most ? j->sizes[l] : most;
+    return up(most, LANES) + LANES; /* not a power of two, whose rows would meet in the cache */
+}
+
+static int64_t blocks(const job *j) { return (j->rows + j->each - 1) / j->each; }
+
+static void through(const job *j, int64_t network, int64_t from, REAL *own) {
+    const int64_t stride = padded(j), rows = least(j->each, j->rows - from), in = j->sizes[0], width = j->sizes[j->layers];
+    REAL *a = own, *b = a + up(j->each, ROWS) * stride, *spare = b + up(j->each, ROWS) * stride;
+    const REAL *x = j->x + ((j->shared ? 0 : network * j->rows) + from) * in;
+    for (int64_t r = 0; r < rows; r++) memcpy(a + r * stride, x + r * in, (size_t)in * sizeof(REAL));
+    for (int64_t l = 0; l < j->layers; l++) {
+        const int64_t depth = j->sizes[l], wide = j->sizes[l + 1];
+        const REAL *w = j->weights[l] + network * j->wide[l], *bias = j->biases[l] + network * j->high[l];
+        const int kind = l + 1 < j->layers ? (int)j->act : PLAIN;
+        if (kind == SILU) product(SILU, rows, depth, wide, a, w, bias, b, stride, spare);
+        else if (kind == RELU) product(RELU, rows, depth, wide, a, w, bias, b, stride, spare);
+        else product(PLAIN, rows, depth, wide, a, w, bias, b, stride, spare);
+        REAL *swap = a;
+        a = b, b = swap;
+    }
+    REAL *y = j->y + (network * j->rows + from) * width;
+    for (int64_t r = 0; r < rows; r++) memcpy(y + r * width, a + r * stride, (size_t)width * sizeof(REAL));
+}
+
+/* What each of those does that work on the same job. */
+static void work(void *given) {
+    job *j = given;
+    const int64_t room = 2 * up(j->each, ROWS) * padded(j) + (DEPTH + 1) * COLS * LANES, per = blocks(j);
+    REAL *own = aligned_alloc(64, (size_t)up(room * (int64_t)sizeof(REAL), 64));
+    if (!own) {
+        __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    memset(own, 0, (size_t)room * sizeof(REAL)); /* padding is a number, and no subnormal one */
+    for (int64_t t; (t = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->networks * per;)
+        through(j, t / per, t % per * j->each, own);
+    free(own);
+}
+
+/* Returns 0, or 1 where there is no memory. launch: as GOMP_parallel; NULL where one thread is to do it all. */
+int forward(job *j, void (*launch)(void (*)(void *), void *, unsigned, unsigned), int64_t threads) {
+    const int64_t tasks = j->networks * blocks(j);
+    if (launch && tasks > 1) launch(work, j, (unsigned)least(threads, tasks), 0);
+    else work(j);
+    return (int)j->failed;
+}

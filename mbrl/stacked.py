@@ -1,0 +1,141 @@
+"""Stacks of multilayer perceptrons as a CPU runs them from C (`stacked.c`), where no gradient is asked for: the
+activations of a few rows stay in the cache from layer to layer, and threads meet once a pass, not once an operation.
+
+The caller is `mbrl.nets.apply_layers`: its plain torch gives the same numbers, to rounding, where this does not serve.
+With gradients the same gained nothing over torch's products, and so there are none."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbrl import compiled
+
+SOURCE = Path(__file__).with_name("stacked.c")
+FLAGS = ("-fno-math-errno", "-fno-trapping-math")  # it rounds by adding: no reordering of sums
+ACTIVATIONS = {"silu": 1, "relu": 2}
+LAYERS = 64  # at most, as the source has it
+WIDEST = 1024  # of a layer: past it torch's products are as fast
+BLOCK = 128  # rows of a network that a task takes through all layers
+PER = 8  # rows to whose multiple blocks are rounded
+
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+_Launch = ctypes.CFUNCTYPE(None, _pointer, _pointer, ctypes.c_uint, ctypes.c_uint)
+_Work = ctypes.CFUNCTYPE(None, _pointer)
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        *((name, _int) for name in ("networks", "rows", "layers", "act", "shared", "each")),
+        ("sizes", _int * (LAYERS + 1)), ("wide", _int * LAYERS), ("high", _int * LAYERS),
+        ("x", _pointer), ("weights", _pointer * LAYERS), ("biases", _pointer * LAYERS), ("y", _pointer),
+        ("next", _int), ("failed", _int),
+    )  # fmt: skip
+
+
+def problem(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    return compiled.problem(SOURCE, FLAGS, dtype)
+
+
+def serves(layers: Sequence[Tensor], x: Tensor, activation: str) -> bool:
+    """Whether `apply` takes these: plain tensors of one type on a CPU, of modest widths, weights [n, in, out] dense in
+    their last two axes, biases [n, 1, out], and nobody who differentiates, transforms or traces the operations."""
+    if (
+        torch.is_grad_enabled()
+        or not x.is_cpu
+        or x.dtype not in compiled.TYPES
+        or activation not in ACTIVATIONS
+        or len(layers) > 2 * LAYERS
+        or x.shape[1] == 0
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore  vmap, jvp and the like
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        _, inputs, outputs = weight.shape
+        _, along, across = weight.stride()
+        if (
+            across != 1
+            or along != outputs
+            or not 0 < inputs <= WIDEST
+            or outputs > WIDEST
+            or bias.shape[1] != 1
+            or bias.stride(2) != 1
+            or weight.dtype != x.dtype
+            or bias.dtype != x.dtype
+        ):
+            return False
+    return problem(x.dtype) is None
+
+
+def apply(layers: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
+    """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1, out], ...) -> [n, B, out]. Raises ValueError where
+    the shapes do not fit together, MemoryError where there is none."""
+    lead, rows, width = x.shape
+    n, shared = layers[0].shape[0], lead == 1 or x.stride(0) == 0
+    each = -(-rows // -(-rows // BLOCK))
+    job = _Job(n, rows, len(layers) // 2, ACTIVATIONS[activation], int(shared), -(-each // PER) * PER)
+    sizes, wide, high, weights, biases = job.sizes, job.wide, job.high, job.weights, job.biases
+    sizes[0] = width
+    for i in range(job.layers):
+        weight, bias = layers[2 * i], layers[2 * i + 1]
+        count, inputs, outputs = weight.shape
+        if (count, inputs) != (n, width) or bias.shape != (n, 1, outputs) or lead not in (1, n):
+            raise ValueError(
+                f"stacked: weights {list(weight.shape)} and biases {list(bias.shape)} meet inputs "
+                f"{[lead, rows, width]}, expected [{n}, {width}, out], [{n}, 1, out] and [{n} or 1, B, {width}]"
+            )
+        sizes[i + 1] = width = outputs
+        wide[i], high[i] = weight.stride(0), bias.stride(0)
+        weights[i], biases[i] = weight.data_ptr(), bias.data_ptr()
+    x = (x[:1] if shared else x).contiguous()
+    y = x.new_empty(n, rows, width)
+    job.x, job.y = x.data_ptr(), y.data_ptr()
+    _run(compiled.library(SOURCE, FLAGS, x.dtype).forward, job)
+    return y
+
+
+def _run(call: Any, job: _Job) -> None:
+    threads, broken = torch.get_num_threads(), []
+    go: Any = _team() if threads > 1 else None
+    if go is None and threads > 1:
+        go = _Launch(lambda work, of, count, _: _together(work, of, count, broken))
+    failed = call(ctypes.byref(job), go, _int(threads))
+    if broken:
+        raise broken[0]
+    if failed:
+        raise MemoryError(f"stacked: no memory for {job.each} rows of {job.layers} layers")
+
+
+@cache
+def _team() -> ctypes.c_void_p | None:
+    """What begins work on the threads that torch itself uses: others would have to wait for these, which spin for a
+    while after each operation. None where torch was not built with it."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _pointer)
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def _together(work: int, job: int, count: int, broken: list[BaseException]) -> None:
+    """The same by threads of Python's. It is called from C, which an exception cannot pass, and waits for all of them
+    also where Ctrl-C comes: they write to the arrays."""
+    call: Callable[[int], None] = _Work(work)
+    begun = [compiled.pool(count).submit(call, job) for _ in range(count - 1)]
+    try:
+        call(job)
+    except BaseException as error:
+        broken.append(error)
+    while not all(x.done() for x in begun):
+        try:
+            wait(begun)
+        except BaseException as error:
+            broken.append(error)
