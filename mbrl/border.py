@@ -88,7 +88,7 @@ class World:
                 "reward, terminated, truncated, info; wrap one that was written for gym"
             )
         obs, reward, terminated, truncated, _ = out
-        if not math.isfinite(number := _number(reward)):
+        if not math.isfinite(number := _number(reward)):  # in single precision, as it is kept
             raise ValueError(f"environment: step {self.steps} returned a reward of {reward}, expected a finite number")
         return self._checked(obs, f"step {self.steps}"), number, bool(terminated), bool(truncated)
 
@@ -106,8 +106,9 @@ class World:
 
 
 def _number(x: Any) -> float:
-    """A number, or an array of one; NaN for what is neither."""
+    """A number, or an array of one; NaN for what is neither, or is too large for single precision."""
     try:
-        return float(np.asarray(x).item())
+        number = float(np.asarray(x).item())
+        return number if abs(number) <= float(np.finfo(np.float32).max) else math.nan
     except (TypeError, ValueError):
         return math.nan

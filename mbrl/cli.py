@@ -29,6 +29,7 @@ from mbrl.cli_suite import Suite, run_suite
 from mbrl.core import Diverged
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
 from mbrl.fit import FitConfig
+from mbrl.planner import PRESETS
 from mbrl.run import Run
 from mbrl.sac import SacConfig
 
@@ -116,7 +117,8 @@ def run_scores(args: Scores) -> None:
 def run_list(args: List) -> None:
     from mbrl_envs import datasets, scores
 
-    for title, names in (("algorithms", offline.PRESETS), ("learners", LEARNERS), ("embedded", datasets.embedded())):
+    every = {"algorithms": offline.PRESETS, "learners": LEARNERS, "planners": PRESETS, "embedded": datasets.embedded()}
+    for title, names in every.items():
         console.print(f"[bold]{title}[/bold]: {', '.join(names)}")
     ids = sorted(scores.names())
     console.print(f"[bold]ids with reference scores[/bold]: {len(ids)}" + ("" if args.ids else " (--ids lists them)"))

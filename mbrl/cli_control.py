@@ -74,6 +74,16 @@ def opened(env_id: str | None, **kw: Any) -> Any:
     return worlds.flat(worlds.make(env_id, **kw))
 
 
+def warn_endless(env_id: str, env: Any, most: str) -> None:
+    """Says of an environment that states no limit what an episode may take."""
+    if env.spec is None or env.spec.max_episode_steps is None:
+        console.print(
+            f"[yellow]warning:[/yellow] {env_id} states no limit of its episodes: one that takes {most} is an error; "
+            "an id may bring one, as in 'Id-v0{\"max_episode_steps\": 1000}'",
+            highlight=False,
+        )
+
+
 def functions(env_id: str, obs: int, reward: str) -> tuple[Any, Any]:
     """(reward, terminal) of the task, each None where it is not known; the reward also where it is to be learned."""
     from mbrl_envs import tasks
@@ -199,12 +209,7 @@ def _check_online(args: Online, env: Any) -> None:
         raise ValueError(f"--seeds: got {' '.join(map(str, args.seeds))}; expected none twice")
     if args.episodes < 1:
         raise ValueError(f"--episodes: got {args.episodes}, expected at least 1")
-    if env.spec is None or env.spec.max_episode_steps is None:
-        console.print(
-            f"[yellow]warning:[/yellow] {args.env} states no limit of its episodes: one that takes {worlds.ENDLESS} "
-            "steps in an evaluation is an error; an id may bring one, as in 'Id-v0{\"max_episode_steps\": 1000}'",
-            highlight=False,
-        )
+    warn_endless(args.env, env, f"{worlds.ENDLESS} steps in an evaluation")
     reward = functions(args.env, spec_of(env).obs, args.reward)[0]
     if args.reward == "task" and reward is None:
         raise ValueError(f"--reward task: no reward function is known for {args.env}; leave it to the learner")

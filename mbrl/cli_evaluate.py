@@ -1,6 +1,7 @@
 """The command `mbrl eval`: a policy that `mbrl offline` or `mbrl online` has learned, in the true simulator."""
 
 import copy
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from rich.table import Table
 from mbrl import device as devices
 from mbrl import offline, online
 from mbrl.choices import KNOWN, console
-from mbrl.cli_control import KINDS, Online, check_drawn, functions, same_bounds
+from mbrl.cli_control import KINDS, Online, check_drawn, functions, opened, same_bounds
 from mbrl.cli_offline import Offline, check_by, controllers_over, fitted, learned_end, planned_over, scale_of
 from mbrl.core import Spec
 from mbrl.planner import Over
@@ -89,7 +90,10 @@ def returns_of(run: Run, agent: Any, args: Evaluate) -> dict[str, list[list[floa
         return {"policy": policies()}
     if isinstance(settings, Offline):
         own = run.config["data"]["act_low"], run.config["data"]["act_high"]
-        same_bounds(f"--plan in the model of {args.run}", own, str(env), evaluate.bounds)
+    else:
+        with closing(opened(settings.env)) as world:
+            own = world.action_space.low, world.action_space.high
+    same_bounds(f"--plan in the model of {args.run}", own, str(env), evaluate.bounds)
     models, ends, dt = _models(run, settings, agent.spec)
     reward, terminal = functions(env, agent.spec.obs, settings.reward)
     ends = [terminal or end for end in ends]

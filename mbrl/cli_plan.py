@@ -27,6 +27,7 @@ from mbrl.cli_control import (
     opened,
     same_bounds,
     telling,
+    warn_endless,
 )
 from mbrl.cli_offline import Offline, learned_end, watched
 from mbrl.core import Spec
@@ -170,6 +171,7 @@ def _check_unfinished(args: Plan) -> None:
 
 def _check_plan(args: Plan, env: Any) -> None:
     """Before there is a folder. Raises ValueError for what cannot be planned, or filmed."""
+    warn_endless(str(args.env), env, f"{mpc.ENDLESS} steps")
     if args.video:
         check_drawn(args.video, str(args.env))
     PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)

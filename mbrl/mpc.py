@@ -6,7 +6,7 @@ Environments stay outside: they come in as objects with gymnasium's `reset` and 
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
 import torch
@@ -95,13 +95,17 @@ class Mpc:
             "Mpc",
             ("the shape of ctx", shape, f"[1, {width}]", shape is None or (len(shape) == 2 and shape[1] == width)),
             ("dt", dt, "> 0, finite", 0 < dt < math.inf),
+            ("the model's number of actions", model.spec.act, ">= 1, which a planner chooses", model.spec.act >= 1),
         )
         check_reward(model, reward)
+        if model.parts == 1 and model.noise_dim == 0:  # one future, however often it is asked for
+            worth = replace(worth, particles=1)
         self.planner, self.worth, self.model, self.policy = planner, worth, model, policy
         self.reward, self.terminal, self.critic, self.dt = reward, terminal, critic, dt
         self.like = like_of(model)
         obs, act = (self.like.new_zeros(2, n) for n in (model.spec.obs, model.spec.act))
         check_functions(obs, act, obs, reward=reward, terminal=terminal)
+        _check_policy(obs, act, critic, policy)
         self.generator = generator or devices.generator(devices.fresh_seed(), self.like.device)
         self.ctx = (first_context(model, self.like.device) if ctx is None else ctx).to(self.like)
         self.pins = worth.pinned and model.parts > 1
@@ -132,6 +136,8 @@ class Mpc:
     def clear(self, ended: Tensor) -> None:
         """The environments where ended [E] holds begin a new episode: nothing of the old plan survives there."""
         ended = ended.to(self.new.device)
+        if ended.shape != self.new.shape:
+            raise ValueError(f"Mpc: clear got {list(ended.shape)}, expected [{len(self.new)}], one an environment")
         self.plan = reset(self.planner, self.plan, ended)
         self.new = self.new | ended
 
@@ -233,6 +239,28 @@ class Mpc:
         mean = torch.zeros(envs, model.noise_dim, dtype=dt.dtype, device=dt.device)
         state, _ = model.step(state, StepInput(found.acts[:, 0], mean, dt), one)
         return tuple(found), tuple(shift(self.planner, plan)), state
+
+
+@torch.no_grad()
+def _check_policy(obs: Tensor, act: Tensor, critic: Critic | None, policy: Any) -> None:
+    """Tries what is to value and to propose on these rows [B, O] and [B, A]. Raises ValueError where it does not give
+    [B] and [B, A]."""
+    tries: list[tuple[str, Any, tuple[Tensor, ...], list[int]]] = [
+        ("critic", critic, (obs,), [len(obs)]),
+        ("policy", policy, (obs, act), list(act.shape)),
+    ]
+    for name, f, given, want in tries:
+        if f is None:
+            continue
+        try:
+            out = f(*given)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Mpc: the {name} cannot read the model's observations {list(obs.shape)} of {obs.dtype}: {error}"
+            ) from error
+        got = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        if got != want:
+            raise ValueError(f"Mpc: for {len(obs)} rows the {name} returned {got}, expected {want}")
 
 
 @dataclass(frozen=True)
@@ -354,6 +382,11 @@ def over(
     `mbrl.sac.Sac`, proposes, and the least of its critics values what comes after the horizon, or their mean (TD-MPC2,
     Hansen et al., ICLR 2024, draws two for it; an agent has two). seed: which of the agent's seeds. worth: by default
     the agent's discount, 5 particles and mean - std over them. dt: as stored with the model's data."""
+    if (agent.spec.obs, agent.spec.act) != (model.spec.obs, model.spec.act):
+        raise ValueError(
+            f"over: the agent is of {agent.spec.obs} observations and {agent.spec.act} actions, the model of "
+            f"{model.spec.obs} and {model.spec.act}; expected the same of both"
+        )
     one = agent.one(seed)
     worth = worth or worth_over(agent.config.gamma, model)
     policy = lambda obs, noise: one.act(obs[None], noise[None])[0]
@@ -367,7 +400,7 @@ def over(
 
 def worth_over(gamma: float, model: Dynamics) -> Worth:
     """What plans over a policy of this discount are worth, unless something else is asked for."""
-    return Worth(discount=gamma, particles=5 if model.parts > 1 else 1, pessimism=1.0)
+    return Worth(discount=gamma, particles=5 if model.parts > 1 or model.noise_dim > 0 else 1, pessimism=1.0)
 
 
 @final
@@ -551,6 +584,11 @@ def pets(
         if learned:
             stream = devices.generator(episode_seed(seed, i), device)
             data = gathered(done, world).to(device)
+            if len(data) < 2:
+                raise ValueError(
+                    f"pets: the {config.random} random episodes hold {len(data)} transitions, too few for a model; "
+                    "set `random` (--random) to more"
+                )
             told = lambda epoch, of, figures: record.progress("model", epoch, of, figures)
             report = fit(model.train(), data, config.fitting, stream, told)
             record.log("model", steps, {"error": min(report.best), "epochs": float(report.epochs)})

@@ -60,6 +60,11 @@ class Horizon:
     def __post_init__(self) -> None:
         if min(self.first, self.last) < 1 or not 0 <= self.begin <= self.end:
             raise ValueError(f"Horizon: got {self}, expected lengths of at least 1 and 0 <= begin <= end")
+        if self.end == 0 and self.first != self.last:
+            raise ValueError(
+                f"Horizon: got {self}, where every step has the length `last`; give the step `end` from which on it "
+                "has, or the same `first` and `last`"
+            )
 
     def at(self, step: int) -> int:
         if step >= self.end:
@@ -78,7 +83,8 @@ class OnlineConfig:
     step, 100 000 each time), random steps (5 000) and updates (20 to 40), which are of a size for a short run."""
 
     agent: SacConfig = field(default_factory=lambda: SacConfig(actor_lr=3e-4, alpha_lr=3e-4))
-    """With `normalize`, observations are standardised by the random steps'."""
+    """With `normalize`, observations are standardised by the random steps', of all seeds that learn together: in like
+    environments these differ little, and each has the units of the others."""
     steps: int = 30_000
     """All of them, the random ones included."""
     random: int = 1_000

@@ -70,7 +70,7 @@ class Planner:
                 ("horizon", ">= 1", self.horizon >= 1),
                 ("iterations", ">= 1", self.iterations >= 1),
                 ("elites", ">= 0", self.elites >= 0),
-                ("samples", f">= elites, {self.elites}", self.samples >= self.elites),
+                ("samples", f">= 1 and elites, {self.elites}", self.samples >= max(1, self.elites)),
                 ("temperature", "> 0", self.temperature > 0),
                 ("color", ">= 0, finite", 0 <= self.color < math.inf),
                 ("keep", "in [0, 1]", 0 <= self.keep <= 1),
@@ -124,13 +124,16 @@ class Planner:
 
 
 CEM = Planner()
-# But for the floor of the standard deviation, `min_std`, which the paper has not.
+# But for the floor of the standard deviation, `min_std`, which the paper has not, and the last action of a kept elite
+# that is moved on, which is held here and drawn anew there.
 ICEM = Planner(
     horizon=30, samples=40, iterations=3, elites=10, color=2.5, keep=0.3, decay=1.25, momentum=0.1, execute="best",
     join=True,
 )  # fmt: skip
 MPPI = Planner(iterations=1, elites=0, temperature=1.0)
-# TD-MPC2 multiplies returns by 0.5 where `temperature` divides. Its policy's trajectories come as proposals.
+# TD-MPC2 multiplies returns by 0.5 where `temperature` divides. Its policy's trajectories come as proposals. It
+# executes one of its elites, drawn by weight, where this executes the mean, and begins the last step at 0 where this
+# holds it.
 TDMPC = Planner(horizon=3, samples=512, iterations=6, elites=64, temperature=2.0, std=2.0)
 # Around a learned policy, with its critic behind the horizon (LOOP: Sikchi et al., CoRL 2021).
 LOOP = Planner(
@@ -198,7 +201,7 @@ class Found(NamedTuple):
 
     acts: Tensor  # [E, H, A]
     value: Tensor  # [E]  the best candidate's; -inf where no candidate was finite
-    some: Tensor  # [E] bool  whether any candidate was finite; where not, `acts` is the old mean
+    some: Tensor  # [E] bool  whether any candidate was finite; where not, `acts` is the mean that the search began with
     bad: Tensor  # [E]  how many candidates were not finite, of `seen`
     seen: int
 
@@ -252,11 +255,17 @@ def search(
     if p.proposals and (proposals is None or proposals.shape[1] != p.proposals):
         got = "none" if proposals is None else proposals.shape[1]
         raise ValueError(f"search: got {got} proposals, expected {p.proposals}, as the planner has it")
+    if proposals is not None:
+        proposals = proposals.to(mean)
     if p.around and proposals is not None:
         fine = proposals.isfinite().flatten(2).all(-1)[..., None, None]  # [E, n, 1, 1]
         total = torch.where(fine, proposals.clamp(-1, 1), 0.0).sum(1)
         mean = torch.where(fine.any(1), total / fine.sum(1).clamp(min=1), mean)
     noises = list(white)
+    if len(noises) != p.iterations:
+        raise ValueError(
+            f"search: got noise of {len(noises)} iterations, expected {p.iterations}, as the planner has it"
+        )
     copies = (kept[:, 1:] == kept[:, :1]).flatten(2).all(-1)  # [E, kept - 1]  of a new plan's, all but one
     for i, noise in enumerate(noises):
         parts = [(mean[:, None] + std[:, None] * colored(noise, p.color)).clamp(-1, 1), kept]
@@ -298,12 +307,14 @@ def search(
 
 
 def _finite(v: Tensor, acts: Tensor) -> Tensor:
-    """A value [E, N] that is not finite, or whose actions are not, is minus infinity."""
+    """A value [E, N] that is not finite, or whose actions are not, is minus infinity; of the actions' type."""
+    v = v.to(acts)
     return torch.where(v.isfinite() & acts.isfinite().flatten(2).all(-1), v, -torch.inf)
 
 
 def _ascend(value: Value, elite: Tensor, v: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """Elites [E, n, H, A] of value v [E, n] one step along their gradient, where that gains."""
+    """Elites [E, n, H, A] of value v [E, n] one step along their gradient, where that gains. What stands for an elite
+    that is none, of value minus infinity, remains none."""
     with torch.enable_grad():
         x = elite.detach().requires_grad_()
         y = value(x)
@@ -313,7 +324,7 @@ def _ascend(value: Value, elite: Tensor, v: Tensor, rate: float) -> tuple[Tensor
     new = (elite + move).clamp(-1, 1)
     with torch.no_grad():
         gained = _finite(value(new), new)
-    better = gained > v
+    better = (gained > v) & (v > -torch.inf)
     return torch.where(better[..., None, None], new, elite), torch.where(better, gained, v)
 
 

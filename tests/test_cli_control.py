@@ -17,7 +17,7 @@ from mbrl.core import Spec, StepInput
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig
 from mbrl.planner import ICEM, LOOP, OVER, Over, Planner, Worth
-from mbrl.run import Run, to_plain
+from mbrl.run import Run, RunError, to_plain
 from mbrl.sac import SacConfig
 
 PLAN = ["plan", "--env", "Pendulum-v1", "--seed", "0", "--threads", "1", "--quiet", "--worth.particles", "2"]
@@ -63,6 +63,13 @@ class Parts(Edge):
         return {"x": obs, "half": obs / 2}, told
 
 
+class Wide(Edge):
+    """The same, with actions of twice the range."""
+
+    action_space = gym.spaces.Box(-2, 2, (1,))
+
+
+gym.register("Wide-v0", f"{__name__}:Wide", max_episode_steps=25, disable_env_checker=True)
 gym.register("Edge-v0", f"{__name__}:Edge", max_episode_steps=25, disable_env_checker=True)
 gym.register("Parts-v0", f"{__name__}:Parts", max_episode_steps=25, disable_env_checker=True)
 OPENED = cli_control.opened
@@ -443,6 +450,11 @@ def test_over_an_online_policy_is_planned_in_its_own_model(met, monkeypatch):
         assert kw["reward"] is None
     one, other = (model.state_dict() for _, _, model, _ in given)
     assert any(not torch.equal(one[k], other[k]) for k in one)
+
+
+def test_over_an_online_policy_is_planned_only_where_actions_mean_what_they_did(met):
+    with pytest.raises(RunError, match=r"span \[-1\.0\] to \[1\.0\], those of Wide-v0 \[-2\.0\] to \[2\.0\]"):
+        cli_evaluate.run_evaluate(cli_evaluate.Evaluate(met, episodes=1, env="Wide-v0", plan=True))
 
 
 def test_an_online_runs_model_serves_to_plan_with(met, tmp_path, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from torch import Tensor
 from mbrl.core import Markov, Prediction, Spec, StepInput
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import FilterConfig, RewardConfig
+from mbrl.dynamics.ode import OdeConfig
 from mbrl.rollout import unroll
 
 SAME, NEXT = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP
@@ -148,6 +149,15 @@ def test_reward_and_end_can_be_functions():
     env.reset()
     flags = [env.step(np.array([[1.0], [0.5]]))[2].tolist() for _ in range(3)]
     assert flags == [[False, False], [True, False], [False, True]]
+
+
+def test_a_model_that_tells_no_reward_or_is_none_is_refused():
+    model = OdeConfig(hidden=(8,)).build(Spec(1, 1))
+    with pytest.raises(AdapterError, match="no function tells it, and this NeuralODE has no head for it"):
+        ModelVectorEnv(model, ONE, 9, 2)
+    ModelVectorEnv(model, ONE, 9, 2, reward=lambda obs, act, after: after[:, 0]).reset()
+    with pytest.raises(AdapterError, match="got a OdeConfig, expected a Dynamics"):
+        ModelVectorEnv(OdeConfig(), ONE, 9, 2)  # pyright: ignore[reportArgumentType]
 
 
 def test_contexts_and_steps_of_other_lengths_reach_the_model():

@@ -12,6 +12,7 @@ from test_contract import SUBJECTS
 from worlds import Line, Memory
 
 from mbrl import device as devices
+from mbrl import mpc as mpc_module
 from mbrl.border import World, episode_seed
 from mbrl.core import Dynamics, Prediction, Spec, StepInput, pull
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -205,6 +206,53 @@ def test_what_cannot_be_planned_with_is_named():
     assert controller(ctx=torch.zeros(1, 0)).ctx.shape == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"critic": lambda obs: obs}, r"for 2 rows the critic returned \[2, 1\], expected \[2\]"),
+        ({"critic": lambda obs: 0.0}, "the critic returned a float"),
+        ({"policy": lambda obs, noise: torch.zeros(2, 3)}, r"the policy returned \[2, 3\], expected \[2, 1\]"),
+        (
+            {"policy": lambda obs, noise: obs @ torch.zeros(4, 1)},
+            r"the policy cannot read .* \[2, 1\] of torch.float32",
+        ),
+    ],
+)
+def test_what_values_and_proposes_is_tried_before_the_first_plan(given, message):
+    with pytest.raises(ValueError, match=message):
+        controller(**given)
+
+
+def test_a_learner_without_actions_is_not_planned_with():
+    with pytest.raises(ValueError, match="number of actions is 0, expected >= 1"):
+        controller(EnsembleConfig(hidden=(8,), weight_decay=(0.0, 0.0)).build(Spec(1, 0)))
+
+
+def test_a_mask_of_other_environments_is_refused():
+    mpc = controller()
+    mpc.begin(3)
+    with pytest.raises(ValueError, match=r"clear got \[1\], expected \[3\]"):
+        mpc.clear(torch.ones(1, dtype=torch.bool))
+
+
+def test_one_future_is_not_asked_for_several_times():
+    mpc = Mpc(SMALL, Worth(particles=5), Line(), generator=devices.generator(0))
+    assert mpc.worth.particles == 1
+    several = [Mpc(SMALL, Worth(particles=5), m).worth.particles for m in (Line(parts=2), Line(noise_dim=1))]
+    assert several == [5, 5]
+
+
+def test_a_plan_heeds_the_end_of_an_episode():
+    """Each step costs, and beyond 0.5 nothing does any more."""
+    kw = {"reward": lambda o, a, x: -torch.ones(len(o)) - 0.1 * x[:, 0].abs()}
+    end = lambda o, a, x: x[:, 0].abs() > 0.5
+    for terminal, further in ((None, False), (end, True)):
+        mpc = controller(terminal=terminal, **kw)
+        mpc.begin(1)
+        after = 0.9 * 0.3 + 0.5 * mpc(torch.tensor([[0.3]])).item()
+        assert (abs(after) > 0.5) == further
+
+
 @pytest.mark.parametrize("name", ["reward", "terminal"])
 def test_a_tasks_function_that_does_not_return_a_row_each_is_named(name):
     with pytest.raises(ValueError, match=rf"{name}: for 2 transitions .*\[2, 1\], expected .* \[2\], one a row"):
@@ -319,6 +367,10 @@ def test_planning_over_an_agent_takes_its_policy_and_its_least_critic():
     assert mpc.worth == Worth(discount=0.99, particles=1, pessimism=1.0)
     several = over(agent, 1, Line(parts=3), generator=devices.generator(0)).worth
     assert several == Worth(discount=0.99, particles=5, pessimism=1.0)
+    assert over(agent, 1, Line(noise_dim=2), generator=devices.generator(0)).worth == several
+    wide = SacConfig(hidden=(8,)).build(Spec(2, 1), devices.generator(0))
+    with pytest.raises(ValueError, match="the agent is of 2 observations and 1 actions, the model of 1 and 1"):
+        over(wide, 0, Line(), generator=devices.generator(0))
     mpc.begin(2)
     assert mpc(torch.zeros(2, 1)).shape == (2, 1)
 
@@ -464,6 +516,30 @@ def test_pets_learns_the_line():
     assert np.mean(returns[:2]) < np.mean(best[:2]) - 1
     assert [n for n, _ in result.returns] == [25 * (i + 1) for i in range(6)]
     assert len(result.data) == 150
+
+
+def test_pets_refits_its_learner_from_where_it_stands_and_plans_as_it_is_told(monkeypatch):
+    begun, inner = [], mpc_module.fit
+    watched = lambda model, *rest: (begun.append(model.net.weights[0].clone()), inner(model, *rest))[1]
+    monkeypatch.setattr(mpc_module, "fit", watched)
+    ends = []
+
+    class Noted(Memory):
+        def save(self, name, tensors, facts):
+            super().save(name, tensors, facts)
+            ends.extend(x.clone() for k, x in tensors.items() if k == "model.net.weights.0")
+
+    result = pets(PETS, LineEnv(), LEARNER, seed=0, record=Noted())
+    assert len(begun) == len(ends) == 3
+    assert torch.equal(begun[0], LEARNER.build(Spec(1, 1), devices.generator(0)).net.weights[0])
+    assert all(torch.equal(a, b) for a, b in zip(begun[1:], ends[:-1], strict=True))
+    assert result.mpc.worth == PETS.worth
+    assert result.mpc.planner == PETS.planner
+
+
+def test_random_episodes_too_short_for_a_model_are_one_error():
+    with pytest.raises(ValueError, match="the 1 random episodes hold 1 transitions, too few for a model; set `random`"):
+        pets(replace(PETS, random=1), LineEnv(length=1), LEARNER, seed=0)
 
 
 def test_runs_of_other_seeds_share_no_episode_and_episodes_no_stream():

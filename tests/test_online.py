@@ -151,6 +151,22 @@ def test_the_first_fit_is_after_the_random_steps():
     assert [n for stage, n, _ in memory.lines if stage == "model"] == [50, 70, 90, 110]
 
 
+def test_it_acts_by_draws_of_its_policy():
+    """Which nothing changes here, in a world that stands still."""
+
+    class Still(LineEnv):
+        def step(self, action):
+            acts.append(float(action[0]))
+            return np.zeros(1, np.float32), 0.0, False, len(acts) % 20 == 0, {}
+
+        def reset(self, *, seed=None):
+            return np.zeros(1, np.float32), {}
+
+    acts = []
+    run(replace(SMALL, updates=0), Still())
+    assert len({*acts[40:]}) == 80
+
+
 def test_every_step_so_far_is_learned_from(monkeypatch):
     seen, memory = [], Memory()
     inner = online.Sac.update
@@ -488,6 +504,7 @@ class Discrete:
         (spaces(num_envs=3), "expected a single one"),
         (Sick(obs=[np.nan]), "step 5 returned the observation"),
         (Sick(reward=np.nan), "step 5 returned a reward of nan"),
+        (Sick(reward=-1e39), r"step 5 returned a reward of -1e\+39"),
         (Sick(obs=[1.0, 2.0]), r"step 5 returned shape \(2,\), expected \(1,\)"),
         (Sick(start=np.array([np.inf])), "reset returned the observation"),
     ],
@@ -512,7 +529,7 @@ def test_settings_that_do_not_go_together_are_one_error(change, message):
         run(replace(SMALL, **change))
 
 
-@pytest.mark.parametrize("bad", [{"first": 0}, {"begin": 5, "end": 4}])
+@pytest.mark.parametrize("bad", [{"first": 0}, {"begin": 5, "end": 4}, {"first": 5}, {"last": 3}])
 def test_a_schedule_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match="Horizon"):
         Horizon(**bad)

@@ -74,6 +74,7 @@ class Linear(Markov):
     [
         {"horizon": 0},
         {"samples": 8, "elites": 9},
+        {"samples": 0, "elites": 0},
         {"temperature": 0.0},
         {"elites": -1},
         {"decay": 0.9},
@@ -439,6 +440,59 @@ def test_a_step_along_the_gradient_that_loses_is_not_taken():
     found, _ = search(p, f, fresh(p, 1, 1, torch.zeros(())), noise)
     assert found.value >= f((p.std * noise[0]).clamp(-1, 1)).max()
     torch.testing.assert_close(found.value, f(found.acts[:, None])[:, 0])
+
+
+def test_a_step_along_the_gradient_keeps_to_the_bounds():
+    p = Planner(horizon=2, samples=8, elites=2, iterations=1, gradient_steps=1, gradient_rate=5.0, execute="best")
+    seen = []
+    found, _ = search(
+        p, lambda a: (seen.append(a.detach()), a.sum((-1, -2)))[1], fresh(p, 1, 1, torch.zeros(())), white(p, 1, 1)
+    )
+    assert all(a.abs().max() <= 1 for a in seen)
+    assert (found.acts == 1).all()
+
+
+def test_what_stands_for_an_elite_that_is_none_does_not_become_one_by_a_step():
+    """Of 64 candidates two are finite; so is the mean, which stands for the other elites."""
+    noise = white(p := Planner(horizon=2, samples=64, elites=16, iterations=1, gradient_rate=1e-6), 1, 1)
+    best = noise[0].clamp(-1, 1)[0, :2]
+    near = lambda a: ((a[0, :, None] - best).abs().amax((-1, -2)) < 1e-3).any(-1)
+    value = lambda a: torch.where(near(a) | (a[0].abs().amax((-1, -2)) < 1e-3), a[0].sum((-1, -2)), torch.nan)[None]
+    start = fresh(p, 1, 1, torch.zeros(()))
+    plans = [search(replace(p, gradient_steps=n), value, start, noise)[1] for n in (0, 1)]
+    torch.testing.assert_close(plans[1].mean, plans[0].mean, atol=1e-4, rtol=0)
+    torch.testing.assert_close(plans[1].std, plans[0].std, atol=1e-4, rtol=0)
+
+
+def test_values_and_proposals_of_another_type_are_taken_as_the_plans():
+    p = Planner(horizon=2, samples=16, elites=4, iterations=2, proposals=1, gradient_steps=1, keep=0.5)
+    go = lambda f, proposals: search(p, f, fresh(p, 1, 1, torch.zeros(())), white(p, 1, 1), proposals)[0]
+    given = torch.full((1, 1, 2, 1), 0.25)
+    want, got = go(bowl(0.3), given), go(lambda a: bowl(0.3)(a).double(), given.double())
+    assert got.acts.dtype == got.value.dtype == torch.float32
+    torch.testing.assert_close(got.acts, want.acts)
+
+
+def test_candidates_are_drawn_with_the_planners_colour():
+    p = Planner(horizon=64, samples=500, iterations=1, elites=8, color=2.0, std=0.05)
+    seen = []
+    search(p, lambda a: (seen.append(a), bowl(0.0)(a))[1], fresh(p, 1, 1, torch.zeros(())), white(p, 1, 1))
+    power = torch.fft.rfft(seen[0][0, :, :, 0], dim=-1).abs().square().mean(0)
+    assert 0.7 < (power[2] / power[20] / 100).item() < 1.4, "power falls as the square of the frequency"
+
+
+def test_the_mean_joins_the_last_iteration():
+    p = Planner(horizon=2, samples=16, iterations=2, elites=4, join=True, std=0.5)
+    seen = []
+    search(p, lambda a: (seen.append(a), bowl(0.3)(a))[1], fresh(p, 1, 1, torch.zeros(())), white(p, 1, 1))
+    top = bowl(0.3)(seen[0]).topk(4, 1).indices
+    torch.testing.assert_close(seen[1][:, -1], seen[0].gather(1, top[..., None, None].expand(-1, -1, 2, 1)).mean(1))
+
+
+def test_noise_of_another_number_of_iterations_is_refused():
+    p = Planner(horizon=2, samples=16, iterations=2, elites=4)
+    with pytest.raises(ValueError, match="noise of 0 iterations, expected 2"):
+        search(p, bowl(0.3), fresh(p, 1, 1, torch.zeros(())), [])
 
 
 def test_proposals_keep_to_the_bounds():

@@ -30,7 +30,7 @@ from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from mbrl.core import Dynamics, Spec, StepInput, check_functions, choose, first_context
+from mbrl.core import Dynamics, Spec, StepInput, check_functions, check_reward, choose, first_context
 from mbrl.sac import Layers, Sac, SacConfig
 from mbrl_envs.evaluate import EnvError, flatten_obs, make, quiet
 
@@ -70,6 +70,10 @@ class _Rows:
         ctx: Tensor | None,
         dt: float,
     ) -> None:
+        if not isinstance(model, Dynamics):
+            raise AdapterError(
+                f"a model as an environment: got a {type(model).__name__}, expected a Dynamics, as configs build it"
+            )
         spec, starts = model.spec, torch.as_tensor(starts)
         floats = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
         like = floats[0] if floats else starts
@@ -86,13 +90,14 @@ class _Rows:
                 _is_table(ctx, spec.ctx) and num_envs % len(ctx) == 0,
             ),
             ("a model that takes actions of width", spec.act, "at least 1", spec.act >= 1),
-            ("dt", dt, "more than 0", dt > 0),
+            ("dt", dt, "more than 0, finite", 0 < dt < np.inf),
         ]
         if wrong := [f"got {name} {got}, expected {want}" for name, got, want, holds in problems if not holds]:
             raise AdapterError(f"a model as an environment: {'; '.join(wrong)}")
         self.model, self.starts, self.horizon, self.n = model, starts.to(like), horizon, num_envs
         obs = self.starts[:1].repeat(2, 1)
         try:
+            check_reward(model, reward)
             check_functions(obs, like.new_zeros(2, spec.act), obs, reward=reward, terminal=terminal)
         except ValueError as error:
             raise AdapterError(f"a model as an environment: {error}") from None

@@ -347,7 +347,8 @@ def make(env_id: str, **kw: Any) -> gym.Env:
     except Exception as error:  # what an environment raises for a bad argument is its own
         if not own:
             raise
-        raise EnvError(f"cannot make the environment {env_id!r}: {error!r}; mend its arguments") from error
+        drawn = ", or what draws it (MUJOCO_GL=egl or osmesa)" if "render_mode" in kw else ""
+        raise EnvError(f"cannot make the environment {env_id!r}: {error!r}; mend its arguments{drawn}") from error
 
 
 def _try(env: gym.Env) -> None:

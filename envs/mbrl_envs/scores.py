@@ -47,8 +47,8 @@ class Known:
     bound: float | None = None  # actions lie in [-bound, bound]; None: ask the environment
 
 
-# Tasks that no state ends. D4RL's pen ends when the pen falls, gymnasium-robotics' does not; the other hands and the
-# kitchen run to their limit.
+# Tasks that no observed state ends. D4RL's pen ends when the pen falls, gymnasium-robotics' does not; the other hands
+# run to their limit, as does the kitchen but for one in which all is done.
 ENDLESS = frozenset(
     {"halfcheetah", "pendulum", "swimmer", "reacher", "pusher", "humanoidstandup", "door", "hammer", "relocate"}
     | {"kitchen", "maze2d", "bullet-halfcheetah", "safetyhalfcheetah"}

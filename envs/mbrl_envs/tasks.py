@@ -443,7 +443,8 @@ _KINDS |= {"human", "cloned", "complete", "partial"}
 _NEORL = r"-(low|medium|high|expert|train|val|noise|\d+)"
 _RECORDED = frozenset({"door", "hammer", "relocate", "pen", "kitchen"})  # so called by datasets alone
 # Tasks that only their time limit ends. Antmaze is none: in D4RL's data it ends at a goal that is not observed. Nor is
-# D4RL's own pen.
+# D4RL's own pen. A kitchen also ends when all of its tasks are done, which is not observed and after which nothing is
+# earned.
 _NEVER = {
     "door": "AdroitHandDoor-v1",
     "hammer": "AdroitHandHammer-v1",

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mbrl import forced
 from mbrl import device as devices
+from mbrl import forced
 from mbrl.data import Dataset
 from mbrl.dynamics.plrnn import Constant, Plrnn, PlrnnConfig, PlrnnFit, Shallow, Track, _Trainer, fit_plrnn
 
