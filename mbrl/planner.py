@@ -390,7 +390,9 @@ def value(
         act = acts[:, None, :, t].expand(-1, p, -1, -1).reshape(-1, width)
         rows, pred = model.step(rows, StepInput(act, repeat(z.reshape(envs * p, w), n), dt), cond)
         gain = pred.reward if reward is None else reward(obs, act, pred.obs)
-        gain = gain + 0 * pred.obs.sum(-1)  # a prediction that is not finite shows, even where it would end the episode
+        gain = torch.add(
+            gain, pred.obs.sum(-1), alpha=0
+        )  # a prediction that is not finite shows, even where it would end the episode
         if excess is not None:
             if worth.uncertainty not in pred.uncertainty:
                 has = ", ".join(pred.uncertainty) or "none"

@@ -155,6 +155,7 @@ static void through(const job *j, int64_t network, int64_t from, REAL *own) {
     REAL *a = own, *b = a + up(j->each, ROWS) * stride, *spare = b + up(j->each, ROWS) * stride;
     const REAL *x = j->x + ((j->shared ? 0 : network * j->rows) + from) * in;
     for (int64_t r = 0; r < rows; r++) memcpy(a + r * stride, x + r * in, (size_t)in * sizeof(REAL));
+    memset(a + rows * stride, 0, (size_t)((up(rows, ROWS) - rows) * stride) * sizeof(REAL));
     for (int64_t l = 0; l < j->layers; l++) {
         const int64_t depth = j->sizes[l], wide = j->sizes[l + 1];
         const REAL *w = j->weights[l] + network * j->wide[l], *bias = j->biases[l] + network * j->high[l];
@@ -178,7 +179,6 @@ static void work(void *given) {
         __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    memset(own, 0, (size_t)room * sizeof(REAL)); /* padding is a number, and no subnormal one */
     for (int64_t t; (t = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->networks * per;)
         through(j, t / per, t % per * j->each, own);
     free(own);

@@ -139,3 +139,4 @@ def _together(work: int, job: int, count: int, broken: list[BaseException]) -> N
             wait(begun)
         except BaseException as error:
             broken.append(error)
+    broken.extend(error for x in begun if (error := x.exception()) is not None)

@@ -106,8 +106,8 @@ def test_only_elites_predict():
 
 def test_branching_evaluates_once():
     model, seen = make(), []
-    inner = model._gaussians
-    model._gaussians = lambda x, members: (seen.append(tuple(x.shape[:2])), inner(x, members))[1]
+    inner = model._predicted
+    model._predicted = lambda x, members: (seen.append(tuple(x.shape[:2])), inner(x, members))[1]
     obs, inp = inputs(model, 6, k=10)
     model.branch(obs, inp, (), 10)
     assert seen == [(1, 6)]
@@ -150,8 +150,8 @@ def test_only_the_drawn_member_of_a_row_is_evaluated(draws):
     if draws == "skewed":
         inp.noise[:, -1] = naming(model, (torch.arange(n) == 17) * 3)
     quick, rows = model.reporting(), []
-    inner = quick._gaussians
-    quick._gaussians = lambda x, members: (rows.append(x.shape[0] * x.shape[1]), inner(x, members))[1]
+    inner = quick._predicted
+    quick._predicted = lambda x, members: (rows.append(x.shape[0] * x.shape[1]), inner(x, members))[1]
     want, got = model.branch(obs, inp, (), k), quick.branch(obs, inp, (), k)
     close(got[0], want[0])
     close(got[1].reward, want[1].reward)

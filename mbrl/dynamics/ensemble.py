@@ -90,7 +90,7 @@ class Ensemble(Markov):
     def pinned(self, part: Tensor) -> Tree:
         """[G] -> the condition under which elite number part[g], counted round, alone steps group g, all the way
         (TS-infinity)."""
-        return self._members(self.elites[part % self.elites.shape[0]])
+        return self._ready(self.elites[part % self.elites.shape[0]])
 
     def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
         return self.branch(state, inp, cond, 1)
@@ -103,7 +103,7 @@ class Ensemble(Markov):
             obs, reward = self._drawn(repeat(state, k), repeat(inp.act, k), noise.flatten(0, 1)[:, None])
             doubt = {}
         else:
-            obs, reward, doubt = self._every(state, inp.act, noise, cond or self._members(self.elites), bool(cond))
+            obs, reward, doubt = self._every(state, inp.act, noise, cond or self._ready(self.elites), bool(cond))
         obs = obs.flatten(0, 1)
         return obs, Prediction(obs, reward.flatten(), repeat(doubt, k))
 
@@ -112,14 +112,32 @@ class Ensemble(Markov):
         if cond:
             return super().each(state, inp, cond, k)
         noise = inp.noise.reshape(state.shape[0], k, self.noise_dim)[..., :-1]
-        mean, var = self._gaussians(self.inputs(torch.cat([state, inp.act], -1))[None], self._members(self.elites))
-        y = self.targets.inverse(mean[:, :, None] + var.sqrt()[:, :, None] * noise)  # [E, B, k, O + 1]
+        mean, var = self._predicted(torch.cat([state, inp.act], -1)[None], self._ready(self.elites))
+        y = mean[:, :, None] + var.sqrt()[:, :, None] * noise  # [E, B, k, O + 1]
         y = y.flatten(1, 2)
         return Prediction(repeat(state, k) + y[..., :-1], y[..., -1], {})
 
     def _members(self, index: Tensor) -> Tree:
         """The weights and the bounds of the members `index` [m]."""
         return self.net.layers(index), self.upper[index], self.lower[index]
+
+    def _ready(self, index: Tensor) -> Tree:
+        """The same for `_predicted`: what goes before the first product and follows the last one, from and to raw
+        units, is part of them or of the bounds."""
+        layers, upper, lower = self._members(index)
+        weight, bias, *rest = layers
+        weight = weight / self.inputs.std[:, None]
+        *rest, weight, bias = (weight, bias - self.inputs.mean[None] @ weight, *rest)  # of the last, from here on
+        scale, width = self.targets.std, upper.shape[-1]
+        weight = torch.cat([weight[..., :width] * scale, weight[..., width:]], -1)
+        bias = torch.cat([bias[..., :width] * scale + self.targets.mean, bias[..., width:] - upper], -1)
+        return (*rest, weight, bias), lower.exp() * scale**2, upper.exp() * scale**2
+
+    def _predicted(self, x: Tensor, ready: Tree) -> tuple[Tensor, Tensor]:
+        """Observations and actions [n or 1, B, in] -> mean and variance [n, B, O + 1] of the change and the reward."""
+        layers, least, more = ready
+        y, width = apply_layers(layers, x, "silu"), least.shape[-1]
+        return y[..., :width], torch.addcmul(least, more, torch.sigmoid(y[..., width:]))  # `mbrl.nets.variance`
 
     def _gaussians(self, x: Tensor, members: Tree) -> tuple[Tensor, Tensor]:
         """Standardised inputs [n or 1, B, in] -> mean and variance [n, B, O + 1] in the units of the fit."""
@@ -129,16 +147,16 @@ class Ensemble(Markov):
 
     def _every(self, obs: Tensor, act: Tensor, noise: Tensor, members: Tree, pinned: bool):
         """noise [B, k, W] -> obs [B, k, O], reward [B, k], uncertainty [B], with all the given members evaluated."""
-        x = self.inputs(torch.cat([obs, act], -1))
+        x = torch.cat([obs, act], -1)
         if pinned:
-            mean, var = (y.flatten(0, 1)[None] for y in self._gaussians(group(x, members[1].shape[0]), members))
+            mean, var = (y.flatten(0, 1)[None] for y in self._predicted(group(x, members[1].shape[0]), members))
         else:
-            mean, var = self._gaussians(x[None], members)
-        doubt, unit = {}, self.targets.std
+            mean, var = self._predicted(x[None], members)
+        doubt = {}
         if "aleatoric" in self.uncertainty:
-            doubt["aleatoric"] = _finite((var * unit**2).sum(-1).amax(0).sqrt())
+            doubt["aleatoric"] = _finite(var.sum(-1).amax(0).sqrt())
         if "disagreement" in self.uncertainty and not pinned:
-            scaled = mean[..., :-1] * (unit[:-1] / self.spread)
+            scaled = mean[..., :-1] / self.spread
             doubt["disagreement"] = _finite((scaled - scaled.mean(0)).norm(dim=-1).amax(0))
         if pinned:
             y = torch.addcmul(mean[0][:, None], var[0].sqrt()[:, None], noise[..., :-1])
@@ -146,7 +164,6 @@ class Ensemble(Markov):
             pick = self._pick(noise, mean.shape[0]).T[..., None].expand(-1, -1, mean.shape[-1])  # [k, B, O + 1]
             y = mean.gather(0, pick) + var.gather(0, pick).sqrt() * noise[..., :-1].transpose(0, 1)
             y = y.transpose(0, 1)
-        y = self.targets.inverse(y)
         return obs[:, None] + y[..., :-1], y[..., -1], doubt
 
     def _drawn(self, obs: Tensor, act: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +175,7 @@ class Ensemble(Markov):
         rows, n = obs.shape[0], self.elites.shape[0]
         size = -(-rows // (n * TILES))
         tiles = rows // size + n
-        x = self.inputs(torch.cat([obs, act], -1))
+        x = torch.cat([obs, act], -1)
         pick = self._pick(noise, n)[:, 0]  # [B]
         index = torch.arange(n, device=x.device)
         mine = (pick[:, None] == index).long()
@@ -171,9 +188,9 @@ class Ensemble(Markov):
         owner = (torch.arange(tiles, device=x.device)[:, None] >= ends).sum(1).clamp(max=n - 1)
         cut = max(1, 2 * ROWS // size) if x.is_cpu and not torch.is_grad_enabled() else tiles
         each = zip(group(x[of_slot], tiles).split(cut), self.elites[owner].split(cut), strict=True)
-        mean, var = zip(*(self._gaussians(x, self._members(index)) for x, index in each), strict=True)
+        mean, var = zip(*(self._predicted(x, self._ready(index)) for x, index in each), strict=True)
         mean, var = (torch.cat(y).flatten(0, 1)[slot] for y in (mean, var))
-        y = self.targets.inverse(mean + var.sqrt() * noise[:, 0, :-1])
+        y = torch.addcmul(mean, var.sqrt(), noise[:, 0, :-1])
         return (obs + y[:, :-1])[:, None], y[:, -1:]
 
     def _pick(self, noise: Tensor, n: int) -> Tensor:
