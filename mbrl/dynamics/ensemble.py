@@ -137,7 +137,7 @@ class Ensemble(Markov):
         """Observations and actions [n or 1, B, in] -> mean and variance [n, B, O + 1] of the change and the reward."""
         layers, least, more = ready
         y, width = apply_layers(layers, x, "silu"), least.shape[-1]
-        return y[..., :width], torch.addcmul(least, more, torch.sigmoid(y[..., width:]))  # `mbrl.nets.variance`
+        return y[..., :width], torch.addcmul(least, more, torch.sigmoid(y)[..., width:])  # `mbrl.nets.variance`
 
     def _gaussians(self, x: Tensor, members: Tree) -> tuple[Tensor, Tensor]:
         """Standardised inputs [n or 1, B, in] -> mean and variance [n, B, O + 1] in the units of the fit."""
