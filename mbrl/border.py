@@ -4,6 +4,9 @@ back is checked. Environments stay outside: they come in as objects."""
 import hashlib
 import json
 import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,7 +70,7 @@ class World:
 
     def reset(self, seed: int) -> np.ndarray:
         """The first observation [O] of an episode, in single precision."""
-        return self._checked(self.env.reset(seed=seed)[0], "reset")
+        return self._checked(_asked("reset", lambda: self.env.reset(seed=seed))[0], "reset")
 
     def step(self, act: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """act [A] in [-1, 1] -> observation [O], reward, terminated, truncated."""
@@ -81,7 +84,7 @@ class World:
             raise ValueError(f"step {self.steps}: the action is {act}, expected finite numbers; what acts has diverged")
         raw = self.low + (act.astype(np.float64) + 1) / 2 * (self.high - self.low)
         raw = np.clip(raw, self.low, self.high)  # rounding may lead out of the box
-        out = self.env.step(raw.astype(self.dtype))
+        out = _asked(f"step {self.steps}", lambda: self.env.step(raw.astype(self.dtype)))
         if len(out) != 5:
             raise ValueError(
                 f"environment: step {self.steps} returned {len(out)} things, expected gymnasium's five: observation, "
@@ -103,6 +106,16 @@ class World:
                 f"environment: {where} returned the observation {obs}, expected finite numbers; it has diverged"
             )
         return single
+
+
+def _asked(what: str, call: Callable[[], Any]) -> Any:
+    """What an environment gives. What it raises, of whatever kind, is a ValueError that says whose it is, and where."""
+    try:
+        return call()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        raise ValueError(f"environment: its {what} raised {type(error).__name__}: {error} ({where})") from error
 
 
 def _number(x: Any) -> float:

@@ -1,6 +1,7 @@
 """The command line: `mbrl --help`. What the commands of a family share is in the `cli_` module of its name."""
 
 import operator
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -205,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The console script `mbrl`. Exit status: 0 done, 2 for input, or a place for output, that cannot be used, 130 when
     interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not {"", here := os.getcwd()} & set(sys.path):
+        sys.path.append(here)  # where a module with an environment of one's own lies
     devices.keep_memory()
     if argv[:1] == ["--version"]:
         print(f"mbrl-suite {mbrl.__version__}")

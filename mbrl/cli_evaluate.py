@@ -135,7 +135,7 @@ def run_evaluate(args: Evaluate) -> list[list[float]]:
     result, bounds = run.result or {}, _bounds(run, settings, args)
     own = result.get("env") or settings.env
     env = str(args.env or own)
-    scale = result.get("scale") if env == own else scale_of(env)
+    scale = (result.get("scale") if env == own else None) or scale_of(env)
     title = f"{env}, {args.episodes} episodes" + (f", {source}" if source != env else "")
     words = Table("seed", "mean return", "std", "min", "max", "score", title=title)
     for what, rows in found.items():

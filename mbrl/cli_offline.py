@@ -1,6 +1,7 @@
 """The command `mbrl offline`."""
 
 import itertools
+import time
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from mbrl import device as devices
 from mbrl import mpc, offline
-from mbrl.choices import KNOWN, LEARNERS, Algorithm, Learner, console, only_its_own
+from mbrl.choices import KNOWN, LEARNERS, PLAIN, Algorithm, Learner, console, only_its_own
 from mbrl.cli_control import check_spread, functions, last_words, telling
 from mbrl.core import Spec, check_reward
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -20,6 +21,8 @@ from mbrl.planner import OVER, Over
 from mbrl.run import Run, RunError, draw_report, folder_name, from_plain, machine, to_plain, versions, write_json
 from mbrl.sac import SacConfig
 from mbrl.terminal import TerminalConfig, restored
+
+SAY_EVERY = 20.0  # seconds between lines that say how far a plan is, where the terminal is none
 
 
 @dataclass(frozen=True)
@@ -363,10 +366,15 @@ def planned_over(controls: list[mpc.Mpc], seeds: Any, evaluate: Any) -> list[lis
 
 def watched(control: Any, what: str, status: Any) -> Any:
     """The controller, with a line on the terminal that says how far it is."""
-    steps = itertools.count(1)
+    steps, said = itertools.count(1), time.monotonic()
 
     def act(obs: torch.Tensor) -> torch.Tensor:
-        status.update(f"{what}, step {next(steps)}, {len(obs)} episodes under way")
+        nonlocal said
+        words = f"{what}, step {next(steps)}, {len(obs)} episodes under way"
+        status.update(words)
+        if not console.is_terminal and time.monotonic() - said > SAY_EVERY:  # no line that is written over
+            console.print(words, **PLAIN)
+            said = time.monotonic()
         return control(obs).to(obs.device)
 
     return act

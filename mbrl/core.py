@@ -254,6 +254,19 @@ def check_functions(obs: Tensor, act: Tensor, after: Tensor, **functions: Callab
             raise ValueError(f"{name}: for {len(obs)} transitions the function returned {got}, expected {want}")
 
 
+def check_learner(dynamics: Any) -> None:
+    """Raises ValueError for what is no learner's config."""
+    if isinstance(dynamics, type) or not callable(getattr(dynamics, "build", None)):
+        got = f"the class {dynamics.__name__}" if isinstance(dynamics, type) else f"a {type(dynamics).__name__}"
+        raise ValueError(f"dynamics: got {got}, expected a learner's config, such as EnsembleConfig()")
+
+
+def check_config(who: str, config: Any, kind: type) -> None:
+    """Raises ValueError for a config of another kind."""
+    if not isinstance(config, kind):
+        raise ValueError(f"{who}: got a {type(config).__name__} for a config, expected a {kind.__name__}")
+
+
 def demand(who: str, *rules: tuple[str, Any, str, bool]) -> None:
     """rules: a setting's name, its value, what is expected, whether it holds. Raises one ValueError that names all of
     which it does not."""

@@ -4,6 +4,7 @@ which fits the learner to what the control has seen, episode after episode.
 Environments stay outside: they come in as objects with gymnasium's `reset` and `step`."""
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,9 @@ from mbrl.core import (
     Spec,
     StepInput,
     Tree,
+    check_config,
     check_functions,
+    check_learner,
     check_reward,
     choose,
     demand,
@@ -143,7 +146,9 @@ class Mpc:
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
-        obs = obs.to(self.like)
+        obs = torch.as_tensor(obs).to(self.like)
+        if obs.ndim != 2:
+            raise ValueError(f"Mpc: got observations {list(obs.shape)}, expected [E, O], a row an environment")
         envs, width = obs.shape
         if width != self.model.spec.obs:
             raise ValueError(
@@ -155,6 +160,8 @@ class Mpc:
                 f"Mpc: got observations of {envs} environments, expected {len(self.new)}; say `begin(E)` first, and "
                 "`rows` where episodes end"
             )
+        if not bool(obs.isfinite().all()):
+            raise ValueError(f"Mpc: got the observations {obs.tolist()}, expected finite numbers")
         cond = self.model.condition(self.ctx)
         first = self.model.init(obs, cond)
         state = first if self.state is None else choose(self.new, first, self.model.correct(self.state, obs, 1.0, cond))
@@ -567,6 +574,8 @@ def pets(
 
     Raises ValueError for spaces that do not fit, for a record of other settings or another seed, and where the
     environment gives what is not finite."""
+    check_config("pets", config, PetsConfig)
+    check_learner(dynamics)
     world, record = World(env), record or Forget()
     done: list[Episode] = []
     model = dynamics.build(world.spec, devices.generator(seed)).to(device)
@@ -608,6 +617,12 @@ def pets(
         tensors, facts = _packed(done)
         facts["of"] = mine
         if learned:
+            if control.counts["lost"] == len(new.act):
+                warnings.warn(
+                    f"pets: all {len(new.act)} plans of episode {i + 1} were lost, no candidate's worth was finite: "
+                    "either the reward function is not, or the model has diverged",
+                    stacklevel=2,
+                )
             figures |= shares(control.counts)
             tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
             if isinstance(end, TerminalHead):

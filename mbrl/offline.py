@@ -835,6 +835,9 @@ def policy_of(agent: Any, seed: int = 0) -> Policy:
 
     @torch.no_grad()
     def act(obs: Tensor) -> Tensor:
+        obs = torch.as_tensor(obs)
+        if obs.ndim != 2:
+            raise ValueError(f"policy: got observations {list(obs.shape)}, expected [n, {agent.spec.obs}]")
         return one.act(obs.to(like)[None])[0].to(obs.device)
 
     return act

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mbrl import device as devices
 from mbrl.border import Env, World, episode_seed
-from mbrl.core import Spec, check_functions, check_reward
+from mbrl.core import Spec, check_config, check_functions, check_learner, check_reward
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.fit import FitConfig, check_fit, fit
@@ -192,6 +192,8 @@ def train_together(
     Raises ValueError where the settings do not go together, the record is of other settings or seeds, an environment
     is of the wrong kind, returns what is not finite, or, run again, returns something else."""
     record, fitting, dynamics = record or Forget(), fitting or FitConfig(), dynamics or EnsembleConfig()
+    check_config("online", config, OnlineConfig)
+    check_learner(dynamics)
     check(config)
     check_fit(fitting)
     many = len(seeds)
@@ -364,7 +366,9 @@ def train_together(
         if evaluate is not None and (done % config.evaluate_every == 0 or done == total):
             found = [evaluated(judge, agent, s) for s, judge in enumerate(judges) if judge]
             returns.append((done, found))
-            record.log("evaluate", done, {"return": sum(map(sum, found)) / sum(map(len, found))})
+            mean = sum(map(sum, found)) / sum(map(len, found))
+            record.log("evaluate", done, {"return": mean})
+            record.progress("evaluate", done, total, {"return": mean})
             lap("evaluate")
         wait = 10 if many == 1 and running[0] else 1  # at an episode's end, unless it goes on and on
         if done - saved >= wait * config.save_every:

@@ -112,7 +112,10 @@ def from_plain(value: Any, known: Iterable[type]) -> Any:
         if "_type" not in x:
             return {k: build(v) for k, v in x.items()}
         if x["_type"] not in types:
-            raise RunError(f"settings of type {x['_type']!r}: not known here; known: {', '.join(sorted(types))}")
+            raise RunError(
+                f"settings of type {x['_type']!r}: not known here; where it is a learner's of your own, install the "
+                f"package that announces it under mbrl.learners; known: {', '.join(sorted(types))}"
+            )
         cls = types[x["_type"]]
         names = {f.name for f in dataclasses.fields(cls)}
         if extra := set(x) - names - {"_type"}:
@@ -207,6 +210,8 @@ class Run:
         """A new folder. Raises RunError where it holds a run already."""
         folder = Path(folder)
         if (folder / "config.json").exists():
+            if (folder / "result.json").exists():
+                raise RunError(f"{folder}: holds a finished run; name another folder (--out)")
             raise RunError(f"{folder}: holds a run already; continue it with --resume {folder}, or name another folder")
         run = cls(folder, **kw)
         try:

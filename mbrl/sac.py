@@ -461,8 +461,9 @@ class SacConfig:
     target_entropy: float | None = None  # None: minus the number of actions
     gamma: float = 0.99
     tau: float = 0.005  # how far the targets move at each update
-    total: int = 0  # updates over which the actor's learning rate falls to 0 along a half cosine; 0: it stays. The
-    # offline loop puts its own number of updates here
+    total: int = 0
+    """Updates over which the actor's learning rate falls to 0 along a half cosine; 0: it stays. The offline loop puts
+    its own number of updates here."""
     deterministic_backup: bool = False  # targets without the entropy's term (MOBILE)
     target_min: float | None = None  # targets are at least this (MOBILE and MOREC: 0)
     layer_norm: bool = False  # in the critics, before each ReLU

@@ -22,6 +22,7 @@ from mbrl_envs import adapters, evaluate, tasks
 from mbrl_envs import datasets as worlds
 from stable_baselines3 import SAC
 
+import mbrl
 from mbrl import choices, cli, cli_control, cli_evaluate, cli_offline, cli_plan, cli_suite, mpc, offline, suite
 from mbrl.core import Spec
 from mbrl.fit import FitConfig
@@ -531,7 +532,23 @@ def test_actions_of_no_stated_bounds_are_warned_of_where_the_worlds_are_others(b
 def test_a_run_folder_is_not_written_over(finished, pendulum, capsys):
     with pytest.raises(SystemExit):
         cli.main(["offline", "--dataset", str(pendulum), "--out", str(finished), "--quiet"])
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds a finished run; name another folder (--out)" in capsys.readouterr().err
+
+
+def test_a_module_of_the_folder_at_hand_is_found(tmp_path, monkeypatch, capsys):
+    (tmp_path / "nearby_world.py").write_text(
+        "import gymnasium as gym\nfrom gymnasium.envs.classic_control import PendulumEnv\n"
+        "gym.register('Nearby-v0', PendulumEnv, max_episode_steps=3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x not in ("", str(tmp_path))])
+    cli.main(["plan", "--env", "nearby_world:Nearby-v0", "--seed", "0", "--random", "2", "--episodes", "0", "--quiet"])
+    assert len(json.loads((tmp_path / "runs/nearby_world_Nearby-v0/plan-0/result.json").read_text())["returns"]) == 2
+
+
+def test_the_package_is_the_console_script():
+    told = subprocess.run([sys.executable, "-m", "mbrl", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout == f"mbrl-suite {mbrl.__version__}\n"
 
 
 def test_other_data_do_not_continue_a_run(pendulum, tmp_path, capsys):

@@ -349,6 +349,8 @@ def test_actions_beyond_the_bounds_are_clipped_counted_and_warned_of(tmp_path):
     assert (data.meta["clipped"], data.meta["clipped_rows"]) == (3, 2)
     with pytest.warns(UserWarning, match="no others are stated: state action_low and action_high"):
         load(path)
+    with pytest.warns(UserWarning, match="no others are stated and Crat-v0 cannot be made here: state action_low"):
+        load(raw, env="Crat-v0")
     np.testing.assert_array_equal(data.act.numpy(), np.clip(raw["actions"], -1, 1))
     with pytest.raises(DataError, match=r"3 components.*strict"):
         load(path, strict=True)

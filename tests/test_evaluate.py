@@ -337,7 +337,7 @@ def test_a_film_is_of_what_is_evaluated(tmp_path):
         video(policy, env, tmp_path / "film.gif", obs=4)
 
 
-def test_a_film_that_cannot_be_made(tmp_path):
+def test_a_film_that_cannot_be_made(tmp_path, monkeypatch):
     with pytest.raises(EnvError, match="render_mode None; make it with 'rgb_array'"):
         video(constant(0.0), Counter(), tmp_path / "film.gif")
     with pytest.raises(EnvError, match=r"cannot write .*film\.what.*use a name that ends in \.gif"):
@@ -349,6 +349,9 @@ def test_a_film_that_cannot_be_made(tmp_path):
         with pytest.raises(EnvError, match=f"cannot be written, .*{way} is in the way"):
             worlds.check_film(tmp_path / place)
     worlds.check_film(tmp_path / "new" / "film.gif")
+    monkeypatch.setattr(worlds.os, "access", lambda *_: False)
+    with pytest.raises(EnvError, match="lets nobody write here"):
+        worlds.check_film(tmp_path / "new" / "film.gif")
     assert not (tmp_path / "new").exists()
 
 

@@ -19,6 +19,7 @@ from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.ode import OdeConfig
 from mbrl.fit import FitConfig
 from mbrl.mpc import ByValue, Episode, Mpc, PetsConfig, episode, gathered, over, pets, shares
+from mbrl.offline import policy_of
 from mbrl.planner import CEM, ICEM, Planner, Worth
 from mbrl.sac import SacConfig
 
@@ -221,6 +222,24 @@ def test_what_cannot_be_planned_with_is_named():
 def test_what_values_and_proposes_is_tried_before_the_first_plan(given, message):
     with pytest.raises(ValueError, match=message):
         controller(**given)
+
+
+def test_observations_that_are_none_are_refused():
+    mpc = controller()
+    mpc.begin(1)
+    with pytest.raises(ValueError, match=r"got the observations \[\[nan\]\], expected finite numbers"):
+        mpc(torch.tensor([[math.nan]]))
+    with pytest.raises(ValueError, match=r"got observations \[1\], expected \[E, O\]"):
+        mpc(torch.zeros(1))
+    assert mpc(np.zeros((1, 1))).shape == (1, 1)
+
+
+def test_a_policy_reads_rows_of_any_kind():
+    agent = SacConfig(hidden=(8,)).build(Spec(1, 1), devices.generator(0))
+    policy = policy_of(agent)
+    assert torch.equal(policy(np.zeros((2, 1), np.float32)), policy(torch.zeros(2, 1)))
+    with pytest.raises(ValueError, match=r"policy: got observations \[1\], expected \[n, 1\]"):
+        policy(torch.zeros(1))
 
 
 def test_a_learner_without_actions_is_not_planned_with():
@@ -535,6 +554,25 @@ def test_pets_refits_its_learner_from_where_it_stands_and_plans_as_it_is_told(mo
     assert all(torch.equal(a, b) for a, b in zip(begun[1:], ends[:-1], strict=True))
     assert result.mpc.worth == PETS.worth
     assert result.mpc.planner == PETS.planner
+
+
+def test_an_episode_of_lost_plans_is_warned_of():
+    worthless = lambda obs, act, after: after[:, 0] * math.nan
+    with pytest.warns(UserWarning, match="all 8 plans of episode 3 were lost"):
+        pets(replace(PETS, episodes=1), LineEnv(), LEARNER, seed=0, reward=worthless)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((SMALL, LEARNER), "pets: got a Planner for a config, expected a PetsConfig"),
+        ((PETS, EnsembleConfig), "got the class EnsembleConfig, expected a learner's config"),
+    ],
+)
+def test_what_is_no_config_is_named(given, message):
+    config, dynamics = given
+    with pytest.raises(ValueError, match=message):
+        pets(config, LineEnv(), dynamics, seed=0)
 
 
 def test_random_episodes_too_short_for_a_model_are_one_error():

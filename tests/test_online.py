@@ -1,6 +1,7 @@
 """The online loop, in worlds whose answers are known and with models that are the environment."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -482,6 +483,15 @@ class Sick(LineEnv):
         return obs, reward, *rest
 
 
+class Faulty(LineEnv):
+    """Whose own code fails at its third step."""
+
+    def step(self, action):
+        if self.t == 2:
+            Path("/no/such/file").read_text()
+        return super().step(action)
+
+
 def spaces(**spaces):
     env = LineEnv()
     for name, space in spaces.items():
@@ -507,6 +517,7 @@ class Discrete:
         (Sick(reward=-1e39), r"step 5 returned a reward of -1e\+39"),
         (Sick(obs=[1.0, 2.0]), r"step 5 returned shape \(2,\), expected \(1,\)"),
         (Sick(start=np.array([np.inf])), "reset returned the observation"),
+        (Faulty(), r"its step 3 raised FileNotFoundError: .*no/such/file.* \(test_online.py:\d+\)"),
     ],
 )
 def test_an_environment_that_does_not_fit_is_one_error(env, message):
@@ -533,6 +544,32 @@ def test_settings_that_do_not_go_together_are_one_error(change, message):
 def test_a_schedule_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match="Horizon"):
         Horizon(**bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamics": SingleConfig}, "got the class SingleConfig, expected a learner's config"),
+        ({"dynamics": "single"}, "got a str, expected a learner's config"),
+        ({"config": SHORT}, "online: got a FitConfig for a config, expected a OnlineConfig"),
+    ],
+)
+def test_what_is_no_config_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_evaluations_are_told_while_it_runs():
+    told = []
+
+    class Told(Memory):
+        def progress(self, stage, step, total, values):
+            told.append((stage, step, total, dict(values)))
+
+    result = run(evaluate=earned, record=Told())
+    assert [x for x in told if x[0] == "evaluate"] == [
+        ("evaluate", n, 120, {"return": float(r[0][0])}) for n, r in result.returns
+    ]
 
 
 def test_a_model_that_tells_no_reward_is_one_error_where_no_function_does(monkeypatch):

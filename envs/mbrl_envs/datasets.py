@@ -637,10 +637,15 @@ def _rescale(source: Source, c: Columns, strict: bool) -> tuple[int, int, np.nda
         rows += int(beyond.any(1).sum())
     if clipped:
         furthest = float(np.abs(c.act).max())
+        unmade = f" and {source.env} cannot be made here" if source.env else ""
         what = (
             f"{label}: key 'actions': {clipped} components, in {rows} of {len(c.act)} steps, lie beyond the bounds "
             f"(furthest {furthest:.4g}, expected within [-1, 1]"
-            + (", since no others are stated: state action_low and action_high)" if assumed else " after rescaling)")
+            + (
+                f", since no others are stated{unmade}: state action_low and action_high)"
+                if assumed
+                else " after rescaling)"
+            )
         )
         if strict:
             raise DataError(f"{what}; correct the actions or the stated bounds, or load without strict to clip them")

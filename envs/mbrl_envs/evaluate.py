@@ -252,6 +252,8 @@ def check_film(path: Path) -> None:
         raise EnvError(
             f"video: {path} cannot be written, {path if path.is_dir() else above} is in the way; name another"
         )
+    if not os.access(above, os.W_OK):
+        raise EnvError(f"video: {path} cannot be written, {above} lets nobody write here; name another folder")
     with tempfile.TemporaryDirectory() as folder:
         _writer(Path(folder) / f"film{path.suffix}", path).close()
 

@@ -1,0 +1,5 @@
+"""`python -m mbrl`: the console script."""
+
+from mbrl.cli import main
+
+main()
