@@ -160,8 +160,10 @@ class Mpc:
                 f"Mpc: got observations of {envs} environments, expected {len(self.new)}; say `begin(E)` first, and "
                 "`rows` where episodes end"
             )
-        if not bool(obs.isfinite().all()):
-            raise ValueError(f"Mpc: got the observations {obs.tolist()}, expected finite numbers")
+        if bad := int((~obs.isfinite()).any(1).sum()):
+            raise ValueError(
+                f"Mpc: {bad} of {envs} observations are not finite, expected numbers; the world has diverged"
+            )
         cond = self.model.condition(self.ctx)
         first = self.model.init(obs, cond)
         state = first if self.state is None else choose(self.new, first, self.model.correct(self.state, obs, 1.0, cond))
