@@ -181,7 +181,15 @@ def run_online(args: Online) -> Run:
             }  # fmt: skip
             out |= {"final": [curve[-1][1] for curve in curves.values()]}
             out |= {"last10": [result.last(10).item() for result in results]}
-            draw(run.folder / "report.png", f"{args.env}, {_seeds(args.seeds)}", curves, 0)
+            beside = {
+                seed: {
+                    "training": result.episodes,
+                    "slope of Q, mean": [(n, found["l2_mean"]) for n, found in result.probes],
+                    "error of the model, in units of value": [(n, found["value_error"]) for n, found in result.probes],
+                }
+                for seed, result in zip(args.seeds, results, strict=True)
+            }
+            draw(run.folder / "report.png", f"{args.env}, {_seeds(args.seeds)}", curves, 0, beside)
             write_json(run.folder / "result.json", out)
             run.forget("online.partial")
         if not args.quiet:
@@ -256,19 +264,43 @@ def begin(args: Any, kind: type, name: str, check: Callable[[Any, Any], None]) -
     return Run.create(out, config, local, quiet=args.quiet), replace(args, out=out)
 
 
-def draw(path: Path, title: str, curves: Mapping[int, Sequence[tuple[int, float]]], random: int) -> None:
-    """Return against environment steps for each seed; the first `random` points are of random actions."""
+Curve = Sequence[tuple[int, float]]  # (environment steps, value)
+
+
+def draw(
+    path: Path,
+    title: str,
+    curves: Mapping[int, Curve],
+    random: int,
+    beside: Mapping[int, Mapping[str, Curve]] | None = None,
+) -> None:
+    """Return against environment steps for each seed; the first `random` points are of random actions. beside: of each
+    seed, "training", the returns of its episodes, drawn thin behind these, and what is drawn on axes of its own."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for seed, curve in curves.items():
+    more = {seed: {k: x for k, x in own.items() if x} for seed, own in (beside or {}).items()}
+    names = list(dict.fromkeys(k for own in more.values() for k in own if k != "training"))
+    figure, axes = plt.subplots(
+        1 + len(names), figsize=(7, 4.5 + 2.2 * len(names)), layout="constrained", sharex=True, squeeze=False,
+        height_ratios=[2.0, *[1.0] * len(names)],
+    )  # fmt: skip
+    ax, *others = axes[:, 0]
+    for i, (seed, curve) in enumerate(curves.items()):
+        own, color = more.get(seed, {}), f"C{i}"
         steps, values = zip(*curve, strict=True)
-        ax.plot(steps, values, marker="o", ms=4, label=f"seed {seed}")
+        if "training" in own:
+            ax.plot(*zip(*own["training"], strict=True), color=color, lw=0.6, alpha=0.5)
+        ax.plot(steps, values, marker="o", ms=4, color=color, label=f"seed {seed}")
         ax.plot(steps[:random], values[:random], "o", color="gray", label="random actions" if random else None)
+        for name, panel in zip(names, others, strict=True):
+            if name in own:
+                panel.plot(*zip(*own[name], strict=True), color=color, marker=".")
+            panel.set(ylabel=name.replace(", ", ",\n"))
     if random or len(curves) > 1:
         ax.legend()
-    ax.set(title=title, xlabel="environment steps", ylabel="undiscounted return")
+    ax.set(title=title, ylabel="undiscounted return" + (", thin in training" if more else ""))
+    axes[-1, 0].set(xlabel="environment steps")
     save_figure(figure, path)

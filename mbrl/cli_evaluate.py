@@ -47,6 +47,8 @@ def settings_of(run: Run) -> Offline | Online:
     """What a run was started with. Raises RunError for one that learns no policy."""
     arguments = run.config.get("arguments") or {}
     kind = str(arguments.get("_type")).lower()
+    if not arguments:
+        raise RunError(f"{run.folder}: was made from Python; run its script again, which goes on from it or loads it")
     if kind not in ("offline", "online"):
         raise RunError(
             f"{run.folder}: is of `mbrl {kind}`, which learns no policy; expected `mbrl offline` or `online`"

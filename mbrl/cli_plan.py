@@ -223,6 +223,8 @@ def _given(args: Plan, env: Any, reward: Any, terminal: Any, device: torch.devic
         )
     other, stream = Run.open(Path(str(args.model))), devices.generator(args.seed, device)
     kind = str((other.config.get("arguments") or {}).get("_type"))
+    if not other.config.get("arguments"):
+        raise RunError(f"--model {args.model}: was made from Python; run its script again, which loads its model")
     if kind not in (names := [x.__name__ for x in (Plan, Online, Offline, cli_meta.Meta)]):
         expected = ", ".join(f"`mbrl {x.lower()}`" for x in names)
         raise RunError(f"--model {args.model}: is of `mbrl {kind.lower()}`; expected a run of {expected}, or true")

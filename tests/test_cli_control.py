@@ -483,6 +483,27 @@ def test_an_online_runs_model_serves_to_plan_with(met, tmp_path, monkeypatch, ca
         cli_plan._given(args, env, None, None, torch.device("cpu"))
 
 
+def test_a_report_shows_training_and_probes_beside_the_returns(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(cli_control, "save_figure", lambda figure, path: figures.append(figure))
+    curves, probes = {0: [(1, 2.0), (2, 3.0)], 1: [(1, 1.0)]}, {"slope": [(1, 4.0)], "error": []}
+    cli_control.draw(tmp_path / "a.png", "a", curves, 0, {0: {"training": [(1, 5.0), (3, 6.0)], **probes}, 1: probes})
+    top, slope = figures[0].axes
+    assert [len(line.get_xdata()) for line in top.lines if line.get_linewidth() < 1] == [2]
+    assert slope.get_ylabel() == "slope"
+    assert [line.get_ydata().tolist() for line in slope.lines] == [[4.0], [4.0]]
+    cli_control.draw(tmp_path / "a.png", "a", curves, 1)
+    assert len(figures[1].axes) == 1
+
+
+def test_a_run_that_was_made_from_python_says_so(tmp_path, capsys):
+    Run.continued(tmp_path / "r", {}, {}).close()
+    for argv in (["eval", str(tmp_path / "r")], [*PLAN, "--model", str(tmp_path / "r")]):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        assert "was made from Python" in capsys.readouterr().err
+
+
 def test_a_run_without_a_model_is_not_planned_with(tmp_path, capsys):
     Run.create(tmp_path / "d", {"algorithm": "x", "arguments": {"_type": "Reconstruct"}}, {})
     with pytest.raises(SystemExit) as refused:
