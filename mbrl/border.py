@@ -4,6 +4,7 @@ back is checked. Environments stay outside: they come in as objects."""
 import hashlib
 import json
 import math
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,10 @@ def _asked(what: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        others = (__file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+        own = [x for x in frames if not x.filename.startswith(others)]  # of who wrote the environment, where there are
+        last = (own or frames)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         raise ValueError(f"environment: its {what} raised {type(error).__name__}: {error} ({where})") from error
 
