@@ -342,7 +342,7 @@ def controllers_over(
     critics: Literal["mean", "least"] = "mean" if args.plan_by == "tdmpc" else "least"
     found = []
     for i, (seed, model, terminal) in enumerate(zip(seeds, models, ends or [None] * len(models), strict=True)):
-        planner, worth = args.over.applied(OVER[args.plan_by], mpc.worth_over(agent.config.gamma, model))
+        planner, worth = args.over.applied(OVER[args.plan_by], mpc.worth_over(agent.config.gamma))
         if args.over.pessimism:
             check_spread(worth, model, "--over")
         stream = devices.generator(seed, next(model.parameters()).device)

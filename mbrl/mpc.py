@@ -397,7 +397,7 @@ def over(
             f"{model.spec.obs} and {model.spec.act}; expected the same of both"
         )
     one = agent.one(seed)
-    worth = worth or worth_over(agent.config.gamma, model)
+    worth = worth or worth_over(agent.config.gamma)
     policy = lambda obs, noise: one.act(obs[None], noise[None])[0]
     both = {"least": torch.amin, "mean": torch.mean}[critics]
     critic = lambda obs: both(one.q(obs[None], one.act(obs[None])), 1)[0]
@@ -407,9 +407,9 @@ def over(
     )  # fmt: skip
 
 
-def worth_over(gamma: float, model: Dynamics) -> Worth:
+def worth_over(gamma: float) -> Worth:
     """What plans over a policy of this discount are worth, unless something else is asked for."""
-    return Worth(discount=gamma, particles=5 if model.parts > 1 or model.noise_dim > 0 else 1, pessimism=1.0)
+    return Worth(discount=gamma, particles=5, pessimism=1.0)
 
 
 @final

@@ -22,7 +22,18 @@ from torch.utils import _pytree as pytree
 
 from mbrl import device as devices
 from mbrl.baselines import BcConfig, Td3BcConfig
-from mbrl.core import Diverged, Dynamics, Segment, Spec, StepInput, check_functions, check_reward, repeat, rows
+from mbrl.core import (
+    Diverged,
+    Dynamics,
+    Segment,
+    Spec,
+    StepInput,
+    check_functions,
+    check_learner,
+    check_reward,
+    repeat,
+    rows,
+)
 from mbrl.data import Buffer, Dataset, Transitions
 from mbrl.dynamics.ensemble import EnsembleConfig
 from mbrl.dynamics.filtered import DynamicsReward, FilterConfig, Filtered, RewardConfig, fit_reward, unfiltered
@@ -660,6 +671,7 @@ def train(
     Raises ValueError where the settings and the data do not go together."""
     record = record or Forget()
     dynamics, fitting = dynamics or EnsembleConfig(), fitting or FitConfig()
+    check_learner(dynamics)
     check(config, data, models, seeds)
     check_evaluate(evaluate)
     check_functions(data.obs[:2], data.act[:2], data.next_obs[:2], reward=reward, terminal=terminal)

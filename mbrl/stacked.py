@@ -2,7 +2,7 @@
 activations of a few rows stay in the cache from layer to layer, and threads meet once a pass, not once an operation.
 
 The caller is `mbrl.nets.apply_layers`: its plain torch gives the same numbers, to rounding, where this does not serve.
-With gradients the same gained nothing over torch's products, and so there are none."""
+With gradients the same gained little over torch's products, and so there are none."""
 
 import ctypes
 from collections.abc import Callable, Sequence

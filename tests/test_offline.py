@@ -709,3 +709,8 @@ def test_settings_within_settings_are_told_by_their_type_where_others_look_the_s
     assert offline.digest(learners[0]) == offline.digest(first), "what stands there first keeps its name"
     one, other = (make_dataclass(name, [("width", int)])(3) for name in ("One", "Other"))
     assert offline.digest(ExpertsConfig(one)) != offline.digest(ExpertsConfig(other))
+
+
+def test_a_class_in_a_learners_place_is_named():
+    with pytest.raises(ValueError, match="got the class ExpertsConfig, expected a learner's config"):
+        offline.train(offline.MOPO, line_data(), dynamics=ExpertsConfig, seeds=[0])

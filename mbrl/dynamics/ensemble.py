@@ -90,7 +90,7 @@ class Ensemble(Markov):
     def pinned(self, part: Tensor) -> Tree:
         """[G] -> the condition under which elite number part[g], counted round, alone steps group g, all the way
         (TS-infinity)."""
-        return self._ready(self.elites[part % self.elites.shape[0]])
+        return self._folded(self.elites[part % self.elites.shape[0]])
 
     def step(self, state: Tensor, inp: StepInput, cond: Tree) -> tuple[Tensor, Prediction]:
         return self.branch(state, inp, cond, 1)
@@ -103,7 +103,7 @@ class Ensemble(Markov):
             obs, reward = self._drawn(repeat(state, k), repeat(inp.act, k), noise.flatten(0, 1)[:, None])
             doubt = {}
         else:
-            obs, reward, doubt = self._every(state, inp.act, noise, cond or self._ready(self.elites), bool(cond))
+            obs, reward, doubt = self._every(state, inp.act, noise, cond or self._folded(self.elites), bool(cond))
         obs = obs.flatten(0, 1)
         return obs, Prediction(obs, reward.flatten(), repeat(doubt, k))
 
@@ -112,7 +112,7 @@ class Ensemble(Markov):
         if cond:
             return super().each(state, inp, cond, k)
         noise = inp.noise.reshape(state.shape[0], k, self.noise_dim)[..., :-1]
-        mean, var = self._predicted(torch.cat([state, inp.act], -1)[None], self._ready(self.elites))
+        mean, var = self._predicted(torch.cat([state, inp.act], -1)[None], self._folded(self.elites))
         y = mean[:, :, None] + var.sqrt()[:, :, None] * noise  # [E, B, k, O + 1]
         y = y.flatten(1, 2)
         return Prediction(repeat(state, k) + y[..., :-1], y[..., -1], {})
@@ -121,7 +121,7 @@ class Ensemble(Markov):
         """The weights and the bounds of the members `index` [m]."""
         return self.net.layers(index), self.upper[index], self.lower[index]
 
-    def _ready(self, index: Tensor) -> Tree:
+    def _folded(self, index: Tensor) -> Tree:
         """The same for `_predicted`: what goes before the first product and follows the last one, from and to raw
         units, is part of them or of the bounds."""
         layers, upper, lower = self._members(index)
@@ -133,9 +133,9 @@ class Ensemble(Markov):
         bias = torch.cat([bias[..., :width] * scale + self.targets.mean, bias[..., width:] - upper], -1)
         return (*rest, weight, bias), lower.exp() * scale**2, upper.exp() * scale**2
 
-    def _predicted(self, x: Tensor, ready: Tree) -> tuple[Tensor, Tensor]:
+    def _predicted(self, x: Tensor, folded: Tree) -> tuple[Tensor, Tensor]:
         """Observations and actions [n or 1, B, in] -> mean and variance [n, B, O + 1] of the change and the reward."""
-        layers, least, more = ready
+        layers, least, more = folded
         y, width = apply_layers(layers, x, "silu"), least.shape[-1]
         return y[..., :width], torch.addcmul(least, more, torch.sigmoid(y)[..., width:])  # `mbrl.nets.variance`
 
@@ -188,7 +188,7 @@ class Ensemble(Markov):
         owner = (torch.arange(tiles, device=x.device)[:, None] >= ends).sum(1).clamp(max=n - 1)
         cut = max(1, 2 * ROWS // size) if x.is_cpu and not torch.is_grad_enabled() else tiles
         each = zip(group(x[of_slot], tiles).split(cut), self.elites[owner].split(cut), strict=True)
-        mean, var = zip(*(self._predicted(x, self._ready(index)) for x, index in each), strict=True)
+        mean, var = zip(*(self._predicted(x, self._folded(index)) for x, index in each), strict=True)
         mean, var = (torch.cat(y).flatten(0, 1)[slot] for y in (mean, var))
         y = torch.addcmul(mean, var.sqrt(), noise[:, 0, :-1])
         return (obs + y[:, :-1])[:, None], y[:, -1:]
