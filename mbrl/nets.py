@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbrl import stacked
+from mbrl import likelihood, stacked
 
 Activation = Literal["silu", "relu", "tanh"]
 Init = Callable[[Tensor, torch.Generator | None], object]  # fills one weight [in, out] in place
@@ -118,6 +118,20 @@ def variance(raw: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     v = upper - softplus(upper - raw) and log var = lower + softplus(v - lower),
     var = e^lower + e^upper / (1 + e^(upper - raw)), exactly."""
     return lower.exp() + upper.exp() * torch.sigmoid(raw - upper)
+
+
+def gaussian_nll(
+    layers: Sequence[Tensor], x: Tensor, y: Tensor, kept: Tensor, upper: Tensor, lower: Tensor, activation: Activation
+) -> Tensor:
+    """[n]: twice the negative log-likelihood, but for a constant, of y [n or 1, B, W] under each network's Gaussian at
+    x [n or 1, B, in]: the mean over W and over the rows that count, `kept` [n or 1, B] bool. The networks, as those of
+    `apply_layers`, give 2 W numbers, the mean and what `variance` turns into one under the bounds [n, 1, W]."""
+    if likelihood.serves(layers, x, y, upper, lower, activation):
+        return likelihood.apply(layers, x, y, kept, upper, lower, activation)
+    mean, raw = apply_layers(layers, x, activation).chunk(2, -1)
+    var = variance(raw, upper, lower)
+    nll = torch.where(kept[..., None], (mean - y) ** 2 / var + var.log(), 0.0)
+    return nll.sum((1, 2)) / (kept.sum(1).clamp(min=1) * y.shape[-1])
 
 
 class Normalizer(nn.Module):

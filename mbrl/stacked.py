@@ -2,14 +2,11 @@
 activations of a few rows stay in the cache from layer to layer, and threads meet once a pass, not once an operation.
 
 The caller is `mbrl.nets.apply_layers`: its plain torch gives the same numbers, to rounding, where this does not serve.
-With gradients the same gained little over torch's products, and so there are none."""
+One use with gradients has its own code, `mbrl.likelihood`."""
 
 import ctypes
-from collections.abc import Callable, Sequence
-from concurrent.futures import wait
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +22,6 @@ BLOCK = 128  # rows of a network that a task takes through all layers
 PER = 8  # rows to whose multiple blocks are rounded
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
-_Launch = ctypes.CFUNCTYPE(None, _pointer, _pointer, ctypes.c_uint, ctypes.c_uint)
-_Work = ctypes.CFUNCTYPE(None, _pointer)
 
 
 class _Job(ctypes.Structure):
@@ -48,15 +43,10 @@ def serves(layers: Sequence[Tensor], x: Tensor, activation: str) -> bool:
     their last two axes, biases [n, 1, out], and nobody who differentiates, transforms or traces the operations."""
     if (
         torch.is_grad_enabled()
-        or not x.is_cpu
-        or x.dtype not in compiled.TYPES
+        or not compiled.plain(x)
         or activation not in ACTIVATIONS
         or len(layers) > 2 * LAYERS
         or x.shape[1] == 0
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore  vmap, jvp and the like
-        or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
@@ -99,44 +89,6 @@ def apply(layers: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
     x = (x[:1] if shared else x).contiguous()
     y = x.new_empty(n, rows, width)
     job.x, job.y = x.data_ptr(), y.data_ptr()
-    _run(compiled.library(SOURCE, FLAGS, x.dtype).forward, job)
-    return y
-
-
-def _run(call: Any, job: _Job) -> None:
-    threads, broken = torch.get_num_threads(), []
-    go: Any = _team() if threads > 1 else None
-    if go is None and threads > 1:
-        go = _Launch(lambda work, of, count, _: _together(work, of, count, broken))
-    failed = call(ctypes.byref(job), go, _int(threads))
-    if broken:
-        raise broken[0]
-    if failed:
+    if compiled.shared(compiled.library(SOURCE, FLAGS, x.dtype).forward, job):
         raise MemoryError(f"stacked: no memory for {job.each} rows of {job.layers} layers")
-
-
-@cache
-def _team() -> ctypes.c_void_p | None:
-    """What begins work on the threads that torch itself uses: others would have to wait for these, which spin for a
-    while after each operation. None where torch was not built with it."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _pointer)
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
-def _together(work: int, job: int, count: int, broken: list[BaseException]) -> None:
-    """The same by threads of Python's. It is called from C, which an exception cannot pass, and waits for all of them
-    also where Ctrl-C comes: they write to the arrays."""
-    call: Callable[[int], None] = _Work(work)
-    begun = [compiled.pool(count).submit(call, job) for _ in range(count - 1)]
-    try:
-        call(job)
-    except BaseException as error:
-        broken.append(error)
-    while not all(x.done() for x in begun):
-        try:
-            wait(begun)
-        except BaseException as error:
-            broken.append(error)
-    broken.extend(error for x in begun if (error := x.exception()) is not None)
+    return y

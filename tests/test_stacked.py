@@ -155,11 +155,11 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read():
 def test_threads_of_its_own_where_torch_lends_none(monkeypatch):
     layers, x = stack(4, [3, 8, 2], torch.float32), torch.randn(4, 500, 3)
     want = stacked.apply(layers, x, "silu")
-    monkeypatch.setattr(stacked, "_team", lambda: None)
+    monkeypatch.setattr(compiled, "_team", lambda: None)
     torch.set_num_threads(3)
     assert torch.equal(stacked.apply(layers, x, "silu"), want)
 
-    monkeypatch.setattr(stacked, "_Work", lambda work: interrupted)
+    monkeypatch.setattr(compiled, "_Work", lambda work: interrupted)
     done = []
 
     def interrupted(job):

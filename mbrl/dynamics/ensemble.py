@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
-from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, truncated, variance
+from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, gaussian_nll, truncated, variance
 from mbrl.rollout import transitions
 
 UNCERTAINTY = ("aleatoric", "disagreement")
@@ -257,9 +257,7 @@ class Ensemble(Markov):
         """[members]: rows are contiguous by stream, one a member, or one for all."""
         x, y = transitions(segment)
         x, y, mask = group(self.inputs(x), streams), group(self.targets(y), streams), segment.mask.reshape(streams, -1)
-        members = self.net.layers(), self.upper, self.lower
-        mean, var = self._gaussians(x, members)
-        nll = _mean((mean - y) ** 2 / var + var.log(), mask)
+        nll = gaussian_nll(self.net.layers(), x, y, mask, self.upper, self.lower, "silu")
         return nll + self.config.bound * (self.upper - self.lower).sum((1, 2))
 
 
