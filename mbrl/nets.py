@@ -120,6 +120,23 @@ def variance(raw: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     return lower.exp() + upper.exp() * torch.sigmoid(raw - upper)
 
 
+def gaussian_draw(
+    layers: Sequence[Tensor],
+    x: Tensor,
+    rest: Tensor,
+    least: Tensor,
+    more: Tensor,
+    noise: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """[n, B, W]: mean + noise sqrt(least + more sigmoid(raw)), where the networks, as those of `apply_layers`, give
+    the mean and raw [n, B, 2 W] at the inputs x [n, B, I] and, beside them, rest [n, B, J]. least, more: [n, 1, W]."""
+    if stacked.serves(layers, x, activation):
+        return stacked.apply(layers, x, activation, rest, (least, more, noise))
+    y, width = apply_layers(layers, torch.cat([x, rest], -1), activation), least.shape[-1]
+    return torch.addcmul(y[..., :width], noise, torch.addcmul(least, more, torch.sigmoid(y[..., width:])).sqrt())
+
+
 def gaussian_nll(
     layers: Sequence[Tensor], x: Tensor, y: Tensor, kept: Tensor, upper: Tensor, lower: Tensor, activation: Activation
 ) -> Tensor:

@@ -388,7 +388,8 @@ def value(
     excess = acts.new_zeros(envs * p * n) if worth.limit < math.inf else None
     for t, z in enumerate(noise):
         act = acts[:, None, :, t].expand(-1, p, -1, -1).reshape(-1, width)
-        rows, pred = model.step(rows, StepInput(act, repeat(z.reshape(envs * p, w), n), dt), cond)
+        same = z.reshape(envs * p, 1, w).expand(-1, n, -1).flatten(0, 1)  # a view where there is one row of it
+        rows, pred = model.step(rows, StepInput(act, same, dt), cond)
         gain = pred.reward if reward is None else reward(obs, act, pred.obs)
         gain = torch.add(
             gain, pred.obs.sum(-1), alpha=0

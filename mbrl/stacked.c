@@ -15,12 +15,14 @@
 #define COLS 3    /* ROWS x COLS vectors of sums stay in the registers, */
 #define DEPTH 128 /* and DEPTH x COLS vectors of weights in the nearest cache */
 #define LAYERS 64
+#define ROOT(X) (SINGLE ? __builtin_sqrtf((float)(X)) : (REAL)__builtin_sqrt(X))
 
 typedef struct {
-    int64_t networks, rows, layers, act, shared, each; /* shared: all networks have the same x */
+    int64_t networks, rows, layers, act, shared, each, first, skip; /* shared: all have the same x; `first`: its columns */
     int64_t sizes[LAYERS + 1], wide[LAYERS], high[LAYERS]; /* wide, high: from one network's weights, biases to the next's */
-    const REAL *x, *weights[LAYERS], *biases[LAYERS];      /* [N or 1, rows, in], [in, out], [out] */
-    REAL *y;                                               /* [N, rows, out] */
+    const REAL *x, *rest, *weights[LAYERS], *biases[LAYERS]; /* [N or 1, rows, first], its other columns, [in, out], [out] */
+    const REAL *least, *more, *noise; /* NULL, or [N, W], [N, W] and [N, rows, W], a row each `skip`, for `drawn` */
+    REAL *y;                          /* [N, rows, out], or of `drawn` [N, rows, W] */
     int64_t next, failed;
 } job;
 
@@ -85,6 +87,22 @@ INLINE void product(const act kind, int64_t rows, int64_t depth, int64_t width, 
     }
 }
 
+/* Rows of W means and what says W variances -> mean + noise sqrt(bottom + more sigmoid(raw)), in the place of the means. */
+static void drawn(int64_t rows, int64_t width, int64_t stride, const REAL *bottom, const REAL *more, const REAL *noise,
+                  int64_t skip, REAL *y) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t n = least(LANES, width - i);
+        REAL low[LANES], high[LANES], var[LANES];
+        memcpy(low, bottom + i, (size_t)n * sizeof(REAL)), memset(low + n, 0, (size_t)(LANES - n) * sizeof(REAL));
+        memcpy(high, more + i, (size_t)n * sizeof(REAL)), memset(high + n, 0, (size_t)(LANES - n) * sizeof(REAL));
+        for (int64_t r = 0; r < rows; r++) {
+            REAL *at = y + r * stride + i;
+            store(var, load(low) + load(high) * sigmoid(load(at + width)));
+            for (int64_t c = 0; c < n; c++) at[c] += ROOT(var[c]) * noise[r * skip + i + c];
+        }
+    }
+}
+
 static int64_t padded(const job *j) {
     int64_t most = 0;
     for (int64_t l = 0; l <= j->layers; l++) most = j->sizes[l] > most ? j->sizes[l] : most;
@@ -96,8 +114,11 @@ static int64_t blocks(const job *j) { return (j->rows + j->each - 1) / j->each; 
 static void through(const job *j, int64_t network, int64_t from, REAL *own) {
     const int64_t stride = padded(j), rows = least(j->each, j->rows - from), in = j->sizes[0], width = j->sizes[j->layers];
     REAL *a = own, *b = a + up(j->each, ROWS) * stride, *spare = b + up(j->each, ROWS) * stride;
-    const REAL *x = j->x + ((j->shared ? 0 : network * j->rows) + from) * in;
-    for (int64_t r = 0; r < rows; r++) memcpy(a + r * stride, x + r * in, (size_t)in * sizeof(REAL));
+    const int64_t row = (j->shared ? 0 : network * j->rows) + from, first = j->first, rest = in - first;
+    for (int64_t r = 0; r < rows; r++) {
+        memcpy(a + r * stride, j->x + (row + r) * first, (size_t)first * sizeof(REAL));
+        if (rest) memcpy(a + r * stride + first, j->rest + (row + r) * rest, (size_t)rest * sizeof(REAL));
+    }
     memset(a + rows * stride, 0, (size_t)((up(rows, ROWS) - rows) * stride) * sizeof(REAL));
     for (int64_t l = 0; l < j->layers; l++) {
         const int64_t depth = j->sizes[l], wide = j->sizes[l + 1];
@@ -109,8 +130,10 @@ static void through(const job *j, int64_t network, int64_t from, REAL *own) {
         REAL *swap = a;
         a = b, b = swap;
     }
-    REAL *y = j->y + (network * j->rows + from) * width;
-    for (int64_t r = 0; r < rows; r++) memcpy(y + r * width, a + r * stride, (size_t)width * sizeof(REAL));
+    const int64_t half = width / 2, out = j->noise ? half : width, at = network * j->rows + from;
+    if (j->noise)
+        drawn(rows, half, stride, j->least + network * half, j->more + network * half, j->noise + at * j->skip, j->skip, a);
+    for (int64_t r = 0; r < rows; r++) memcpy(j->y + (at + r) * out, a + r * stride, (size_t)out * sizeof(REAL));
 }
 
 /* What each of those does that work on the same job. */

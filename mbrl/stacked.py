@@ -26,9 +26,10 @@ _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 class _Job(ctypes.Structure):
     _fields_ = (
-        *((name, _int) for name in ("networks", "rows", "layers", "act", "shared", "each")),
+        *((name, _int) for name in ("networks", "rows", "layers", "act", "shared", "each", "first", "skip")),
         ("sizes", _int * (LAYERS + 1)), ("wide", _int * LAYERS), ("high", _int * LAYERS),
-        ("x", _pointer), ("weights", _pointer * LAYERS), ("biases", _pointer * LAYERS), ("y", _pointer),
+        ("x", _pointer), ("rest", _pointer), ("weights", _pointer * LAYERS), ("biases", _pointer * LAYERS),
+        *((name, _pointer) for name in ("least", "more", "noise", "y")),
         ("next", _int), ("failed", _int),
     )  # fmt: skip
 
@@ -66,13 +67,21 @@ def serves(layers: Sequence[Tensor], x: Tensor, activation: str) -> bool:
     return problem(x.dtype) is None
 
 
-def apply(layers: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
-    """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1, out], ...) -> [n, B, out]. Raises ValueError where
-    the shapes do not fit together, MemoryError where there is none."""
-    lead, rows, width = x.shape
-    n, shared = layers[0].shape[0], lead == 1 or x.stride(0) == 0
+def apply(
+    layers: Sequence[Tensor],
+    x: Tensor,
+    activation: str,
+    rest: Tensor | None = None,
+    draw: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x [n or 1, B, in] through (weight [n, in, out], bias [n, 1, out], ...) -> [n, B, out]. rest: the last columns of
+    x, as of a tensor beside it. draw: see `mbrl.nets.gaussian_draw`. Raises ValueError where the shapes do not fit
+    together, MemoryError where there is none."""
+    lead, rows, first = x.shape
+    n, shared = layers[0].shape[0], rest is None and (lead == 1 or x.stride(0) == 0)
+    width = first if rest is None else first + rest.shape[2]
     each = -(-rows // -(-rows // BLOCK))
-    job = _Job(n, rows, len(layers) // 2, ACTIVATIONS[activation], int(shared), -(-each // PER) * PER)
+    job = _Job(n, rows, len(layers) // 2, ACTIVATIONS[activation], int(shared), -(-each // PER) * PER, first)
     sizes, wide, high, weights, biases = job.sizes, job.wide, job.high, job.weights, job.biases
     sizes[0] = width
     for i in range(job.layers):
@@ -86,6 +95,26 @@ def apply(layers: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
         sizes[i + 1] = width = outputs
         wide[i], high[i] = weight.stride(0), bias.stride(0)
         weights[i], biases[i] = weight.data_ptr(), bias.data_ptr()
+    if rest is not None:
+        if lead != n or rest.shape[:2] != (n, rows) or rest.dtype != x.dtype:
+            raise ValueError(
+                f"stacked: got {list(rest.shape)} {rest.dtype} beside {list(x.shape)} {x.dtype}, expected the same, "
+                f"[{n}, B] leading"
+            )
+        rest = rest.contiguous()
+        job.rest = rest.data_ptr()
+    if draw is not None:
+        width = width // 2
+        *bounds, noise = (z.to(x.dtype) for z in draw)
+        bounds = [z.contiguous() for z in bounds]
+        if noise.stride(2) != 1 or (n > 1 and noise.stride(0) != rows * noise.stride(1)):
+            noise = noise.contiguous()
+        if any(z.shape != (n, 1, width) for z in bounds) or noise.shape != (n, rows, width):
+            raise ValueError(
+                f"stacked: got bounds {[list(z.shape) for z in bounds]} and noise {list(noise.shape)}, expected "
+                f"[{n}, 1, {width}] and [{n}, {rows}, {width}]"
+            )
+        job.least, job.more, job.noise, job.skip = *(z.data_ptr() for z in (*bounds, noise)), noise.stride(1)
     x = (x[:1] if shared else x).contiguous()
     y = x.new_empty(n, rows, width)
     job.x, job.y = x.data_ptr(), y.data_ptr()

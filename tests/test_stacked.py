@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mbrl import compiled, stacked
-from mbrl.nets import StackedMLP, apply_layers
+from mbrl.nets import StackedMLP, apply_layers, gaussian_draw
 
 pytestmark = pytest.mark.skipif(stacked.problem() is not None, reason="no C compiler")
 
@@ -102,6 +102,37 @@ def test_weights_and_rows_may_be_views_of_something_larger():
     torch.testing.assert_close(stacked.apply(layers, same, "silu"), by_torch(layers, same, "silu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "rows", "width"), [(1, 1, 1), (3, 37, 5), (2, 300, 18), (2, 40, 33)])
+def test_a_draw_from_what_the_networks_say_is_torchs(monkeypatch, dtype, n, rows, width):
+    layers = stack(n, [7, 40, 2 * width], dtype)
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+    x, rest, least, more = draw(n, rows, 4), draw(n, rows, 3), draw(n, 1, width).exp(), draw(n, 1, width).exp()
+    for noise in (draw(n, rows, width), draw(n, rows, width + 1)[..., :-1], draw(n, 1, width).expand(n, rows, width)):
+        given = layers, x, rest, least, more, noise, "silu"
+        got = gaussian_draw(*given)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(stacked.apply(layers, x, "silu", rest, (least, more, noise)), got)
+        with monkeypatch.context() as plain:
+            plain.setenv("MBRL_COMPILE", "0")
+            wide = [p.double() for p in layers], *(z.double() for z in given[1:-1]), "silu"
+            want = gaussian_draw(*wide)
+        mean, raw = by_torch(wide[0], torch.cat(wide[1:3], -1), "silu").chunk(2, -1)
+        torch.testing.assert_close(
+            want, mean + noise.double() * (least.double() + more.double() * raw.sigmoid()).sqrt()
+        )
+        assert (got - want).abs().max() < (1e-5 if dtype == torch.float32 else 1e-13)
+    mixed = gaussian_draw(layers, x, rest, least.double(), more.float(), noise.float(), "silu")
+    assert mixed.dtype == dtype
+    for wrong in ((layers, x, rest[:, :0], least, more, noise), (layers, x, rest, least[..., 1:], more, noise)):
+        with pytest.raises(ValueError, match="stacked: "):
+            gaussian_draw(*wrong, "silu")
+    with pytest.raises(ValueError, match="beside"):
+        gaussian_draw(layers, x, rest.float() if dtype == torch.float64 else rest.double(), least, more, noise, "silu")
+
+
 def test_it_stands_back_where_it_does_not_serve(monkeypatch):
     layers, x = stack(2, [3, 8, 2], torch.float32), torch.randn(2, 5, 3)
     serves = lambda layers=layers, x=x, activation="silu": stacked.serves(layers, x, activation)
@@ -185,4 +216,4 @@ def test_what_the_source_reads_is_what_it_is_given():
     body = re.sub(r"/\*.*?\*/", "", text[text.index("typedef struct") : text.index("} job;")], flags=re.S)
     assert re.findall(r"(\w+)(?:\[[^]]*\])?[,;]", body) == [name for name, _ in stacked._Job._fields_]
     assert f"#define LAYERS {stacked.LAYERS}\n" in text
-    assert ctypes.sizeof(stacked._Job) == 8 * (6 + 65 + 2 * 64 + 1 + 2 * 64 + 1 + 2)
+    assert ctypes.sizeof(stacked._Job) == 8 * (8 + 65 + 2 * 64 + 2 + 2 * 64 + 4 + 2)

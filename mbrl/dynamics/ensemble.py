@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
-from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, gaussian_nll, truncated, variance
+from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, gaussian_draw, gaussian_nll, truncated, variance
 from mbrl.rollout import transitions
 
 UNCERTAINTY = ("aleatoric", "disagreement")
@@ -99,6 +99,12 @@ class Ensemble(Markov):
         """One evaluation serves all k futures."""
         rows, n = state.shape[0], self.elites.shape[0]
         noise = inp.noise.reshape(rows, k, self.noise_dim)
+        if cond and k == 1 and not self.uncertainty:
+            layers, least, more = cond
+            x, act, z = (group(part, least.shape[0]) for part in (state, inp.act, noise[:, 0, :-1]))
+            change = gaussian_draw(layers, x, act, least, more, z, "silu").flatten(0, 1)
+            obs = state + change[:, :-1]
+            return obs, Prediction(obs, change[:, -1], {})
         if not cond and not self.uncertainty and k < n and rows * k >= n * TILES * 16:
             obs, reward = self._drawn(repeat(state, k), repeat(inp.act, k), noise.flatten(0, 1)[:, None])
             doubt = {}
