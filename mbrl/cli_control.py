@@ -149,6 +149,8 @@ def run_online(args: Online) -> Run:
     from mbrl_envs import evaluate as worlds
 
     if args.steps is not None and args.resume is None:
+        if args.setting.steps not in (args.steps, online.OnlineConfig().steps):
+            raise ValueError(f"--steps {args.steps}: got beside --setting.steps {args.setting.steps}; expected one")
         args = replace(args, setting=replace(args.setting, steps=args.steps))
     run, args = begin(args, Online, "online", _check_online)
     assert args.env is not None

@@ -1,6 +1,7 @@
 """The command `mbrl plan`: PETS, or planning with a model that is there."""
 
 import functools
+import json
 import math
 import shlex
 from contextlib import closing
@@ -48,7 +49,8 @@ class Plan(Driving):
     model: str | None = None
     """Plan with this instead of learning: the folder of a finished `mbrl plan`, `mbrl online` or `mbrl offline` (of
     several seeds the first one's model, without a filter); of a finished `mbrl meta`, whose context then follows each
-    episode; or "true", the simulator itself."""
+    episode; or "true", the simulator itself. A file of settings, such as a run's config.json, names the learner to
+    fit, instead of dynamics:NAME."""
     random: int = 1
     """Episodes of random actions at first; like the settings of the fit and the learner, not beside --model."""
     episodes: int = 10
@@ -101,6 +103,7 @@ def _known_truth(env_id: str) -> tuple[str, Any] | None:
 def run_plan(args: Plan) -> Run:
     """The command `mbrl plan`; returns the finished run."""
     resumed = args.resume is not None
+    args = _configured(args)
     _check_unfinished(args)
     run, args = begin(args, Plan, "plan", _check_plan)
     if resumed and args.video:
@@ -151,6 +154,28 @@ def run_plan(args: Plan) -> Run:
     return run
 
 
+def _configured(args: Plan) -> Plan:
+    """With the learner of the file that --model names, where it names one. Raises RunError where that holds none."""
+    if args.model is None or not (path := Path(args.model)).is_file():
+        return args
+    whose = f"--model {args.model}"
+    if args.dynamics != Plan().dynamics:
+        raise RunError(f"{whose}: got beside a learner with its settings; expected one of the two")
+    try:
+        held = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{whose}: is no JSON ({error}); expected settings such as a run's config.json") from None
+    held = held if isinstance(held, dict) else {}
+    if "_type" not in held:
+        held = (held.get("arguments") or held).get("dynamics")
+    config = from_plain(held, KINDS)
+    if type(config) not in {type(x) for x in LEARNERS.values()}:
+        raise RunError(
+            f"{whose}: names no learner; expected its settings, or those of a run, with them under arguments, dynamics"
+        )
+    return replace(args, model=None, dynamics=config)
+
+
 def _note_reward(args: Plan, reward: Any) -> None:
     """Says that the learner's head tells the reward where the task's was asked for."""
     if reward is None and args.reward == "task" and not args.quiet:
@@ -175,6 +200,8 @@ def _check_plan(args: Plan, env: Any) -> None:
     if args.video:
         check_drawn(args.video, str(args.env))
     PetsConfig(args.planner, args.worth, args.random, args.episodes, args.fitting)
+    if args.worth.limit == math.inf and args.worth.uncertainty != Worth().uncertainty:
+        raise ValueError(f"--worth.uncertainty {args.worth.uncertainty}: is what --worth.limit reads; got no limit")
     if args.planner.proposals:
         raise ValueError(
             f"--planner.proposals {args.planner.proposals}: there is no policy to propose; `mbrl offline --plan` plans "

@@ -132,6 +132,37 @@ def test_plan_learns_leaves_a_run_and_its_model_serves_again(tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_file_of_settings_names_the_learner_to_fit(tmp_path, capsys):
+    """A run's config.json, or the settings alone: the same run as by name."""
+    plan("--episodes", "1", "--out", str(tmp_path / "a"))
+    want = result(tmp_path / "a")["returns"]
+    own = json.loads((tmp_path / "a/config.json").read_text())["arguments"]["dynamics"]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    named = lambda file, out, *more: cli.main(
+        [*PLAN, "--fitting.max-epochs", "3", "--episodes", "1", "--model", str(file), "--out", str(out), *SEARCH, *more]
+    )
+    for i, file in enumerate((tmp_path / "a/config.json", tmp_path / "own.json")):
+        out = tmp_path / f"b{i}"
+        named(file, out)
+        assert result(out)["returns"] == want
+        held = json.loads((out / "config.json").read_text())["arguments"]
+        assert (held["model"], held["dynamics"]) == (None, own), "a resumed run needs no file"
+    agent = {"_type": "SacConfig"}
+    for held, word in (
+        ("{", "is no JSON"), ("[1]", "names no learner"), (json.dumps({"dynamics": agent}), "names no learner"),
+        ('{"_type": "Other"}', "not known here"), (json.dumps(own | {"hidden": "x"}), "hidden is 'x'"),
+        (json.dumps(own | {"bound": -1.0, "weight_decay": [0.1]}), "weight_decay has 1 values"),
+    ):  # fmt: skip
+        (tmp_path / "bad.json").write_text(held)
+        with pytest.raises(SystemExit):
+            named(tmp_path / "bad.json", tmp_path / "c")
+        assert word in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        named(tmp_path / "own.json", tmp_path / "c", *LEARNER)
+    assert "beside a learner with its settings" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_plan_resumes_to_the_same_numbers(tmp_path, monkeypatch, capsys):
     plan("--episodes", "3", "--out", str(tmp_path / "whole"))
     real, count = mpc.episode, []
@@ -582,6 +613,11 @@ def test_a_run_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (["online", "--env", "Pendulum-v1", "--reward", "task", "--steps", "0"], "steps"),
         (["online", "--env", "Hopper-v5", "--reward", "task"], "--reward task"),
         (["online", "--env", "Pendulum-v1", "--episodes", "0"], "--episodes"),
+        (
+            ["online", "--env", "Pendulum-v1", "--steps", "1000", "--setting.steps", "2000"],
+            "--steps 1000: got beside --setting.steps 2000",
+        ),
+        (["plan", "--env", "Pendulum-v1", "--worth.uncertainty", "other"], "got no limit"),
         (
             ["online", "--env", "Pendulum-v1", "--steps", "1000", "dynamics:plrnn", "--dynamics.no-reward"],
             "this Plrnn has no head for it",
