@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benches import uncompiled
 from mbrl.core import Spec
 from mbrl.data import Dataset
 from mbrl.dynamics.ensemble import EnsembleConfig
@@ -92,6 +93,8 @@ def naive(device: torch.device):
 def run(harness) -> dict[str, dict[str, float]]:
     steps = {"ensemble step": stacked(harness.device), "naive: a loop over members": naive(harness.device)}
     steps["ensemble step, bfloat16"] = stacked(harness.device, low=True)
-    if harness.device.type != "cpu":
+    if harness.device.type == "cpu":
+        steps["ensemble step, nothing compiled"] = uncompiled(stacked(harness.device))
+    else:
         steps["ensemble step, float64"] = stacked(harness.device, torch.float64)
     return harness.compare(steps, dict.fromkeys(steps, FLOPS))
