@@ -91,7 +91,10 @@ def naive(device: torch.device):
 
 
 def run(harness) -> dict[str, dict[str, float]]:
-    steps = {"ensemble step": stacked(harness.device), "naive: a loop over members": naive(harness.device)}
+    steps: dict[str, Any] = {
+        "ensemble step": stacked(harness.device),
+        "naive: a loop over members": naive(harness.device),
+    }
     steps["ensemble step, bfloat16"] = stacked(harness.device, low=True)
     if harness.device.type == "cpu":
         steps["ensemble step, nothing compiled"] = uncompiled(stacked(harness.device))
