@@ -52,7 +52,8 @@ class Plan(Driving):
     episode; or "true", the simulator itself. A file of settings, such as a run's config.json, names the learner to
     fit, instead of dynamics:NAME."""
     random: int = 1
-    """Episodes of random actions at first; like the settings of the fit and the learner, not beside --model."""
+    """Episodes of random actions at first; like the settings of the fit and the learner, not beside a model that is
+    there."""
     episodes: int = 10
     """Episodes under the planner."""
     reward: Literal["task", "learned"] = "task"
@@ -156,7 +157,7 @@ def run_plan(args: Plan) -> Run:
 
 def _configured(args: Plan) -> Plan:
     """With the learner of the file that --model names, where it names one. Raises RunError where that holds none."""
-    if args.model is None or not (path := Path(args.model)).is_file():
+    if args.model in (None, "true") or not (path := Path(args.model)).is_file():
         return args
     whose = f"--model {args.model}"
     if args.dynamics != Plan().dynamics:
@@ -165,15 +166,18 @@ def _configured(args: Plan) -> Plan:
         held = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{whose}: is no JSON ({error}); expected settings such as a run's config.json") from None
-    held = held if isinstance(held, dict) else {}
-    if "_type" not in held:
-        held = (held.get("arguments") or held).get("dynamics")
-    config = from_plain(held, KINDS)
-    if type(config) not in {type(x) for x in LEARNERS.values()}:
+    named = sorted({type(x).__name__ for x in LEARNERS.values()})
+    for inner in ("arguments", "dynamics"):
+        if isinstance(held, dict) and held.get("model"):
+            raise RunError(f"{whose}: is of a run that learned no model, but took {held['model']}; name that run's")
+        if isinstance(held, dict) and held.get("_type") not in named:
+            held = held.get(inner, held)
+    if not isinstance(held, dict) or held.get("_type") not in named:
         raise RunError(
-            f"{whose}: names no learner; expected its settings, or those of a run, with them under arguments, dynamics"
+            f"{whose}: names no learner; expected its settings, or those of a run, which has them under arguments, "
+            f"dynamics; known: {', '.join(named)}"
         )
-    return replace(args, model=None, dynamics=config)
+    return replace(args, model=None, dynamics=from_plain(held, KINDS))
 
 
 def _note_reward(args: Plan, reward: Any) -> None:

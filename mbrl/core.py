@@ -31,7 +31,7 @@ class Spec:
 
 
 class StepInput(NamedTuple):
-    """What acts on the system over one interval."""
+    """What acts on the system over one interval. Only to be read: rows may share their memory."""
 
     act: Tensor  # [B, A]  in [-1, 1], held over the interval; A is 0 for an autonomous system
     noise: Tensor  # [B, W]  standard normal, W = model.noise_dim

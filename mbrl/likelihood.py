@@ -4,13 +4,12 @@
 The caller is `mbrl.nets.gaussian_nll`: its plain torch gives the same numbers to rounding where this does not serve."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mbrl import compiled
 from mbrl.stacked import ACTIVATIONS, FLAGS, LAYERS, WIDEST
@@ -37,9 +36,11 @@ def problem(dtype: torch.dtype = torch.float32) -> str | None:
     return compiled.problem(SOURCE, FLAGS, dtype)
 
 
-def serves(layers: Sequence[Tensor], x: Tensor, y: Tensor, upper: Tensor, lower: Tensor, activation: str) -> bool:
-    """Whether `apply` takes these: plain dense tensors of one type on a CPU, of modest widths, of which the parameters
-    are asked for a gradient, but neither x nor y."""
+def serves(
+    layers: Sequence[Tensor], x: Tensor, y: Tensor, kept: Tensor, upper: Tensor, lower: Tensor, activation: str
+) -> bool:
+    """Whether `apply` takes these: plain dense tensors of one type on a CPU, of modest widths, rows that lead alike,
+    parameters that are asked for a gradient, and neither x nor y."""
     params = (*layers, upper, lower)
     return (
         torch.is_grad_enabled()
@@ -49,7 +50,11 @@ def serves(layers: Sequence[Tensor], x: Tensor, y: Tensor, upper: Tensor, lower:
         and activation in ACTIVATIONS
         and len(layers) <= 2 * LAYERS
         and x.shape[1] > 0
-        and all(p.is_contiguous() and p.dtype == x.dtype for p in params)
+        and y.is_cpu
+        and kept.is_cpu
+        and y.dtype == x.dtype
+        and x.shape[0] == y.shape[0] == kept.shape[0]
+        and all(p.is_cpu and p.is_contiguous() and p.dtype == x.dtype for p in params)
         and all(0 < size <= WIDEST for p in layers[::2] for size in p.shape[1:])
         and all(p.shape[1] == 1 for p in (*layers[1::2], upper, lower))
         and problem(x.dtype) is None
@@ -57,34 +62,53 @@ def serves(layers: Sequence[Tensor], x: Tensor, y: Tensor, upper: Tensor, lower:
 
 
 def apply(
-    layers: Sequence[Tensor], x: Tensor, y: Tensor, kept: Tensor, upper: Tensor, lower: Tensor, activation: str
+    layers: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    kept: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    activation: str,
+    plain: Callable[..., Tensor],
 ) -> Tensor:
-    """As `mbrl.nets.gaussian_nll`, differentiable once. Raises ValueError where the shapes do not
-    fit together, MemoryError where there is none."""
-    return _Likelihood.apply(x, y, kept, activation, upper, lower, *layers)
+    """As `mbrl.nets.gaussian_nll`. plain: the same by torch, of the same arguments, for who differentiates the
+    gradient. Raises ValueError where the shapes do not fit together, MemoryError where there is none."""
+    return _Likelihood.apply(x, y, kept, activation, plain, upper, lower, *layers)
 
 
 class _Likelihood(torch.autograd.Function):
     """The gradient is found on the way forward, for losses that count alike."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, kept: Tensor, activation: str, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, kept: Tensor, activation: str, plain: Any, *params: Tensor) -> Tensor:
         ctx.save_for_backward(x, y, kept, *params)
-        ctx.activation = activation
+        ctx.activation, ctx.plain = activation, plain
         losses, ctx.found = _found(x, y, kept, activation, *params)
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (x, y, kept, *params) = weights, ctx.saved_tensors
+        if torch.is_grad_enabled():  # what becomes of the gradient is differentiated, too
+            upper, lower, *layers = params
+            wanted = [p for p, want in zip(params, ctx.needs_input_grad[5:], strict=True) if want]
+            losses = ctx.plain(layers, x, y, kept, upper, lower, ctx.activation)
+            grads = iter(torch.autograd.grad(losses, wanted, weight, create_graph=True))
+            return *[None] * 5, *(next(grads) if want else None for want in ctx.needs_input_grad[5:])
         found, ctx.found = ctx.found, None
         if found is None:  # asked for again: the first who asked may have changed what was found
-            x, y, kept, *params = ctx.saved_tensors
             _, found = _found(x, y, kept, ctx.activation, *params)
-        (weight,) = weights
-        if not bool((weight == 1).all()):
+        if not _ones(weight):
             found = [g * weight.reshape(-1, 1, 1) for g in found]
-        return None, None, None, None, *found
+        return *[None] * 5, *found
+
+
+def _ones(weight: Tensor) -> bool:
+    """Whether nothing is to be multiplied. Of a batch of gradients (`is_grads_batched`) nobody can tell."""
+    try:
+        return bool((weight == 1).all())
+    except RuntimeError:
+        return False
 
 
 def _found(
@@ -108,11 +132,11 @@ def _found(
         sizes.append(outputs)
     of, bounds = (lead, rows), (n, 1, sizes[-1] // 2)
     fit = y.shape == (*of, bounds[2]) and kept.shape == of and upper.shape == lower.shape == bounds
-    if lead not in (1, n) or not fit:
+    if lead not in (1, n) or not fit or sizes[-1] % 2:
         raise ValueError(
             f"gaussian_nll: got x {list(x.shape)}, y {list(y.shape)}, kept {list(kept.shape)} and bounds "
-            f"{list(upper.shape)} and {list(lower.shape)}, expected [{n} or 1, B, {width}], the same with "
-            f"{bounds[2]} and without the last, and {list(bounds)}"
+            f"{list(upper.shape)} and {list(lower.shape)} of networks that give {sizes[-1]} numbers, expected "
+            f"[{n} or 1, B, {width}], the same with half of these and without the last, and [{n}, 1, half]"
         )
     x, y, kept = x.contiguous(), y.to(x.dtype).contiguous(), kept.to(x.dtype).contiguous()
     losses, found = x.new_empty(n), [torch.empty_like(p) for p in (upper, lower, *layers)]

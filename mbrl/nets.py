@@ -131,7 +131,7 @@ def gaussian_draw(
 ) -> Tensor:
     """[n, B, W]: mean + noise sqrt(least + more sigmoid(raw)), where the networks, as those of `apply_layers`, give
     the mean and raw [n, B, 2 W] at the inputs x [n, B, I] and, beside them, rest [n, B, J]. least, more: [n, 1, W]."""
-    if stacked.serves(layers, x, activation):
+    if stacked.serves(layers, x, activation) and all(z.is_cpu for z in (rest, least, more, noise)):
         return stacked.apply(layers, x, activation, rest, (least, more, noise))
     y, width = apply_layers(layers, torch.cat([x, rest], -1), activation), least.shape[-1]
     return torch.addcmul(y[..., :width], noise, torch.addcmul(least, more, torch.sigmoid(y[..., width:])).sqrt())
@@ -142,9 +142,18 @@ def gaussian_nll(
 ) -> Tensor:
     """[n]: twice the negative log-likelihood, but for a constant, of y [n or 1, B, W] under each network's Gaussian at
     x [n or 1, B, in]: the mean over W and over the rows that count, `kept` [n or 1, B] bool. The networks, as those of
-    `apply_layers`, give 2 W numbers, the mean and what `variance` turns into one under the bounds [n, 1, W]."""
-    if likelihood.serves(layers, x, y, upper, lower, activation):
-        return likelihood.apply(layers, x, y, kept, upper, lower, activation)
+    `apply_layers`, give 2 W numbers, the mean and what `variance` turns into one under the bounds [n, 1, W]. What y is
+    where it does not count is not read."""
+    if likelihood.serves(layers, x, y, kept, upper, lower, activation):
+        return likelihood.apply(layers, x, y, kept, upper, lower, activation, _gaussian_nll)
+    return _gaussian_nll(layers, x, y, kept, upper, lower, activation)
+
+
+def _gaussian_nll(
+    layers: Sequence[Tensor], x: Tensor, y: Tensor, kept: Tensor, upper: Tensor, lower: Tensor, activation: Activation
+) -> Tensor:
+    """`gaussian_nll` by torch's own operations."""
+    y = torch.where(kept[..., None], y, 0.0)  # the gradient of what is not finite would be so
     mean, raw = apply_layers(layers, x, activation).chunk(2, -1)
     var = variance(raw, upper, lower)
     nll = torch.where(kept[..., None], (mean - y) ** 2 / var + var.log(), 0.0)

@@ -1,8 +1,8 @@
 """Stacks of multilayer perceptrons as a CPU runs them from C (`stacked.c`), where no gradient is asked for: the
 activations of a few rows stay in the cache from layer to layer, and threads meet once a pass, not once an operation.
 
-The caller is `mbrl.nets.apply_layers`: its plain torch gives the same numbers, to rounding, where this does not serve.
-One use with gradients has its own code, `mbrl.likelihood`."""
+The callers are `apply_layers` and `gaussian_draw` of `mbrl.nets`, whose plain torch gives the same numbers, to
+rounding, where this does not serve. One use with gradients has its own code, `mbrl.likelihood`."""
 
 import ctypes
 from collections.abc import Sequence
@@ -60,6 +60,7 @@ def serves(layers: Sequence[Tensor], x: Tensor, activation: str) -> bool:
             or outputs > WIDEST
             or bias.shape[1] != 1
             or bias.stride(2) != 1
+            or not (weight.is_cpu and bias.is_cpu)
             or weight.dtype != x.dtype
             or bias.dtype != x.dtype
         ):
@@ -104,17 +105,18 @@ def apply(
         rest = rest.contiguous()
         job.rest = rest.data_ptr()
     if draw is not None:
-        width = width // 2
+        last, width = width, width // 2
         *bounds, noise = (z.to(x.dtype) for z in draw)
         bounds = [z.contiguous() for z in bounds]
         if noise.stride(2) != 1 or (n > 1 and noise.stride(0) != rows * noise.stride(1)):
             noise = noise.contiguous()
-        if any(z.shape != (n, 1, width) for z in bounds) or noise.shape != (n, rows, width):
+        if any(z.shape != (n, 1, width) for z in bounds) or noise.shape != (n, rows, width) or last % 2:
             raise ValueError(
-                f"stacked: got bounds {[list(z.shape) for z in bounds]} and noise {list(noise.shape)}, expected "
-                f"[{n}, 1, {width}] and [{n}, {rows}, {width}]"
+                f"stacked: got bounds {[list(z.shape) for z in bounds]} and noise {list(noise.shape)} of networks that "
+                f"give {last} numbers, expected [{n}, 1, half] and [{n}, {rows}, half]"
             )
-        job.least, job.more, job.noise, job.skip = *(z.data_ptr() for z in (*bounds, noise)), noise.stride(1)
+        job.least, job.more, job.noise = (z.data_ptr() for z in (*bounds, noise))
+        job.skip = width if noise.is_contiguous() else noise.stride(1)
     x = (x[:1] if shared else x).contiguous()
     y = x.new_empty(n, rows, width)
     job.x, job.y = x.data_ptr(), y.data_ptr()

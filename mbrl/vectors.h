@@ -60,5 +60,8 @@ INLINE vec inverse(vec x) {
     return 1 / x;
 }
 
-/* 1 / (1 + exp(-x)) */
-INLINE vec sigmoid(vec x) { return inverse(1 + exponential(within(-x, SINGLE ? 87 : 708))); }
+/* 1 / (1 + exp(-x)); a nan's bits are no matter */
+INLINE vec sigmoid(vec x) {
+    const vec y = within(-x, SINGLE ? 87 : 708);
+    return inverse(1 + exponential(y)) + (y - y);
+}

@@ -141,7 +141,8 @@ def test_a_file_of_settings_names_the_learner_to_fit(tmp_path, capsys):
     named = lambda file, out, *more: cli.main(
         [*PLAN, "--fitting.max-epochs", "3", "--episodes", "1", "--model", str(file), "--out", str(out), *SEARCH, *more]
     )
-    for i, file in enumerate((tmp_path / "a/config.json", tmp_path / "own.json")):
+    (tmp_path / "arguments.json").write_text(json.dumps({"_type": "Plan", "model": None, "dynamics": own}))
+    for i, file in enumerate((tmp_path / "a/config.json", tmp_path / "own.json", tmp_path / "arguments.json")):
         out = tmp_path / f"b{i}"
         named(file, out)
         assert result(out)["returns"] == want
@@ -150,7 +151,10 @@ def test_a_file_of_settings_names_the_learner_to_fit(tmp_path, capsys):
     agent = {"_type": "SacConfig"}
     for held, word in (
         ("{", "is no JSON"), ("[1]", "names no learner"), (json.dumps({"dynamics": agent}), "names no learner"),
-        ('{"_type": "Other"}', "not known here"), (json.dumps(own | {"hidden": "x"}), "hidden is 'x'"),
+        ('{"_type": "Other"}', "names no learner"), ('{"_type": ["x"]}', "names no learner"),
+        ('{"arguments": [1]}', "names no learner"),
+        (json.dumps({"arguments": {"_type": "Plan", "model": "runs/x", "dynamics": own}}), "but took runs/x"),
+        (json.dumps(own | {"hidden": "x"}), "hidden is 'x'"),
         (json.dumps(own | {"bound": -1.0, "weight_decay": [0.1]}), "weight_decay has 1 values"),
     ):  # fmt: skip
         (tmp_path / "bad.json").write_text(held)

@@ -75,7 +75,7 @@ def far(got, want):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_and_its_gradient_are_those_of_the_definition(dtype, n, sizes, rows, shared, activation):
     given = layers, x, y, kept, upper, lower = problem(n, sizes, rows, shared, dtype)
-    assert likelihood.serves(layers, x, y, upper, lower, activation)
+    assert likelihood.serves(layers, x, y, kept, upper, lower, activation)
     weights = torch.linspace(0.5, 2, n)
     found = []
     for threads in (1, 2, 3, 8):
@@ -139,7 +139,9 @@ def test_a_network_that_is_not_finite_leaves_the_others_alone():
             assert torch.equal(got[[0, 2]], good[[0, 2]])
 
 
-def test_rows_that_do_not_count_do_not():
+@pytest.mark.parametrize("compiled_", ["1", "0"])
+def test_rows_that_do_not_count_do_not(monkeypatch, compiled_):
+    monkeypatch.setenv("MBRL_COMPILE", compiled_)
     layers, x, y, kept, upper, lower = problem(2, [4, 11, 8], 90, False)
     losses = gaussian_nll(layers, x, y, kept, upper, lower, "silu")
     want = gradient(losses, layers, upper, lower)
@@ -152,62 +154,104 @@ def test_rows_that_do_not_count_do_not():
     assert all(not g.any() for g in gradient(nothing, layers, upper, lower))
 
 
-def test_the_gradient_can_be_asked_for_again_and_is_taken_over_as_it_is():
+def test_the_gradient_is_taken_over_as_it_is_and_can_be_asked_for_again():
     given = layers, _, _, _, upper, lower = problem(2, [4, 11, 8], 90, False)
+    params = [*layers, upper, lower]
     losses = gaussian_nll(*given, "silu")
-    losses.sum().backward(retain_graph=True)
-    first = [p.grad.clone() for p in (*layers, upper, lower)]
-    losses.sum().backward()
-    for p, g in zip((*layers, upper, lower), first, strict=True):
-        assert p.grad.is_contiguous()
-        torch.testing.assert_close(p.grad, 2 * g, rtol=0, atol=0)
+    first = torch.autograd.grad(losses.sum(), params, retain_graph=True)
+    want = [g.clone() for g in first]
+    assert all(g.is_contiguous() for g in first)
+    for g in first:
+        g.zero_()
+    again = torch.autograd.grad(losses.sum(), params, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(again, want, strict=True))
+    with torch.no_grad():
+        layers[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(losses.sum(), params)
+
+
+def test_what_becomes_of_the_gradient_is_differentiated_too(monkeypatch):
+    given = layers, _, _, _, upper, lower = problem(2, [4, 11, 8], 90, False, torch.float64)
+    upper.requires_grad_(False)
+    params = [*layers, lower]
+
+    def found():
+        losses = gaussian_nll(*given, "silu")
+        penalty = sum(g.square().sum() for g in torch.autograd.grad(losses.sum(), params, create_graph=True))
+        rows = torch.autograd.grad(gaussian_nll(*given, "silu"), params, torch.eye(2).double(), is_grads_batched=True)
+        return [*torch.autograd.grad(losses.sum() + penalty, params), *rows]
+
+    got = found()
+    monkeypatch.setenv("MBRL_COMPILE", "0")
+    torch.testing.assert_close(got, found())
 
 
 def test_it_stands_back_where_it_does_not_serve(monkeypatch):
-    layers, x, y, _, upper, lower = problem(2, [3, 8, 4], 5, False)
-    serves = lambda layers=layers, x=x, y=y, upper=upper, activation="silu": likelihood.serves(
-        layers, x, y, upper, lower, activation
-    )
+    layers, x, y, kept, upper, lower = problem(2, [3, 8, 4], 5, False)
+    given = {"layers": layers, "x": x, "y": y, "kept": kept, "upper": upper, "lower": lower, "activation": "silu"}
+    serves = lambda **other: likelihood.serves(**(given | other))
     assert serves()
     with torch.no_grad():
         assert not serves()
     with torch.autocast("cpu", torch.bfloat16):
         assert not serves()
-    assert not likelihood.serves([p.detach() for p in layers], x, y, upper.detach(), lower.detach(), "silu")
+    assert not serves(layers=[p.detach() for p in layers], upper=upper.detach(), lower=lower.detach())
     assert not serves(activation="tanh")
     assert not serves(x=x.double())
+    assert not serves(y=y.double())
     assert not serves(x=x[:, :0])
     assert not serves(x=x.clone().requires_grad_())
     assert not serves(y=y.clone().requires_grad_())
-    assert not serves([layers[0].transpose(1, 2).contiguous().transpose(1, 2), *layers[1:]])
-    assert not serves([layers[0], layers[1].expand(2, 5, 8).contiguous(), *layers[2:]])
+    assert not serves(x=x[:1])
+    assert not serves(kept=kept[:1])
+    for name in ("x", "y", "kept", "upper", "lower"):
+        assert not serves(**{name: given[name].to("meta")})
+    assert not serves(layers=[layers[0].to("meta"), *layers[1:]])
+    assert not serves(layers=[layers[0].transpose(1, 2).contiguous().transpose(1, 2), *layers[1:]])
+    assert not serves(layers=[layers[0], layers[1].expand(2, 5, 8).contiguous(), *layers[2:]])
     assert not serves(upper=upper.expand(2, 5, 2).contiguous())
     seen = []
     torch.func.vmap(lambda x: (seen.append(serves(x=x)), x)[1])(x[None])
     assert seen == [False]
+    shared = gaussian_nll(layers, x[:1], y, kept, upper, lower, "silu")
+    torch.testing.assert_close(shared, gaussian_nll(layers, x[:1].repeat(2, 1, 1), y, kept, upper, lower, "silu"))
     monkeypatch.setenv("MBRL_COMPILE", "0")
     assert not serves()
 
 
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_read():
     layers, x, y, kept, upper, lower = problem(2, [3, 8, 4], 5, False)
+    apply = lambda *given: likelihood.apply(*given, "silu", gaussian_nll)
     for wrong in ([layers[0], layers[1][..., :7], *layers[2:]], [*layers[:2], layers[2][:1], layers[3][:1]]):
         with pytest.raises(ValueError, match=r"gaussian_nll: weights .* meet inputs"):
-            likelihood.apply(wrong, x, y, kept, upper, lower, "silu")
+            apply(wrong, x, y, kept, upper, lower)
     with pytest.raises(ValueError, match=r"gaussian_nll: weights .* meet inputs"):
-        likelihood.apply(layers, x[..., :2], y, kept, upper, lower, "silu")
+        apply(layers, x[..., :2], y, kept, upper, lower)
     good = {"x": x, "y": y, "kept": kept, "upper": upper, "lower": lower}
     cut = {"x": x[:, :4], "y": y[..., :1], "kept": kept[:, :4], "upper": upper[..., :1], "lower": lower[:1]}
     for name, value in cut.items():
         with pytest.raises(ValueError, match=r"gaussian_nll: got x .* expected"):
-            likelihood.apply(layers, **(good | {name: value}), activation="silu")
+            apply(layers, *(good | {name: value}).values())
+    odd, *rest = problem(2, [3, 8, 5], 5, False)
+    with pytest.raises(ValueError, match="networks that give 5 numbers"):
+        apply(odd, *rest)
+
+
+def test_a_nan_of_any_bits_is_one():
+    layers, x, y, kept, upper, lower = problem(1, [3, 8, 4], 5, False)
+    with torch.no_grad():
+        layers[-1][..., 2:] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    losses = gaussian_nll(layers, x, y, kept, upper, lower, "silu")
+    assert losses.isnan().all()
+    assert gradient(losses, layers, upper, lower)[-3][..., 2:].isnan().all()
 
 
 def test_memory_that_is_not_there_is_an_error(monkeypatch):
     given = problem(1, [3, 8, 2], 5, False)
     monkeypatch.setattr(compiled, "library", lambda *of: types.SimpleNamespace(gradient=lambda *given: 1))
     with pytest.raises(MemoryError, match="no memory for 5 rows of 2 layers"):
-        likelihood.apply(*given, "silu")
+        likelihood.apply(*given, "silu", gaussian_nll)
 
 
 def test_what_the_source_reads_is_what_it_is_given():

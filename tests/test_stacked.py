@@ -129,6 +129,13 @@ def test_a_draw_from_what_the_networks_say_is_torchs(monkeypatch, dtype, n, rows
     for wrong in ((layers, x, rest[:, :0], least, more, noise), (layers, x, rest, least[..., 1:], more, noise)):
         with pytest.raises(ValueError, match="stacked: "):
             gaussian_draw(*wrong, "silu")
+    lone = draw(1, n, width).transpose(0, 1)  # dense, whatever the stride of the rows says
+    one = gaussian_draw(layers, x[:, :1], rest[:, :1], least, more, lone, "silu")
+    torch.testing.assert_close(one, gaussian_draw(layers, x[:, :1], rest[:, :1], least, more, lone.clone(), "silu"))
+    odd = stack(n, [7, 4, 2 * width + 1], dtype)
+    with pytest.raises(ValueError, match=f"give {2 * width + 1} numbers"):
+        gaussian_draw(odd, x, rest, least, more, noise, "silu")
+    assert not stacked.serves([p.to("meta") for p in layers], torch.cat([x, rest], -1), "silu")
     with pytest.raises(ValueError, match="beside"):
         gaussian_draw(layers, x, rest.float() if dtype == torch.float64 else rest.double(), least, more, noise, "silu")
 
