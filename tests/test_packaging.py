@@ -80,7 +80,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     inside = {name for name in names if not name.startswith(info)}
     want = set()
     for package in (ROOT / "mbrl", ROOT / "envs" / "mbrl_envs"):
-        files = [*package.rglob("*.py"), *package.rglob("py.typed"), *package.rglob("*.c"), *package.rglob("data/*")]
+        files = [*package.rglob("*.py"), *package.rglob("py.typed"), *package.rglob("*.[ch]"), *package.rglob("data/*")]
         want |= {str(f.relative_to(package.parent)) for f in files if f.is_file()}
     assert {"mbrl/py.typed", "mbrl_envs/py.typed"} <= inside
     assert inside == want
