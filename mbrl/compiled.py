@@ -65,10 +65,8 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 def plain(x: torch.Tensor) -> bool:
     """Whether these are numbers on a CPU of a type in TYPES, and nobody transforms or traces what is done with them."""
-    return not (
-        not x.is_cpu
-        or x.dtype not in TYPES
-        or torch.compiler.is_compiling()
+    return (x.is_cpu and x.dtype in TYPES) and not (
+        torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore  vmap, jvp and the like
         or torch.autograd.forward_ad._current_level >= 0

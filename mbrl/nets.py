@@ -156,8 +156,12 @@ def _gaussian_nll(
     y = torch.where(kept[..., None], y, 0.0)  # the gradient of what is not finite would be so
     mean, raw = apply_layers(layers, x, activation).chunk(2, -1)
     var = variance(raw, upper, lower)
-    nll = torch.where(kept[..., None], (mean - y) ** 2 / var + var.log(), 0.0)
-    return nll.sum((1, 2)) / (kept.sum(1).clamp(min=1) * y.shape[-1])
+    return kept_mean((mean - y) ** 2 / var + var.log(), kept)
+
+
+def kept_mean(x: Tensor, kept: Tensor) -> Tensor:
+    """x [n, B, W], kept [n or 1, B] bool -> [n]: the mean over W and over the rows that count; 0 where none does."""
+    return torch.where(kept[..., None], x, 0.0).sum((1, 2)) / (kept.sum(1).clamp(min=1) * x.shape[-1])
 
 
 class Normalizer(nn.Module):

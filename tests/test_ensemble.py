@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mbrl.core import Segment, Spec, StepInput
-from mbrl.dynamics.ensemble import TILES, EnsembleConfig, variance
-from mbrl.nets import ROWS
+from mbrl.dynamics.ensemble import TILES, EnsembleConfig
+from mbrl.nets import ROWS, variance
 from mbrl.rollout import unroll
 
 close = torch.testing.assert_close

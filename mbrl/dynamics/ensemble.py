@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mbrl.core import Diverged, Markov, Prediction, Segment, Spec, StepInput, Tree, group, randn, repeat
-from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, gaussian_draw, gaussian_nll, truncated, variance
+from mbrl.nets import ROWS, Normalizer, StackedMLP, apply_layers, gaussian_draw, gaussian_nll, kept_mean, truncated
 from mbrl.rollout import transitions
 
 UNCERTAINTY = ("aleatoric", "disagreement")
@@ -123,15 +123,11 @@ class Ensemble(Markov):
         y = y.flatten(1, 2)
         return Prediction(repeat(state, k) + y[..., :-1], y[..., -1], {})
 
-    def _members(self, index: Tensor) -> Tree:
-        """The weights and the bounds of the members `index` [m]."""
-        return self.net.layers(index), self.upper[index], self.lower[index]
-
     def _folded(self, index: Tensor) -> Tree:
-        """The same for `_predicted`: what goes before the first product and follows the last one, from and to raw
-        units, is part of them or of the bounds."""
-        layers, upper, lower = self._members(index)
-        weight, bias, *rest = layers
+        """The weights and the bounds of the members `index` [m], for `_predicted`: what goes before the first product
+        and follows the last one, from and to raw units, is part of them."""
+        weight, bias, *rest = self.net.layers(index)
+        upper, lower = self.upper[index], self.lower[index]
         weight = weight / self.inputs.std[:, None]
         *rest, weight, bias = (weight, bias - self.inputs.mean[None] @ weight, *rest)  # of the last, from here on
         scale, width = self.targets.std, upper.shape[-1]
@@ -144,12 +140,6 @@ class Ensemble(Markov):
         layers, least, more = folded
         y, width = apply_layers(layers, x, "silu"), least.shape[-1]
         return y[..., :width], torch.addcmul(least, more, torch.sigmoid(y)[..., width:])  # `mbrl.nets.variance`
-
-    def _gaussians(self, x: Tensor, members: Tree) -> tuple[Tensor, Tensor]:
-        """Standardised inputs [n or 1, B, in] -> mean and variance [n, B, O + 1] in the units of the fit."""
-        layers, upper, lower = members
-        y, width = apply_layers(layers, x, "silu"), upper.shape[-1]
-        return y[..., :width], variance(y[..., width:], upper, lower)
 
     def _every(self, obs: Tensor, act: Tensor, noise: Tensor, members: Tree, pinned: bool):
         """noise [B, k, W] -> obs [B, k, O], reward [B, k], uncertainty [B], with all the given members evaluated."""
@@ -246,8 +236,8 @@ class Ensemble(Markov):
     def validate(self, segment: Segment, noise: Tensor) -> Tensor:
         """[members]: the mean squared error of the mean, in the units of the fit."""
         x, y = transitions(segment)
-        mean, _ = self._gaussians(self.inputs(x)[None], self._members(torch.arange(self.parts, device=x.device)))
-        return _mean((mean - self.targets(y)) ** 2, segment.mask.reshape(1, -1))
+        mean = self.net(self.inputs(x)[None])[..., : y.shape[-1]]
+        return kept_mean((mean - self.targets(y)) ** 2, segment.mask.reshape(1, -1))
 
     def finish(self, errors: Tensor) -> None:
         """The members with the least error become the elites. One whose error is not finite never does: where too
@@ -265,11 +255,6 @@ class Ensemble(Markov):
         x, y, mask = group(self.inputs(x), streams), group(self.targets(y), streams), segment.mask.reshape(streams, -1)
         nll = gaussian_nll(self.net.layers(), x, y, mask, self.upper, self.lower, "silu")
         return nll + self.config.bound * (self.upper - self.lower).sum((1, 2))
-
-
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    """x [n, R, D], mask [n or 1, R] -> [n], the mean over D and where the mask holds."""
-    return torch.where(mask[..., None], x, 0.0).sum((1, 2)) / (mask.sum(1).clamp(min=1) * x.shape[-1])
 
 
 def _finite(x: Tensor) -> Tensor:
